@@ -1,0 +1,72 @@
+"""AdamW over the flat arenas (llm.c: llmc/adamw.cuh; Loshchilov and Hutter 2019, arXiv:1711.05101)."""
+
+import math
+
+import numpy as np
+
+from . import device
+
+BLOCK = 1 << 15
+
+
+def _blocks(ends):
+    """(start, stop, tensor) of each block; none crosses from one tensor into the next."""
+    starts = [0, *(int(e) for e in ends[:-1])]
+    return [
+        (a, min(a + BLOCK, int(end)), i)
+        for i, (start, end) in enumerate(zip(starts, ends, strict=True))
+        for a in range(start, int(end), BLOCK)
+    ]
+
+
+def adamw_update(params, master, grads, m, v, ends, decays, seeds, hyper, norm_squared, beta1, beta2, eps, grad_clip):
+    """g = grads * (grad_clip / norm if grad_clip > 0 and norm > grad_clip else 1);  norm = sqrt(norm_squared)
+    m = beta1*m + (1-beta1)*g;  v = beta2*v + (1-beta2)*g^2
+    params -= lr * ((m/c1) / (sqrt(v/c2) + eps) + decay*params);  c = 1 - beta^t
+
+    params (N,) f32 written;  master None, or (N,) f32: then it is what is updated, and params becomes its copy;
+    grads (N,) read;  m, v (N,) f32 written;  tensor i covers [ends[i-1], ends[i]), with weight decay decays[i];
+    hyper (3,) f32 = lr, c1, c2;  norm_squared (1,) f32: where not finite, nothing is written;  seeds unused in fp32.
+    Source: llm.c llmc/adamw.cuh adamw_update.
+    """
+    N = params.size
+    assert grads.shape == m.shape == v.shape == params.shape == (N,) and int(ends[-1]) == N, (params.shape, ends[-1])
+    if not np.isfinite(norm_squared[0]):
+        return
+    norm = math.sqrt(norm_squared[0])
+    scale = grad_clip / norm if grad_clip > 0 and norm > grad_clip else 1.0
+    lr, c1, c2 = (float(h) for h in hyper)
+    # lr * (m/c1) / (sqrt(v/c2) + eps) = rate * m / (sqrt(v) + eps'): the corrections become two scalars
+    rate, epsilon = lr * math.sqrt(c2) / c1, eps * math.sqrt(c2)
+    to_m, to_v = (1.0 - beta1) * scale, math.sqrt(1.0 - beta2) * scale
+    weights = params if master is None else master
+    blocks = _blocks(ends)
+
+    def body(i):
+        a, b, tensor = blocks[i]
+        t = device.scratch(b - a)
+        g, mm, vv, w = grads[a:b], m[a:b], v[a:b], weights[a:b]
+        np.multiply(g, to_m, out=t)
+        mm *= beta1
+        mm += t
+        np.multiply(g, to_v, out=t)
+        t *= t
+        vv *= beta2
+        vv += t
+        np.sqrt(vv, out=t)
+        t += epsilon
+        np.divide(mm, t, out=t)
+        t *= rate
+        if decays[tensor] != 0.0:
+            w *= 1.0 - lr * float(decays[tensor])
+        w -= t
+        if master is not None:
+            params[a:b] = w
+
+    device.parallel(body, len(blocks))
+
+
+def init_from_master(params, master, ends, seeds):
+    """params = master;  (N,) f32 both.  In low precision this rounds as adamw_update does; in fp32 it is a copy."""
+    assert params.shape == master.shape and int(ends[-1]) == params.size, (params.shape, master.shape)
+    np.copyto(params, master)

@@ -1,0 +1,190 @@
+"""The CPU as a device: memory, and the threads that every op of this set runs its blocks on.
+
+An op cuts its work into blocks of cache size and calls ``parallel(body, n)``. Threads are ours rather than the BLAS's
+because then *every* op uses all cores (NumPy's element-wise loops and small matmuls are serial by themselves), and an
+epilogue such as GELU runs on a block while it is still in cache. NumPy and BLAS release the GIL while they work.
+
+The threads flush denormals to zero. Adam's moments decay into denormal numbers within a few steps, and on many
+processors arithmetic on those is tens of times slower. The setting belongs to our threads alone: the floating-point
+environment of the caller's thread is left as it is.
+"""
+
+import ctypes
+import ctypes.util
+import itertools
+import math
+import os
+import platform
+import queue
+import sys
+import threading
+import time
+
+import numpy as np
+
+SCRATCH = 1 << 20  # float32 elements of scratch that each thread owns: 4 MiB
+
+
+def alloc(nbytes):
+    """A zeroed uint8 array of nbytes, aligned to 256 bytes. Pages are touched only when first written."""
+    room = np.zeros(nbytes + 256, np.uint8)
+    skip = -room.ctypes.data % 256
+    return room[skip : skip + nbytes]
+
+
+def zero(array):
+    """array = 0"""
+    array.fill(0)
+
+
+def upload(array, host):
+    """array = host (same shape and dtype)."""
+    assert array.shape == host.shape and array.dtype == host.dtype, (array.shape, host.shape, array.dtype, host.dtype)
+    np.copyto(array, host)
+
+
+def download(array):
+    """A NumPy copy of array."""
+    return array.copy()
+
+
+def synchronize():
+    """Ops of this set have finished when they return: nothing to wait for."""
+
+
+def timer():
+    """Starts a timer; calling what it returns gives the milliseconds since."""
+    start = time.perf_counter()
+    return lambda: (time.perf_counter() - start) * 1e3
+
+
+def memory():
+    """(free, total) bytes of main memory; (0, 0) where the system does not tell."""
+    try:
+        page = os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+    except (AttributeError, ValueError, OSError):
+        return 0, 0
+
+
+def describe():
+    """One line that names the processor and the threads in use."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as f:
+            name = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return f"{name}, {threads()} thread{'s' * (threads() > 1)}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# threads
+
+
+class _Pool:
+    """n threads, each with its own queue; a task is (body, counter): run body(i) for the next i until none is left."""
+
+    def __init__(self, n):
+        # One BLAS thread: the parallelism is ours. (Only BLAS threads, so that torch beside us keeps its own.)
+        from threadpoolctl import threadpool_limits
+
+        threadpool_limits(limits=1, user_api="blas")
+        self.done = queue.SimpleQueue()
+        self.tasks = [queue.SimpleQueue() for _ in range(n)]
+        for task in self.tasks:
+            threading.Thread(target=self._work, args=(task,), daemon=True, name="llmc.cpu").start()
+
+    def _work(self, tasks):
+        flush_denormals()
+        _local.scratch = alloc(SCRATCH * 4).view(np.float32)
+        while True:
+            item = tasks.get()
+            if item is None:
+                return
+            body, counter, n = item
+            error = None
+            try:
+                while (i := next(counter)) < n:
+                    body(i)
+            except BaseException as e:  # handed to the caller, who raises it
+                error = e
+            del body, item
+            self.done.put(error)
+
+    def run(self, body, n):
+        counter = itertools.count()  # next() on it is atomic under the GIL
+        used = self.tasks[: min(n, len(self.tasks))]
+        for task in used:
+            task.put((body, counter, n))
+        errors = [self.done.get() for _ in used]
+        for error in errors:
+            if error is not None:
+                raise error
+
+
+_local = threading.local()
+_pool = None
+
+
+def threads(n=None):
+    """The number of threads ops run on; with n, sets it. The default is the cores this process may use."""
+    global _pool
+    if n is None and _pool is None:
+        n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if n is not None and (_pool is None or n != len(_pool.tasks)):
+        for task in _pool.tasks if _pool else ():
+            task.put(None)
+        _pool = _Pool(n)
+    return len(_pool.tasks)
+
+
+def parallel(body, n):
+    """body(0) ... body(n-1) on all threads, in any order; returns when all are done. An exception is raised here.
+
+    Results do not depend on the number of threads as long as each body(i) writes memory of its own.
+    """
+    if n > 0:
+        threads()
+        _pool.run(body, n)
+
+
+def scratch(*shape):
+    """A float32 view of the given shape into this thread's scratch; its contents are what the last user left.
+
+    Blocks are cut to fit SCRATCH; only attention over more than 2,700 positions asks for more, and then it grows once.
+    """
+    size = math.prod(shape)
+    if size > _local.scratch.size:
+        _local.scratch = alloc(size * 4).view(np.float32)
+    return _local.scratch[:size].reshape(shape)
+
+
+def split(n, block, multiple=1):
+    """Cuts range(n) into equal pieces of about `block`, as many as a multiple of the threads: [(start, stop), ...]."""
+    pieces = -(-n // block)
+    pieces = -(-pieces // threads()) * threads()
+    size = -(-n // pieces)
+    size = -(-size // multiple) * multiple
+    return [(a, min(a + size, n)) for a in range(0, n, size)]
+
+
+def flush_denormals():
+    """Flush-to-zero for this thread, through the C library's fenv: no compiler needed. False where it is not known.
+
+    x86-64 glibc keeps MXCSR at byte 28 of fenv_t (FTZ is bit 15, DAZ bit 6); AArch64 glibc keeps FPCR first (FZ is
+    bit 24); Windows has _controlfp. Elsewhere (macOS on Apple silicon) denormals run at full speed anyway.
+    """
+    machine = platform.machine().lower()
+    if sys.platform == "win32":
+        ctypes.cdll.msvcrt._controlfp(0x01000000, 0x03000000)  # _DN_FLUSH, _MCW_DN
+        return True
+    word, bits = {"x86_64": (7, 0x8040), "aarch64": (0, 1 << 24)}.get(machine, (None, None))
+    if not sys.platform.startswith("linux") or word is None:
+        return False
+    libm = ctypes.CDLL(ctypes.util.find_library("m") or "libm.so.6")
+    env = (ctypes.c_uint32 * 16)()
+    if libm.fegetenv(env) != 0:
+        return False
+    env[word] |= bits
+    return libm.fesetenv(env) == 0

@@ -1,0 +1,62 @@
+"""Token and position embeddings (llm.c: llmc/encoder.cuh)."""
+
+import numpy as np
+
+from . import device
+
+ROWS = 512  # tokens in a block
+
+
+def encoder_scratch_size(B, T, C, Vp):
+    """int32 elements of scratch that encoder_backward wants: none here (the sort of B*T token ids is NumPy's)."""
+    return 0
+
+
+def encoder_forward(out, inp, wte, wpe):
+    """out[b,t] = wte[inp[b,t]] + wpe[t]
+
+    out (B, T, C) f32 written (=);  inp (B, T) i32, each id < Vp (the loader has checked);  wte (Vp, C), wpe (maxT, C).
+    Requires T <= maxT.  Source: llm.c llmc/encoder.cuh encoder_forward.
+    """
+    B, T, C = out.shape
+    assert inp.shape == (B, T) and wte.shape[1] == C and wpe.shape[1] == C and T <= wpe.shape[0], (out.shape, wpe.shape)
+    pieces = device.split(T, ROWS)
+
+    def body(i):
+        b, (t0, t1) = i // len(pieces), pieces[i % len(pieces)]
+        o = out[b, t0:t1]
+        np.take(wte, inp[b, t0:t1], axis=0, out=o, mode="clip")  # any other mode copies through a buffer
+        o += wpe[t0:t1]
+
+    device.parallel(body, B * len(pieces))
+
+
+def encoder_backward(dwte, dwpe, scratch, dout, inp, seed):
+    """dwte[inp[b,t]] += dout[b,t];  dwpe[t] += dout[b,t]
+
+    dwte (Vp, C), dwpe (maxT, C) f32 accumulated (+=);  dout (B, T, C);  inp (B, T) i32;  scratch, seed unused in fp32.
+    Deterministic: rows of one token are summed in the order of their positions.
+    Source: llm.c llmc/encoder.cuh encoder_backward.
+    """
+    B, T, C = dout.shape
+    assert inp.shape == (B, T) and dwte.shape[1] == C and dwpe.shape[1] == C and T <= dwpe.shape[0], dout.shape
+    rows = dout.reshape(B * T, C)
+    order = np.argsort(inp, axis=None, kind="stable")
+    tokens = inp.reshape(-1)[order]
+    columns = device.split(C, 256)  # a thread owns a range of channels, so that no two write one element
+
+    def body(i):
+        c0, c1 = columns[i]
+        for b in range(B):
+            dwpe[:T, c0:c1] += dout[b, :, c0:c1]
+        step = min(ROWS, device.SCRATCH // (2 * (c1 - c0)))
+        gathered, sums = device.scratch(2, step, c1 - c0)
+        for a in range(0, B * T, step):
+            ids = tokens[a : a + step]
+            first = np.flatnonzero(np.diff(ids, prepend=-1))  # where a new token begins
+            n, g = len(ids), gathered[: len(ids)]
+            np.take(rows[:, c0:c1], order[a : a + n], axis=0, out=g, mode="clip")
+            np.add.reduceat(g, first, axis=0, out=sums[: len(first)])
+            dwte[ids[first], c0:c1] += sums[: len(first)]
+
+    device.parallel(body, len(columns))
