@@ -1,0 +1,150 @@
+"""What a run writes down: main.log in llm.c's format, metrics.jsonl, and the live display.
+
+Source: llm.c llmc/logger.h (main.log), train_gpt2.cu main (step line).
+"""
+
+import json
+import math
+import os
+import re
+import sys
+
+from llmc import UserError
+from llmc.checkpoint import atomic_write
+
+
+class Logger:
+    """<output_dir>/main.log and metrics.jsonl, one line per event, each written with a single write() call.
+
+    main.log is llm.c's: `s:%d trl:%.4f lr:%.6f norm:%.2f`, `s:%d tel:%.4f`, `s:%d eval:%.4f` with the 0-based step.
+    metrics.jsonl has one strict JSON object a line with the key `step`; NaN and Inf are null.
+    output_dir None: every call does nothing. Use it on rank 0 only.
+    resume_step None starts both files afresh. A run that resumes at step s keeps the lines before s: step s itself,
+    validation included, is done and logged again, so the files end as those of a run that was never killed.
+    Errors: UserError where the files cannot be written.
+    """
+
+    def __init__(self, output_dir, resume_step=None):
+        self.output_dir = output_dir
+        if output_dir is None:
+            return
+        try:
+            os.makedirs(output_dir, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot create {output_dir}: {error.strerror}. HINT: give -o a folder to write to"
+            ) from error
+        for name, step_of in (("main.log", main_log_step), ("metrics.jsonl", metrics_step)):
+            keep_lines_before(os.path.join(output_dir, name), step_of, resume_step or 0)
+
+    def train(self, step, loss, lr, grad_norm, **metrics):
+        """Log a training step; metrics: dt_ms, tokens_per_second, ... for metrics.jsonl only."""
+        self._append("main.log", f"s:{step} trl:{loss:.4f} lr:{lr:.6f} norm:{grad_norm:.2f}")
+        self._append("metrics.jsonl", to_json(step=step, train_loss=loss, lr=lr, grad_norm=grad_norm, **metrics))
+
+    def val(self, step, loss, **metrics):
+        """Log a validation loss."""
+        self._append("main.log", f"s:{step} tel:{loss:.4f}")
+        self._append("metrics.jsonl", to_json(step=step, val_loss=loss, **metrics))
+
+    def eval(self, step, accuracy, **metrics):
+        """Log a HellaSwag accuracy."""
+        self._append("main.log", f"s:{step} eval:{accuracy:.4f}")
+        self._append("metrics.jsonl", to_json(step=step, eval_accuracy=accuracy, **metrics))
+
+    def _append(self, name, line):
+        if self.output_dir is None:
+            return
+        path = os.path.join(self.output_dir, name)
+        try:
+            with open(path, "ab", buffering=0) as file:
+                file.write(line.encode() + b"\n")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}. HINT: free disk space or check -o") from error
+
+
+def to_json(**values):
+    """One strict JSON object; NumPy scalars become numbers, NaN and Inf null."""
+    values = {key: value.item() if hasattr(value, "item") else value for key, value in values.items()}
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps(finite, allow_nan=False)
+
+
+def main_log_step(line):
+    """Step of a main.log line, None where it is not one."""
+    match = re.match(rb"s:(\d+) ", line)
+    return int(match[1]) if match else None
+
+
+def metrics_step(line):
+    """Step of a metrics.jsonl line, None where it is not one."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def keep_lines_before(path, step_of, step):
+    """Rewrite a log atomically with only the lines of steps before `step`; other lines, and a torn last one, go."""
+    kept = []
+    if step > 0 and os.path.exists(path):
+        try:
+            with open(path, "rb") as file:
+                lines = file.read().split(b"\n")[:-1]  # what follows the last newline is torn, or nothing
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}. HINT: check -o") from error
+        kept = [line + b"\n" for line in lines if (s := step_of(line)) is not None and s < step]
+    with atomic_write(path) as file:
+        file.writelines(kept)
+
+
+def step_line(step, total_steps, loss, loss_z, grad_norm, norm_z, lr, dt_ms, mfu, tokens_per_second):
+    """llm.c's console line of the 0-based `step` (printed from 1). z-scores may be NaN; mfu is a fraction or None."""
+    mfu = "n/a" if mfu is None else f"{100 * mfu:.1f}%"
+    return (
+        f"step {step + 1:4d}/{total_steps} | loss {loss:7.6f} ({loss_z:+.2f}z)| norm {grad_norm:6.4f} "
+        f"({norm_z:+.2f}z)| lr {lr:.2e} | {dt_ms:.2f} ms | {mfu} bf16 MFU | {tokens_per_second:.0f} tok/s"
+    )
+
+
+class Display:
+    """Progress of a run on stdout: a calm bar with ETA on a terminal (live), plain lines where stdout is piped.
+
+    live: sys.stdout.isatty(). Then step() moves the bar and write() prints above it; else step() prints its line,
+    and no escape code is ever written. first_step: steps done before this run (resume).
+    """
+
+    def __init__(self, total_steps, live, first_step=0):
+        self.bar = None
+        if live:
+            from tqdm import tqdm  # only here: its import takes longer than the rest of the start
+
+            self.bar = tqdm(
+                total=total_steps,
+                initial=first_step,
+                mininterval=0.25,
+                miniters=1,
+                dynamic_ncols=True,
+                file=sys.stdout,
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+            )
+
+    def step(self, line, loss, lr, tokens_per_second):
+        """One training step is done. line: step_line()'s, printed where there is no bar."""
+        if self.bar is None:
+            print(line, flush=True)
+        else:
+            self.bar.set_postfix_str(f"loss {loss:.4f} | lr {lr:.2e} | {tokens_per_second:.0f} tok/s", refresh=False)
+            self.bar.update()
+
+    def write(self, text):
+        """Print lines that stay: validation loss, samples, checkpoints."""
+        if self.bar is None:
+            print(text, flush=True)
+        else:
+            self.bar.write(text, file=sys.stdout)
+
+    def close(self):
+        """Leave the bar as it is and end its line."""
+        if self.bar is not None:
+            self.bar.close()
