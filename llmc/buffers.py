@@ -1,0 +1,80 @@
+"""Named tensors in flat buffers: declared once as a table, allocated in one piece, used as views.
+
+A table of TensorSpec is the single source for four things: the memory plan printed before anything is allocated, the
+allocation itself, the views the model works on (``t.wte``, ``t.h[l].qkvw``), and, for parameters, init and decay.
+"""
+
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+
+
+class TensorSpec(NamedTuple):
+    """One row of a buffer. Its array has shape (layers, *shape), or shape alone where layers is 0.
+
+    ``dtype`` is "X" (the model's precision), "f32", "i32" or "u32". ``layers`` is 0 for a tensor of the whole model,
+    the number of layers for one of each layer, and 1 for one that all layers share (that is how recomputation saves
+    memory: one number in the table). ``init`` ("normal", "residual", "zeros", "ones") and ``decay`` are for parameters.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "X"
+    layers: int = 0
+    init: str = "zeros"
+    decay: bool = False
+
+    @property
+    def size(self):
+        size = max(self.layers, 1)
+        for s in self.shape:
+            size *= s
+        return size
+
+
+def dtypes(model_dtype):
+    """The NumPy dtype of each dtype letter of a table; model_dtype is the one "X" stands for."""
+    letters = {"X": model_dtype, "f32": np.float32, "i32": np.int32, "u32": np.uint32}
+    return {letter: np.dtype(kind) for letter, kind in letters.items()}
+
+
+def offsets(specs, model_dtype, align=1):
+    """Byte offset of each row, and the total number of bytes; rows start at multiples of align."""
+    sizes, at, kinds = [], 0, dtypes(model_dtype)
+    for spec in specs:
+        at = -(-at // align) * align
+        sizes.append(at)
+        at += spec.size * kinds[spec.dtype].itemsize
+    return sizes, -(-at // align) * align
+
+
+def carve(flat, specs, num_layers, model_dtype, align=1):
+    """Views into flat (uint8): a namespace with .<name> for each row, and .h[l].<name> for those that have layers.
+
+    The rows may describe less than the buffer was allocated for: a smaller batch lives in the same memory.
+    """
+    starts, total = offsets(specs, model_dtype, align)
+    assert total <= flat.size, (total, flat.size)
+    kinds = dtypes(model_dtype)
+    views = SimpleNamespace(h=[SimpleNamespace() for _ in range(num_layers)])
+    for spec, start in zip(specs, starts, strict=True):
+        nbytes = spec.size * kinds[spec.dtype].itemsize
+        shape = (spec.layers, *spec.shape) if spec.layers else spec.shape
+        array = flat[start : start + nbytes].view(kinds[spec.dtype]).reshape(shape)
+        setattr(views, spec.name, array)
+        if spec.layers:
+            for layer in range(num_layers):
+                setattr(views.h[layer], spec.name, array[layer if spec.layers > 1 else 0])
+    return views
+
+
+def plan(title, specs, model_dtype, align=1):
+    """Lines of the memory plan for one buffer: each row's shape, dtype and bytes, then the total."""
+    kinds = dtypes(model_dtype)
+    lines = []
+    for spec in specs:
+        nbytes = spec.size * kinds[spec.dtype].itemsize
+        shape = " x ".join(str(s) for s in ((spec.layers, *spec.shape) if spec.layers else spec.shape))
+        lines.append(f"  {spec.name:<14}{shape:<26}{kinds[spec.dtype].name:<10}{nbytes:>16,} bytes")
+    return [*lines, f"  {title:<50}{offsets(specs, model_dtype, align)[1]:>16,} bytes"]

@@ -1,0 +1,347 @@
+"""GPT-2: its sizes, its tensors, and every forward and backward call by hand. Read this file first.
+
+There is no autograd and there are no modules. ``forward`` and ``backward`` are flat lists of op calls over named views
+into flat buffers, in the order llm.c has them (train_gpt2.cu), with its tensor names:
+
+    w   weights of one layer       params.h[l].qkvw ...     (checkpoint order, so that a checkpoint is one copy)
+    g   their gradients            grads.h[l].qkvw ...
+    a   activations of one layer   acts.h[l].atty ...
+
+``ops`` is one of two plain modules with the same functions: llmc.cuda (kernels) or llmc.cpu (NumPy and BLAS).
+
+Shapes: B batch, T positions, C channels, NH heads, L layers, V vocabulary, Vp vocabulary padded to a multiple of 128.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import UserError, rand
+from .buffers import TensorSpec, carve, offsets, plan
+
+ALIGN = 256  # bytes: rows of the activation buffer start at multiples of it
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The six numbers of llm.c's GPT2Config, which are also the header of a model file."""
+
+    max_seq_len: int = 1024
+    vocab_size: int = 50257
+    padded_vocab_size: int = 50304
+    num_layers: int = 12
+    num_heads: int = 12
+    channels: int = 768
+
+    def __post_init__(self):
+        if self.channels % self.num_heads:
+            C, NH = self.channels, self.num_heads
+            raise UserError(f"channels {C} is not a multiple of num_heads {NH}. HINT: check the model file (-e).")
+
+
+GPT2_CHANNELS = {6: 384, 12: 768, 24: 1024, 36: 1280, 48: 1600, 60: 1920, 72: 2880, 84: 3456}  # depth -> C
+GPT3_LAYERS = {384: 6, 768: 12, 1024: 24, 1536: 24, 2048: 24, 2560: 32, 4096: 32, 12288: 96}  # C -> depth
+GPT3_HEAD_SIZE = {1536: 96, 2560: 80, 2048: 128, 4096: 128, 12288: 128}  # 64 for the others
+TINY = {1: (64, 4), 2: (64, 4), 3: (128, 4), 4: (128, 4), 6: (192, 6), 8: (256, 8)}  # depth -> C, NH: for CPUs
+DESCRIPTORS = (
+    "dN or gpt2:dN (N = 6, 12, 24, 36, 48, 60, 72, 84), gpt3:cN (N = 384, 768, 1024, 1536, 2048, 2560, 4096, 12288), "
+    "tiny:dN (N = 1, 2, 3, 4, 6, 8)"
+)
+
+
+def config_from_descriptor(descriptor, vocab_size=50257, max_seq_len=None):
+    """The GPT2Config that a descriptor names: llm.c's dN, gpt2:dN and gpt3:cN, and tiny:dN for CPUs.
+
+    vocab_size is the tokenizer's; it is padded to a multiple of 128 as 50257 is to 50304. max_seq_len None means 1024
+    for gpt2, 2048 for gpt3, 256 for tiny. Source: llm.c train_gpt2.cu gpt_build_from_descriptor.
+    """
+    match = re.fullmatch(r"(?:gpt2:)?(d)(\d+)|gpt3:(c)(\d+)|tiny:(d)(\d+)", descriptor)
+    n = int(next(filter(str.isdigit, filter(None, match.groups())))) if match else -1
+    if match and match[1] and n in GPT2_CHANNELS:
+        L, C = n, GPT2_CHANNELS[n]
+        NH, maxT = C // (96 if n > 60 else 64), 1024
+    elif match and match[3] and n in GPT3_LAYERS:
+        L, C = GPT3_LAYERS[n], n
+        NH, maxT = C // GPT3_HEAD_SIZE.get(n, 64), 2048
+    elif match and match[5] and n in TINY:
+        L, (C, NH) = n, TINY[n]
+        maxT = 256
+    else:
+        raise UserError(f"-e {descriptor}: no such model descriptor, nor a .bin file. HINT: known are {DESCRIPTORS}.")
+    return GPT2Config(max_seq_len or maxT, vocab_size, -(-vocab_size // 128) * 128, L, NH, C)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the tensors
+
+
+def parameter_specs(config):
+    """The 16 parameter tensors, in the order of llm.c's checkpoint. Matrices are (out_features, in_features)."""
+    Vp, maxT, L, C = config.padded_vocab_size, config.max_seq_len, config.num_layers, config.channels
+    return [
+        TensorSpec("wte", (Vp, C), "X", 0, "normal", True),  # rows V..Vp are zero, and stay zero
+        TensorSpec("wpe", (maxT, C), "X", 0, "normal", True),
+        TensorSpec("ln1w", (C,), "X", L, "ones"),
+        TensorSpec("ln1b", (C,), "X", L),
+        TensorSpec("qkvw", (3 * C, C), "X", L, "normal", True),
+        TensorSpec("qkvb", (3 * C,), "X", L),
+        TensorSpec("attprojw", (C, C), "X", L, "residual", True),
+        TensorSpec("attprojb", (C,), "X", L),
+        TensorSpec("ln2w", (C,), "X", L, "ones"),
+        TensorSpec("ln2b", (C,), "X", L),
+        TensorSpec("fcw", (4 * C, C), "X", L, "normal", True),
+        TensorSpec("fcb", (4 * C,), "X", L),
+        TensorSpec("fcprojw", (C, 4 * C), "X", L, "residual", True),
+        TensorSpec("fcprojb", (C,), "X", L),
+        TensorSpec("lnfw", (C,), "X", 0, "ones"),
+        TensorSpec("lnfb", (C,), "X", 0),
+    ]
+
+
+def activation_specs(config, B, T, recompute):
+    """The activations of a micro-batch. recompute 0 keeps all, 1 recomputes GELU in backward, 2 also the layernorms."""
+    Vp, L, NH, C = config.padded_vocab_size, config.num_layers, config.num_heads, config.channels
+    keep_gelu = L if recompute < 1 else 1
+    keep_ln = L if recompute < 2 else 1
+    return [
+        TensorSpec("inputs", (B, T), "i32"),
+        TensorSpec("targets", (B, T), "i32"),
+        TensorSpec("encoded", (B, T, C)),
+        TensorSpec("ln1", (B, T, C), "X", keep_ln),
+        TensorSpec("ln1_mean", (B, T), "f32", L),
+        TensorSpec("ln1_rstd", (B, T), "f32", L),
+        TensorSpec("qkvr", (B, T, 3 * C), "X", L),  # packed (B, T, 3, NH, HS)
+        TensorSpec("atty", (B, T, C), "X", L),
+        TensorSpec("att", (B, NH, T), "f32", L),  # log-sum-exp of the scores; there is no T x T
+        TensorSpec("residual2", (B, T, C), "X", L),
+        TensorSpec("ln2", (B, T, C), "X", keep_ln),
+        TensorSpec("ln2_mean", (B, T), "f32", L),
+        TensorSpec("ln2_rstd", (B, T), "f32", L),
+        TensorSpec("fch", (B, T, 4 * C), "X", L),
+        TensorSpec("fch_gelu", (B, T, 4 * C), "X", keep_gelu),
+        TensorSpec("residual3", (B, T, C), "X", L),  # the last layer's becomes scratch (dl_btc) in backward
+        TensorSpec("lnf", (B, T, C)),
+        TensorSpec("lnf_mean", (B, T), "f32"),
+        TensorSpec("lnf_rstd", (B, T), "f32"),
+        TensorSpec("losses", (B, T), "f32"),
+        TensorSpec("output", (B, T, Vp)),  # logits, then dlogits
+        TensorSpec("scratch_btc", (B, T, C)),  # forward: input of a residual add; backward: dresidual
+        TensorSpec("scratch_bt4c", (B, T, 4 * C)),  # backward: dlnf, dfch, dqkvr
+    ]
+
+
+def scratch_specs(config, ops, B, T):
+    """What the ops want as scratch, and the small arrays that a step reads its scalars from."""
+    Vp, NH, C = config.padded_vocab_size, config.num_heads, config.channels
+    N = num_parameters(config)
+    shapes = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C), (C, Vp)]
+    scratch = max(
+        ops.layernorm_scratch_size(B, T, C),
+        ops.attention_scratch_size(B, T, C, NH),
+        ops.global_norm_scratch_size(N),
+        *(ops.matmul_scratch_size(B, T, c, oc) for c, oc in shapes),
+    )
+    return [
+        TensorSpec("f32", (scratch,), "f32"),
+        TensorSpec("i32", (ops.encoder_scratch_size(B, T, C, Vp),), "i32"),
+        TensorSpec("norm_squared", (1,), "f32"),
+        TensorSpec("hyper", (3,), "f32"),  # learning rate, 1 - beta1^t, 1 - beta2^t
+        TensorSpec("decays", (16,), "f32"),
+        TensorSpec("seeds", (16,), "u32"),
+        TensorSpec("encoder_seed", (1,), "u32"),
+    ]
+
+
+def num_parameters(config):
+    """The padded parameter count N, as llm.c prints it and counts its FLOPs with."""
+    return sum(spec.size for spec in parameter_specs(config))
+
+
+def flops_per_token(config, T):
+    """6 N + 6 L C T: forward and backward matmuls, and causal attention (llm.c train_gpt2.cu gpt2_estimate_mfu)."""
+    return 6 * num_parameters(config) + 6 * config.num_layers * config.channels * T
+
+
+def memory_plan(config, ops, B, T, recompute=1, dtype="float32", training=True):
+    """[(title, specs, bytes)] for each buffer that GPT2(...) allocates with the same arguments."""
+    parameters, activations = parameter_specs(config), activation_specs(config, B, T, recompute)
+    scratch = scratch_specs(config, ops, B, T)
+    moments = [TensorSpec(name, (num_parameters(config),), "f32") for name in ("m", "v")]
+    plans = [("parameters", parameters, 1)]
+    if training:
+        plans += [("gradients", parameters, 1), ("optimizer", moments, 1)]
+    plans += [("activations", activations, ALIGN), ("scratch", scratch, ALIGN)]
+    return [(title, specs, align, offsets(specs, dtype, align)[1]) for title, specs, align in plans]
+
+
+def format_plan(plans, dtype="float32"):
+    """The memory plan as text: a line a tensor with its bytes, a total a buffer, and the grand total."""
+    lines = ["memory plan"]
+    for title, specs, align, _ in plans:
+        lines += plan(title, specs, dtype, align)
+    total = sum(nbytes for *_, nbytes in plans)
+    return "\n".join([*lines, f"  {'total':<50}{total:>16,} bytes = {total / 2**20:,.1f} MiB"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the model
+
+
+class GPT2:
+    """Buffers and the three passes. Nothing is allocated after __init__."""
+
+    def __init__(self, config, ops, B, T, recompute=1, training=True):
+        if not 0 < T <= config.max_seq_len:
+            raise UserError(f"-t {T}: the model has positions for 1 to {config.max_seq_len} tokens. HINT: lower -t.")
+        self.config, self.ops, self.B, self.T, self.recompute = config, ops, B, T, recompute
+        self.dtype = np.dtype(np.float32)
+        L = config.num_layers
+        buffers = {}
+        for title, specs, align, nbytes in memory_plan(config, ops, B, T, recompute, self.dtype, training):
+            buffers[title] = (ops.device.alloc(nbytes), specs, align)
+
+        def views(title):
+            flat, specs, align = buffers[title]
+            return carve(flat, specs, L, self.dtype, align)
+
+        self.params, self.params_flat = views("parameters"), buffers["parameters"][0].view(self.dtype)
+        if training:
+            self.grads, self.grads_flat = views("gradients"), buffers["gradients"][0].view(self.dtype)
+            self.m, self.v = views("optimizer").m, views("optimizer").v
+        self.acts_flat = buffers["activations"][0]
+        self.scratch = views("scratch")
+        self.views = {}  # (b, t) -> activation views; smaller batches (validation tails, sampling) use the same memory
+        self.acts = self.activations(B, T)
+        self.ends = np.cumsum([spec.size for spec in parameter_specs(config)], dtype=np.int64)
+        self.master = None  # fp32 master weights: the parameters themselves are fp32 here
+        self.rng_state = 13371337  # of the stochastic-rounding seeds, as in llm.c (plus the rank)
+        self.rng_state_last_update = self.rng_state
+        self.loss_is_zeroed = False
+
+    def activations(self, b, t):
+        """Views of the activations for a batch of b rows of t tokens, b*t <= B*T and t <= T."""
+        if (b, t) not in self.views:
+            specs = activation_specs(self.config, b, t, self.recompute)
+            self.views[b, t] = carve(self.acts_flat, specs, self.config.num_layers, self.dtype, ALIGN)
+        return self.views[b, t]
+
+    def init_weights(self, seed=42):
+        """Fresh weights, the same bits as llm.c for a seed: wte, wpe, then layer by layer, drawn from one MT19937."""
+        config, mt = self.config, rand.MT19937(seed)
+        std = {"normal": 0.02, "residual": 0.02 / math.sqrt(2.0 * config.num_layers)}
+        specs = parameter_specs(config)
+        for spec in specs:
+            getattr(self.params, spec.name).fill(1.0 if spec.init == "ones" else 0.0)
+        rand.normal_(self.params.wte[: config.vocab_size].reshape(-1), 0.0, std["normal"], mt)
+        rand.normal_(self.params.wpe.reshape(-1), 0.0, std["normal"], mt)
+        for w in self.params.h:
+            for spec in specs:
+                if spec.layers and spec.init in std:
+                    rand.normal_(getattr(w, spec.name).reshape(-1), 0.0, std[spec.init], mt)
+
+    def forward(self, inputs):
+        """Logits acts.output (b, t, Vp) for token ids inputs (b, t) i32 on the host. Returns the activations used."""
+        ops, acts, params = self.ops, self.activations(*inputs.shape), self.params
+        ops.device.upload(acts.inputs, inputs)
+        ops.encoder_forward(acts.encoded, acts.inputs, params.wte, params.wpe)
+        w, a = params.h[0], acts.h[0]
+        ops.layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, acts.encoded, w.ln1w, w.ln1b)
+        residual, x = acts.encoded, acts.scratch_btc
+        for w, a, next_w, next_a in zip(params.h, acts.h, [*params.h[1:], None], [*acts.h[1:], None], strict=True):
+            ops.matmul_forward(a.qkvr, a.ln1, w.qkvw, w.qkvb)
+            ops.attention_forward(a.atty, a.att, a.qkvr)
+            ops.matmul_forward(x, a.atty, w.attprojw, w.attprojb)
+            ops.fused_residual_forward(a.residual2, a.ln2, a.ln2_mean, a.ln2_rstd, residual, x, w.ln2w, w.ln2b)
+            ops.matmul_forward(a.fch_gelu, a.ln2, w.fcw, w.fcb, pre_gelu=a.fch)
+            ops.matmul_forward(x, a.fch_gelu, w.fcprojw, w.fcprojb)
+            if next_w is not None:  # the residual add is fused with the layernorm that follows it
+                n = (next_a.ln1, next_a.ln1_mean, next_a.ln1_rstd)
+                ops.fused_residual_forward(a.residual3, *n, a.residual2, x, next_w.ln1w, next_w.ln1b)
+            else:
+                n = (acts.lnf, acts.lnf_mean, acts.lnf_rstd)
+                ops.fused_residual_forward(a.residual3, *n, a.residual2, x, params.lnfw, params.lnfb)
+            residual = a.residual3
+        ops.matmul_forward(acts.output, acts.lnf, params.wte)
+        return acts
+
+    def validate(self, inputs, targets):
+        """Mean loss in nats over a batch. No gradient is computed or written."""
+        ops, acts = self.ops, self.forward(inputs)
+        ops.device.upload(acts.targets, targets)
+        ops.device.zero(acts.losses)
+        ops.fused_classifier(acts.output, acts.losses, 1.0, acts.targets, self.config.vocab_size, write_dlogits=False)
+        return float(ops.device.download(acts.losses).mean(dtype=np.float64))
+
+    def backward(self, inputs, targets, grad_accum_steps=1, micro_step=0):
+        """Gradients of the mean loss over grad_accum_steps micro-batches; call forward(inputs) with this batch first.
+
+        The first micro-step writes the gradients (=), later ones add to them (+=). acts.losses likewise.
+        """
+        ops, acts, params, grads = self.ops, self.activations(*inputs.shape), self.params, self.grads
+        b, t = inputs.shape
+        C, scratch, more = self.config.channels, self.scratch, micro_step > 0
+        if not more:  # what only ever accumulates starts from zero; matmuls write their gradients outright
+            ops.device.zero(acts.losses)
+            for name in ("wpe", "ln1w", "ln1b", "ln2w", "ln2b", "lnfw", "lnfb"):
+                ops.device.zero(getattr(grads, name))
+        dloss = 1.0 / (b * t * grad_accum_steps)
+        ops.device.upload(acts.targets, targets)
+        ops.fused_classifier(acts.output, acts.losses, dloss, acts.targets, self.config.vocab_size)
+
+        dresidual = acts.scratch_btc
+        dl_btc, dl_bt4c = acts.h[-1].residual3, acts.scratch_bt4c  # lnf is the last to need the last residual3
+        dlnf, dqkvr = dl_bt4c.reshape(-1)[: b * t * C].reshape(b, t, C), dl_bt4c.reshape(-1)[: b * t * 3 * C]
+        dqkvr = dqkvr.reshape(b, t, 3 * C)
+        ops.device.zero(dresidual)
+        ops.matmul_backward(dlnf, grads.wte, None, scratch.f32, acts.output, acts.lnf, params.wte, accumulate=more)
+        n = (params.lnfw, acts.lnf_mean, acts.lnf_rstd)
+        ops.layernorm_backward(dresidual, grads.lnfw, grads.lnfb, scratch.f32, dlnf, acts.h[-1].residual3, *n)
+
+        residuals = [acts.encoded, *(a.residual3 for a in acts.h[:-1])]
+        for w, g, a, residual in zip(params.h[::-1], grads.h[::-1], acts.h[::-1], residuals[::-1], strict=True):
+            if self.recompute >= 1:
+                ops.gelu_forward(a.fch_gelu, a.fch)
+            d = (g.fcprojw, g.fcprojb, scratch.f32)
+            ops.matmul_backward(dl_bt4c, *d, dresidual, a.fch_gelu, w.fcprojw, pre_gelu=a.fch, accumulate=more)
+            if self.recompute >= 2:
+                ops.layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, w.ln2w, w.ln2b)
+            ops.matmul_backward(dl_btc, g.fcw, g.fcb, scratch.f32, dl_bt4c, a.ln2, w.fcw, accumulate=more)
+            n = (w.ln2w, a.ln2_mean, a.ln2_rstd)
+            ops.layernorm_backward(dresidual, g.ln2w, g.ln2b, scratch.f32, dl_btc, a.residual2, *n)
+            d = (g.attprojw, g.attprojb, scratch.f32)
+            ops.matmul_backward(dl_btc, *d, dresidual, a.atty, w.attprojw, accumulate=more)
+            ops.attention_backward(dqkvr, scratch.f32, dl_btc, a.atty, a.qkvr, a.att)
+            if self.recompute >= 2:
+                ops.layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, w.ln1w, w.ln1b)
+            ops.matmul_backward(dl_btc, g.qkvw, g.qkvb, scratch.f32, dqkvr, a.ln1, w.qkvw, accumulate=more)
+            n = (w.ln1w, a.ln1_mean, a.ln1_rstd)
+            ops.layernorm_backward(dresidual, g.ln1w, g.ln1b, scratch.f32, dl_btc, residual, *n)
+        seed, self.rng_state = rand.random_u32(self.rng_state)
+        ops.device.upload(scratch.encoder_seed, np.array([seed], np.uint32))
+        ops.encoder_backward(grads.wte, grads.wpe, scratch.i32, dresidual, acts.inputs, scratch.encoder_seed)
+
+    def mean_loss(self, grad_accum_steps=1):
+        """Mean loss in nats of the micro-batches since the last micro_step 0."""
+        return float(self.ops.device.download(self.acts.losses).mean(dtype=np.float64)) / grad_accum_steps
+
+    def grad_norm(self):
+        """The L2 norm of all gradients; update() clips by what this call has left in scratch.norm_squared."""
+        self.ops.global_norm_squared(self.scratch.norm_squared, self.scratch.f32, self.grads_flat)
+        return math.sqrt(self.ops.device.download(self.scratch.norm_squared)[0])
+
+    def update(self, learning_rate, beta1, beta2, eps, weight_decay, grad_clip, t):
+        """One AdamW step on all parameters; t counts updates from 1. Call grad_norm() first."""
+        ops, scratch = self.ops, self.scratch
+        self.rng_state_last_update = self.rng_state
+        seeds = np.empty(16, np.uint32)
+        for i in range(16):
+            seeds[i], self.rng_state = rand.random_u32(self.rng_state)
+        decays = [weight_decay if spec.decay else 0.0 for spec in parameter_specs(self.config)]
+        ops.device.upload(scratch.seeds, seeds)
+        ops.device.upload(scratch.decays, np.array(decays, np.float32))
+        ops.device.upload(scratch.hyper, np.array([learning_rate, 1.0 - beta1**t, 1.0 - beta2**t], np.float32))
+        arenas = (self.params_flat, self.master, self.grads_flat, self.m, self.v)
+        tables = (self.ends, scratch.decays, scratch.seeds, scratch.hyper, scratch.norm_squared)
+        ops.adamw_update(*arenas, *tables, beta1, beta2, eps, grad_clip)
