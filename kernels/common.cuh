@@ -1,0 +1,172 @@
+// What every kernel file shares: the model's number type, 16-byte packs, warp and block reductions, noise for
+// stochastic rounding, GELU. One file per op includes it; there is no other shared code.
+//
+// floatX is the type of parameters, activations and their gradients, fixed by one -D option per compilation:
+// ENABLE_FP32 | ENABLE_FP16 | ENABLE_BF16. All arithmetic is in fp32: read with (float)x, write with (floatX)f, which
+// rounds to nearest even. Statistics (mean, rstd, log-sum-exp, losses, m, v) are always fp32.
+//
+// Compiled by NVRTC, which has no stdint.h, math.h or type_traits: the few names needed are defined here.
+// Source: llm.c llmc/cuda_common.h (floatX) and llmc/cuda_utils.cuh (Packed128, reductions, stochastic rounding).
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+typedef unsigned int u32;
+typedef long long i64;
+
+#ifndef INFINITY
+#define INFINITY __int_as_float(0x7f800000)
+#endif
+
+#if defined(ENABLE_BF16)
+typedef __nv_bfloat16 floatX;
+#elif defined(ENABLE_FP16)
+typedef __half floatX;
+#elif defined(ENABLE_FP32)
+typedef float floatX;
+#else
+#error "define one of ENABLE_BF16, ENABLE_FP16, ENABLE_FP32"
+#endif
+
+// Integers only: ceil_div(7, 2) = 4.
+template <class T> __host__ __device__ constexpr T ceil_div(T a, T b) { return (a + b - 1) / b; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 16-byte packs: the widest access a thread can make, and the unit of every vectorised kernel
+// ---------------------------------------------------------------------------------------------------------------------
+
+// 8 bf16/fp16 or 4 fp32 values that are loaded and stored at once. The address must be 16-byte aligned.
+template <class T> struct alignas(16) Packed128 {
+    static constexpr int size = 16 / sizeof(T);
+    T payload[size];
+
+    __device__ T& operator[](int i) { return payload[i]; }
+    __device__ const T& operator[](int i) const { return payload[i]; }
+};
+
+typedef Packed128<floatX> x128;
+typedef Packed128<float> f128;
+
+template <class T> __device__ inline Packed128<T> unpack128(int4 bits) {
+    Packed128<T> pack;
+    memcpy(&pack, &bits, 16);
+    return pack;
+}
+
+template <class T> __device__ inline int4 bits128(const Packed128<T>& pack) {
+    int4 bits;
+    memcpy(&bits, &pack, 16);
+    return bits;
+}
+
+// load128: default caching. load128cs: evict first, for data that is read once. load128cg: past L1, for data that
+// other blocks wrote during this launch.
+template <class T> __device__ inline Packed128<T> load128(const T* address) {
+    return unpack128<T>(*reinterpret_cast<const int4*>(address));
+}
+template <class T> __device__ inline Packed128<T> load128cs(const T* address) {
+    return unpack128<T>(__ldcs(reinterpret_cast<const int4*>(address)));
+}
+template <class T> __device__ inline Packed128<T> load128cg(const T* address) {
+    return unpack128<T>(__ldcg(reinterpret_cast<const int4*>(address)));
+}
+
+// store128cs: evict first, for data that no kernel reads soon. store128cg: keep in L2 only.
+template <class T> __device__ inline void store128(T* address, const Packed128<T>& pack) {
+    *reinterpret_cast<int4*>(address) = bits128(pack);
+}
+template <class T> __device__ inline void store128cs(T* address, const Packed128<T>& pack) {
+    __stcs(reinterpret_cast<int4*>(address), bits128(pack));
+}
+template <class T> __device__ inline void store128cg(T* address, const Packed128<T>& pack) {
+    __stcg(reinterpret_cast<int4*>(address), bits128(pack));
+}
+
+template <class T> __device__ inline Packed128<T> zeros128() { return unpack128<T>(make_int4(0, 0, 0, 0)); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Reductions. Butterfly shuffles: every lane gets the same bits, and the order never depends on timing.
+// ---------------------------------------------------------------------------------------------------------------------
+
+__device__ inline float warpReduceSum(float value) {
+    for (int offset = 16; offset > 0; offset /= 2) { value += __shfl_xor_sync(0xffffffffu, value, offset); }
+    return value;
+}
+
+__device__ inline float warpReduceMax(float value) {
+    for (int offset = 16; offset > 0; offset /= 2) { value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, offset)); }
+    return value;
+}
+
+// Every thread of a 1-D block calls these (blockDim.x a multiple of 32, up to 1024); every thread gets the result.
+// The first barrier lets the call be repeated in a loop: without it a fast warp overwrites what a slow one still reads.
+__device__ inline float blockReduceSum(float value) {
+    __shared__ float partial[32];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    value = warpReduceSum(value);
+    __syncthreads();
+    if (lane == 0) { partial[warp] = value; }
+    __syncthreads();
+    return warpReduceSum(lane < warps ? partial[lane] : 0.0f);
+}
+
+__device__ inline float blockReduceMax(float value) {
+    __shared__ float partial[32];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    value = warpReduceMax(value);
+    __syncthreads();
+    if (lane == 0) { partial[warp] = value; }
+    __syncthreads();
+    return warpReduceMax(lane < warps ? partial[lane] : -INFINITY);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Stochastic rounding
+// ---------------------------------------------------------------------------------------------------------------------
+
+// 32 random-looking bits of (position, seed): the integer hash SquirrelNoise5 of S. Eiserloh, that llm.c uses. Positions
+// past 2^32 fold in with a prime, as in its two-dimensional form.
+__device__ inline u32 noise(unsigned long long position, u32 seed) {
+    u32 m = ((u32)position + 198491317u * (u32)(position >> 32)) * 0xd2a80a3fu + seed;
+    m = (m ^ (m >> 9)) + 0xa884f197u;
+    m = (m ^ (m >> 11)) * 0x6c736f4bu;
+    m = (m ^ (m >> 13)) + 0xb79f3abbu;
+    m = (m ^ (m >> 15)) * 0x1b56c4f5u;
+    return m ^ (m >> 17);
+}
+
+// Rounds up in magnitude with the probability that makes the expected value exact, from the low 16 bits of `random`.
+// In fp32 there is nothing to round; fp16 rounds to nearest, as in llm.c. The caller's noise must depend on the element
+// alone, never on thread or block ids, so that results do not change with the launch.
+__device__ inline floatX stochastic_round(float value, u32 random) {
+#if defined(ENABLE_BF16)
+    u32 bits = __float_as_uint(value);
+    u32 kept = (bits & 0xffffu) > (random & 0xffffu) ? bits | 0xffffu : bits & 0xffff0000u;
+    // all 16 low bits set: the conversion below rounds up; all clear: it is exact. NaN is passed on unchanged, because
+    // clearing its low bits could turn it into infinity.
+    return __float2bfloat16_rn(value == value ? __uint_as_float(kept) : value);
+#else
+    return (floatX)value;
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// GELU, tanh form: 0.5 x (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3).
+// 0.5 (1 + tanh u) = s = 1 / (1 + exp(-2u)), which loses no digits for negative x, where 1 + tanh u cancels.
+// ---------------------------------------------------------------------------------------------------------------------
+
+#define GELU_SCALE 0.7978845608028654f  // sqrt(2/pi)
+#define GELU_CUBIC 0.044715f
+
+__device__ inline float gelu(float x) {
+    float u = GELU_SCALE * (x + GELU_CUBIC * x * x * x);
+    return x / (1.0f + expf(-2.0f * u));
+}
+
+// d gelu / dx = s + x * ds/dx, ds/dx = 2 s (1 - s) du/dx.
+__device__ inline float gelu_grad(float x) {
+    float u = GELU_SCALE * (x + GELU_CUBIC * x * x * x);
+    float s = 1.0f / (1.0f + expf(-2.0f * u));
+    float du = GELU_SCALE * (1.0f + 3.0f * GELU_CUBIC * x * x);
+    return s + x * 2.0f * s * (1.0f - s) * du;
+}

@@ -1,0 +1,132 @@
+"""The GPU as a device: memory, streams, timers, and the upload of tokens while the previous batch computes.
+
+The first seven functions are those of llmc/cpu/device.py. Work goes to CuPy's current stream; `with stream():` makes a
+new one current, which is what a CUDA graph is captured on.
+"""
+
+import numpy as np
+
+from . import module
+
+
+def alloc(nbytes):
+    """A zeroed uint8 array of nbytes on the device, aligned to 256 bytes. MemoryError when it does not fit."""
+    module.capability()  # driver and device, checked before the first use of either
+    return module.import_cupy().zeros(nbytes, np.uint8)
+
+
+def zero(array):
+    """array = 0"""
+    assert array.flags.c_contiguous, array.strides
+    module.import_cupy().cuda.runtime.memsetAsync(array.data.ptr, 0, array.nbytes, current_stream().ptr)
+
+
+def upload(array, host):
+    """array = host (a NumPy array of the same shape and dtype). Returns once `host` may be changed again."""
+    assert array.shape == host.shape and array.dtype == host.dtype, (array.shape, host.shape, array.dtype, host.dtype)
+    array.set(np.ascontiguousarray(host))
+    current_stream().synchronize()
+
+
+def download(array):
+    """A NumPy copy of array, taken after the work queued before it."""
+    return array.get()
+
+
+def synchronize():
+    """Waits for everything queued on the device; an error of an earlier kernel is raised here."""
+    module.import_cupy().cuda.runtime.deviceSynchronize()
+
+
+def timer():
+    """Starts a timer on the current stream; calling what it returns waits for the work queued since and gives its ms."""
+    cuda = module.import_cupy().cuda
+    start, stop = cuda.Event(), cuda.Event()
+    start.record()
+
+    def elapsed():
+        stop.record()
+        stop.synchronize()
+        return cuda.get_elapsed_time(start, stop)
+
+    return elapsed
+
+
+def memory():
+    """(free, total) bytes of device memory. Blocks that CuPy's pool keeps for reuse count as used."""
+    module.capability()
+    return module.import_cupy().cuda.runtime.memGetInfo()
+
+
+def describe():
+    """One line that names the GPU: name, capability, multiprocessors, memory, driver and CuPy."""
+    capability = module.capability()
+    cupy = module.import_cupy()
+    device, runtime = cupy.cuda.Device(), cupy.cuda.runtime
+    properties = runtime.getDeviceProperties(device.id)
+    return (
+        f"{properties['name'].decode()}, sm_{capability}, {properties['multiProcessorCount']} SMs, "
+        f"{properties['totalGlobalMem'] / 2**30:.0f} GiB, driver CUDA {module.version(runtime.driverGetVersion())}, "
+        f"CuPy {cupy.__version__}"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# streams and overlapped uploads
+
+
+def stream():
+    """A new stream that does not wait for the default one. `with stream():` makes it current."""
+    return module.import_cupy().cuda.Stream(non_blocking=True)
+
+
+def current_stream():
+    return module.import_cupy().cuda.get_current_stream()
+
+
+def pinned(shape, dtype):
+    """An uninitialised NumPy array in page-locked memory, which the GPU can read while the CPU does something else."""
+    count, dtype = int(np.prod(shape)), np.dtype(dtype)
+    room = module.import_cupy().cuda.alloc_pinned_memory(max(count * dtype.itemsize, 1))
+    return np.frombuffer(room, dtype, count).reshape(shape)
+
+
+def copy_async(to, source, nbytes, on):
+    """Queues a copy between two addresses, host or device, on the stream `on`."""
+    runtime = module.import_cupy().cuda.runtime
+    runtime.memcpyAsync(to, source, nbytes, runtime.memcpyDefault, on.ptr)
+
+
+class Upload:
+    """Brings host batches into one device array, each copied while the GPU computes on the one before.
+
+        tokens = Upload(inputs)            # inputs (B, T) i32 on the device: a fixed address, as a CUDA graph needs
+        tokens.start(batch)                # host -> staging, on a stream of its own; returns at once
+        tokens.finish()                    # staging -> inputs, on the current stream, after both are ready
+        ...launch the step...; tokens.start(next_batch)
+
+    Bytes go twice over the device (0.1 us for 256 KB) so that the batch in use is never overwritten.
+    """
+
+    def __init__(self, array):
+        cupy = module.import_cupy()
+        self.array, self.staging, self.host = array, cupy.empty_like(array), pinned(array.shape, array.dtype)
+        self.stream = stream()
+        self.copied, self.taken = (cupy.cuda.Event(disable_timing=True) for _ in range(2))
+        self.taken.record()
+
+    def start(self, batch):
+        """Copies `batch` (NumPy, array's shape and dtype) out of the caller's memory and begins to send it."""
+        assert batch.shape == self.host.shape and batch.dtype == self.host.dtype, (batch.shape, batch.dtype)
+        self.stream.synchronize()  # the last transfer out of self.host has ended
+        np.copyto(self.host, batch)
+        self.stream.wait_event(self.taken)
+        copy_async(self.staging.data.ptr, self.host.ctypes.data, self.host.nbytes, self.stream)
+        self.copied.record(self.stream)
+
+    def finish(self):
+        """array = the batch of the last start(), for the work that is queued after this call."""
+        current = current_stream()
+        current.wait_event(self.copied)
+        copy_async(self.array.data.ptr, self.staging.data.ptr, self.array.nbytes, current)
+        self.taken.record(current)

@@ -1,0 +1,208 @@
+"""Loads kernels/*.cu through CuPy: one RawModule per (file, dtype, defines, arch), compiled by NVRTC on first use.
+
+CuPy keeps compiled modules in ~/.cupy/kernel_cache, keyed by source text, options, architecture and NVRTC version. It
+does not see our headers, so a hash of kernels/*.cuh goes into the options: editing common.cuh recompiles, and a second
+process compiles nothing.
+
+Options. No --use_fast_math: it turns every expf, logf, sqrtf and division into an approximation of up to some 2^-21
+relative error, more for large exponents, which would show in fp32 losses and in AdamW; these kernels wait for memory, so
+it would buy nothing. Where a fast instruction is safe the kernel says so itself (__expf, rsqrtf, ex2.approx). CuPy adds
+-ftz=true; fp32 denormals do not occur in training. -lineinfo costs nothing and lets ncu show source lines.
+--ptxas-options=-v makes NVRTC report registers and spills, which is also how a compilation is told from a cache hit.
+"""
+
+import concurrent.futures
+import functools
+import hashlib
+import io
+import pathlib
+import re
+
+from .. import UserError
+
+DTYPE_DEFINE = {"float32": "ENABLE_FP32", "float16": "ENABLE_FP16", "bfloat16": "ENABLE_BF16"}
+MIN_CAPABILITY = {"float32": 75, "float16": 75, "bfloat16": 80}
+INSTALL = 'HINT: pip install "llmc[cuda13]" (or "llmc[cuda12]" for a CUDA 12 driver)'
+
+# Every (file, defines) that a GPT-2 training step uses: what compile_all compiles.
+GPT2_MODULES = (
+    ("encoder.cu", ()),
+    ("layernorm.cu", ()),
+    ("matmul.cu", ()),
+    ("attention.cu", ()),
+    ("gelu.cu", ()),
+    ("fused_classifier.cu", ()),
+    ("adamw.cu", ()),
+    ("global_norm.cu", ()),
+)
+
+compilations = []  # (file, dtype, defines) of each module this process compiled; a warm disk cache leaves it empty
+check_launches = False  # train --check: synchronise after every launch and name the kernel that failed
+
+
+def kernels_dir():
+    """The folder with the .cu files: beside the package in a checkout or editable install, inside it in a wheel."""
+    package = pathlib.Path(__file__).resolve().parents[1]
+    for folder in (package.parent / "kernels", package / "kernels"):
+        if (folder / "common.cuh").is_file():
+            return folder
+    raise UserError(f"no kernels folder at {package.parent / 'kernels'} or {package / 'kernels'}. HINT: reinstall llmc")
+
+
+def import_cupy():
+    """CuPy, imported on first use so that `import llmc.cuda` works without it."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise UserError(f"the cuda op set needs CuPy ({one_line(error)}). {INSTALL}") from error
+    return cupy
+
+
+@functools.cache
+def capability():
+    """Compute capability of the current device as one number: 80 for A100, 90 for H100 and H200. Checks the driver."""
+    cupy = import_cupy()
+    runtime = cupy.cuda.runtime
+    try:
+        count = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        driver, needed = runtime.driverGetVersion(), runtime.runtimeGetVersion()
+        if driver == 0:
+            raise UserError("no NVIDIA driver found. HINT: install one, or train with --device cpu") from error
+        if driver < needed:
+            raise UserError(
+                f"the NVIDIA driver supports CUDA {version(driver)}, CuPy was built for CUDA {version(needed)}. "
+                'HINT: update the driver, or pip install "llmc[cuda12]"'
+            ) from error
+        raise UserError(f"no usable GPU ({one_line(error)}). HINT: check nvidia-smi and CUDA_VISIBLE_DEVICES") from error
+    if count == 0:
+        raise UserError("no GPU is visible. HINT: check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu")
+    found = int(cupy.cuda.Device().compute_capability)
+    if found < min(MIN_CAPABILITY.values()):
+        raise UserError(f"compute capability {found / 10} is below 7.5 (Turing). HINT: use a newer GPU or --device cpu")
+    return found
+
+
+@functools.cache
+def header_hash(folder):
+    """SHA-1 over every header, name and content: changes when any of them does."""
+    digest = hashlib.sha1()
+    for header in sorted(folder.glob("*.cuh")):
+        digest.update(header.name.encode() + b"\0" + header.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def options(dtype_name, defines=(), arch=None):
+    """The NVRTC options, shared with the compile test. An `arch` such as "sm_90a" stands before the one CuPy appends;
+    NVRTC keeps the 'a' (seen with 13.0 and 13.5), and code that needs it fails to compile if it ever does not."""
+    folder = kernels_dir()
+    return (
+        "-std=c++17",
+        "-lineinfo",
+        "--ptxas-options=-v",
+        f"-I{folder}",
+        f"-D{DTYPE_DEFINE[dtype_name]}",
+        *(f"-D{define}" for define in defines),
+        f"-DLLMC_HEADERS={header_hash(folder)}",
+        *([f"-arch={arch}"] if arch else []),
+    )
+
+
+def resources(log):
+    """{kernel: (registers, spill bytes, serialised wgmma)} from a ptxas -v log."""
+    found = {}
+    for part in re.split(r"Compiling entry function '", log)[1:]:
+        name = part.split("'", 1)[0]
+        registers = re.search(r"Used (\d+) registers", part)
+        spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", part))
+        found[name] = (int(registers.group(1)) if registers else 0, spills, False)
+    for name in re.findall(r"wgmma.*serialized.*function '(\w+)'", log):
+        registers, spills, _ = found.get(name, (0, 0, False))
+        found[name] = (registers, spills, True)
+    return found
+
+
+@functools.cache
+def load(file, dtype_name, defines=(), arch=None):
+    """Compiles kernels/<file> or takes it from CuPy's cache -> (cupy.RawModule, resources)."""
+    if capability() < MIN_CAPABILITY[dtype_name]:
+        raise UserError(
+            f"{dtype_name} needs compute capability {MIN_CAPABILITY[dtype_name] / 10}, this GPU has {capability() / 10}. "
+            "HINT: --dtype fp16 or --dtype fp32"
+        )
+    cupy, log = import_cupy(), io.StringIO()
+    source = (kernels_dir() / file).read_text()
+    module = cupy.RawModule(code=source, options=options(dtype_name, defines, arch))
+    try:
+        module.compile(log_stream=log)
+    except Exception as error:  # CompileException, or CuPy's loader when libnvrtc is absent: told apart by their text
+        text = str(error)
+        missing = re.search(r'(?:cannot|could not) open source file "([^"]+)"', text)
+        if missing:
+            raise UserError(f"kernels/{file}: the CUDA header {missing.group(1)} is not installed. {INSTALL}") from error
+        if "nvrtc" in text.lower() and "load" in text.lower():
+            raise UserError(f"the CUDA run-time compiler is not installed ({one_line(error)}). {INSTALL}") from error
+        raise
+    if log.getvalue().strip():  # a cache hit writes no log
+        compilations.append((file, dtype_name, defines))
+    return module, resources(log.getvalue())
+
+
+@functools.cache
+def kernel(file, name, dtype, defines=(), smem=0, arch=None, strict=False):
+    """The kernel `name` of kernels/<file>, compiled for `dtype` -> callable(grid, block, args, shared_mem=0).
+
+    dtype    that of the arrays (NumPy or CuPy dtype, or its name): float32, float16 or bfloat16
+    defines  further -D options, a tuple such as ("GRADS_FP32",)
+    smem     dynamic shared memory in bytes that launches will ask for; above 48 KiB the kernel has to be told
+    arch     "sm_90a" where Hopper-only instructions are used; None is the device's own
+    strict   the kernel claims no spills and no serialised wgmma: a compilation that finds some is an error
+    """
+    module, found = load(file, getattr(dtype, "name", dtype), defines, arch)
+    function = module.get_function(name)
+    if strict and name in found and (found[name][1] or found[name][2]):
+        raise RuntimeError(f"kernels/{file}: {name} spills {found[name][1]} bytes, serialised wgmma: {found[name][2]}")
+    if smem > 48 * 1024:  # a limit, not a reservation: the largest possible, so that calls with other sizes agree
+        device = import_cupy().cuda.Device()
+        limit = device.attributes["MaxSharedMemoryPerBlockOptin"] - function.shared_size_bytes
+        if smem > limit:
+            raise UserError(f"kernels/{file}: {name} needs {smem} bytes of shared memory, this GPU has {limit} per block. "
+                            "HINT: use a smaller model width or a newer GPU")
+        function.max_dynamic_shared_size_bytes = limit
+    return checked(function, f"kernels/{file}: {name}") if check_launches else function
+
+
+def checked(function, name):
+    """The same kernel, followed by a synchronisation that reports a failure under the kernel's name."""
+    runtime = import_cupy().cuda.runtime
+
+    def launch(grid, block, args, shared_mem=0):
+        try:
+            function(grid, block, args, shared_mem=shared_mem)
+            runtime.deviceSynchronize()
+        except Exception as error:
+            raise RuntimeError(f"{name} failed, grid {grid}, block {block}: {one_line(error)}") from error
+
+    return launch
+
+
+def compile_all(dtype):
+    """Compiles or loads everything a GPT-2 step needs, several files at a time. Call it while data is being read."""
+    capability()  # one clear error instead of eight
+    device, name = import_cupy().cuda.Device(), getattr(dtype, "name", dtype)
+
+    def compile_one(entry):
+        with device:  # a new thread starts on device 0
+            load(entry[0], name, entry[1])
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(compile_one, GPT2_MODULES))
+
+
+def one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def version(number):
+    """13020 -> "13.2", as CUDA encodes its versions."""
+    return f"{number // 1000}.{number % 1000 // 10}"
