@@ -1,0 +1,207 @@
+"""Random numbers of llm.c: MT19937 (weight init, data shuffling) and xorshift64* (sampling, stochastic rounding seeds).
+
+What is exact. The 32-bit draws, the uniforms, the permutations and the 2520-byte state equal llm.c's (and PyTorch's CPU
+generator) bit for bit everywhere. `normal_` gives the bits of an llm.c built with glibc >= 2.28. NumPy's own float32
+log, cos and sin differ from glibc's in the last bit in 12 to 22 % of the cases, and between processors, so logf, cosf and
+sinf are evaluated here in float64: equal to glibc 2.36 for each of the 2^24 values that a uniform can take. For n >= 16
+PyTorch gives the same bits with ATEN_CPU_CAPABILITY=default; its AVX2 and AVX512 paths approximate log, cos and sin in
+their own way, which moves the last bits of about a third of the values (absolute difference below 3e-6 for std = 1).
+
+Source: llm.c llmc/rand.h (manual_seed, randint32, normal_, random_permutation) and llmc/sampler.h (random_u32). The
+coefficients of logf, sinf and cosf are those of Arm Optimized Routines (MIT licence), which glibc uses.
+"""
+
+import numpy as np
+
+from llmc import UserError
+
+N = 624  # words of MT19937 state
+BLOCK = 1 << 15  # normals computed at a time: the float64 temporaries stay in cache
+
+STATE_STRUCT = np.dtype(  # llm.c's mt19937_state, as found in its train-state files: 2520 bytes
+    [("seed_", "<u8"), ("left_", "<i4"), ("next_", "<u4"), ("state_", "<u4", (N,)), ("MATRIX_A", "<u4", (2,))]
+)
+
+
+class MT19937:
+    """The 32-bit Mersenne Twister, seeded as in llm.c. NumPy's bit generator does the twisting and tempering."""
+
+    def __init__(self, seed):
+        key = [seed & 0xFFFFFFFF]
+        for j in range(1, N):
+            key.append((1812433253 * (key[-1] ^ key[-1] >> 30) + j) & 0xFFFFFFFF)
+        self.seed = seed
+        self._bits = np.random.MT19937(0)
+        self._set(key, N)
+
+    def _set(self, key, position):
+        self._bits.state = {"bit_generator": "MT19937", "state": {"key": np.array(key, np.uint32), "pos": position}}
+        self._fresh = position == N  # nothing drawn from this block of 624 words yet, because it is still to be made
+
+    def random_u32s(self, n):
+        """The next n draws, as a uint32 array (n,)."""
+        self._fresh = self._fresh and n == 0
+        return self._bits.random_raw(n).astype(np.uint32)
+
+    def random_u32(self):
+        """The next draw, as an int."""
+        return int(self.random_u32s(1)[0])
+
+    def to_bytes(self):
+        """The 2520-byte struct of llm.c's train-state files; seed_ (which llm.c leaves uninitialised) is the seed."""
+        state = self._bits.state["state"]
+        struct = np.zeros((), STATE_STRUCT)
+        struct["seed_"] = self.seed
+        struct["next_"] = 0 if self._fresh else state["pos"]
+        struct["left_"] = 1 if self._fresh else N + 1 - state["pos"]
+        struct["state_"] = state["key"]
+        struct["MATRIX_A"] = 0, 0x9908B0DF
+        return struct.tobytes()
+
+    @classmethod
+    def from_bytes(cls, data):
+        """The generator that to_bytes() (or llm.c) saved. Raises UserError if this cannot be such a struct."""
+        if len(data) != STATE_STRUCT.itemsize:
+            raise UserError(f"random state has {len(data)} bytes, expected {STATE_STRUCT.itemsize}. HINT: file damaged?")
+        struct = np.frombuffer(data, STATE_STRUCT)[0]
+        left, position = int(struct["left_"]), int(struct["next_"])
+        fresh = (left, position) == (1, 0)
+        if tuple(struct["MATRIX_A"]) != (0, 0x9908B0DF) or not (fresh or 1 <= left == N + 1 - position <= N):
+            raise UserError(
+                f"random state has left_ {left}, next_ {position}, MATRIX_A {struct['MATRIX_A'].tolist()}, which no "
+                "MT19937 generator has. HINT: file damaged?"
+            )
+        mt = cls(int(struct["seed_"]))
+        mt._set(struct["state_"], N if fresh else position)
+        mt._fresh = fresh
+        return mt
+
+
+def random_permutation(array, mt):
+    """Shuffle a 1-D array in place: for i = n-1 .. 1 swap array[i] with array[u32 % (i + 1)]; n - 1 draws."""
+    last = np.arange(len(array) - 1, 0, -1)
+    picked = mt.random_u32s(last.size) % (last + 1)
+    values = array.tolist()
+    for i, j in zip(last.tolist(), picked.tolist(), strict=True):
+        values[i], values[j] = values[j], values[i]
+    array[:] = values
+
+
+# ----------------------------------------------------------------------------
+# normal distribution
+
+
+def normal_(array, mean, std, mt):
+    """Fill a C-contiguous float32 array with normal(mean, std) draws by Box-Muller, in llm.c's order of draws.
+
+    n >= 16: n uniforms u = (u32 mod 2^24) / 2^24; in each full group of 16, for t = 0..7, elements t and t + 8 become
+    rho cos(theta) and rho sin(theta) with rho = sqrt(-2 ln(1 - u[t] + 1e-12)), theta = 2 pi u[t + 8]. If n % 16 != 0,
+    16 fresh uniforms are drawn for the last 16 elements.
+    n < 16: pairs from two 53-bit uniforms u1, u2 with rho = sqrt(-2 ln(1 - u2 + 1e-12)), theta = 2 pi u1.
+    """
+    assert array.dtype == np.float32 and array.flags.c_contiguous, (array.dtype, array.flags.c_contiguous)
+    flat = array.reshape(-1)
+    mean, std = np.float32(mean), np.float32(std)
+    if flat.size < 16:
+        _normal_small(flat, mean, std, mt)
+        return
+    full = flat.size - flat.size % 16
+    for start in range(0, full, BLOCK):
+        _normal_groups_of_16(flat[start : min(start + BLOCK, full)], mean, std, mt)
+    if full < flat.size:
+        mt.random_u32s(flat.size - full)  # these uniforms are drawn and overwritten in llm.c
+        _normal_groups_of_16(flat[-16:], mean, std, mt)
+
+
+def _normal_groups_of_16(out, mean, std, mt):
+    uniform = (mt.random_u32s(out.size) & 0xFFFFFF).astype(np.float32) * np.float32(2**-24)
+    u1, u2 = uniform.reshape(-1, 2, 8).swapaxes(0, 1)  # (groups, 8) each
+    rho, cos, sin = _box_muller(np.float32(1) - u1, u2)
+    out = out.reshape(-1, 2, 8)
+    out[:, 0] = rho * cos * std + mean
+    out[:, 1] = rho * sin * std + mean
+
+
+def _normal_small(out, mean, std, mt):
+    high, low = mt.random_u32s(4 * ((out.size + 1) // 2)).astype(np.uint64).reshape(-1, 2).T
+    uniform = ((high << np.uint64(32) | low) & np.uint64(2**53 - 1)) * 2.0**-53
+    u1, u2 = uniform.astype(np.float32).reshape(-1, 2).T
+    rho, cos, sin = _box_muller(np.float32(1) - u2, u1)
+    out[0::2] = rho * cos * std + mean
+    out[1::2] = ((rho * sin).astype(np.float64) * std + mean)[: out.size // 2]  # llm.c caches these as double
+
+
+def _box_muller(u1, u2):
+    """sqrt(-2 ln(u1 + 1e-12)), cos(2 pi u2), sin(2 pi u2), each rounded to float32 where llm.c rounds."""
+    rho = np.sqrt(np.float32(-2) * _logf(u1 + np.float32(1e-12)))
+    cos, sin = _cosf_sinf((2 * np.pi * u2.astype(np.float64)).astype(np.float32))
+    return rho, cos, sin
+
+
+# ----------------------------------------------------------------------------
+# logf, cosf, sinf: float32 in and out, float64 inside
+
+# logf: x = 2^k z with z in [0.699, 1.398), which is cut into 16 pieces; piece i has a centre c with |z/c - 1| < 1/32.
+# ln x = k ln 2 + ln c + r - r^2 (1/2 - r/3 + r^2/4), r = z/c - 1. The piece that holds 1 has c = 1, to be exact there.
+LOG_FIRST = 0x3F330000  # bits of the lowest z
+LOG_CENTRE = np.arange(LOG_FIRST, LOG_FIRST + (1 << 23), 1 << 19).astype(np.uint32)
+LOG_CENTRE = (LOG_CENTRE.view(np.float32).astype(np.float64) + (LOG_CENTRE + 0x7FFFF).view(np.float32)) / 2
+LOG_CENTRE[9] = 1.0
+LOG_CENTRE[10] = 1 / float.fromhex("0x1.e608cfd9a47acp-1")
+LOG_INVERSE, LOG_LOG = 1 / LOG_CENTRE, np.log(LOG_CENTRE)
+LOG_A0, LOG_A1, LOG_A2 = map(
+    float.fromhex, ("-0x1.00ea348b88334p-2", "0x1.5575b0be00b6ap-2", "-0x1.ffffef20a4123p-2")
+)
+# sin r = r + s1 r^3 + s2 r^5 + s3 r^7 and cos r = 1 + c1 r^2 + c2 r^4 + c3 r^6 + c4 r^8 for |r| <= pi/4
+S1, S2, S3 = map(float.fromhex, ("-0x1.555545995a603p-3", "0x1.1107605230bc4p-7", "-0x1.994eb3774cf24p-13"))
+C1, C2, C3, C4 = map(
+    float.fromhex,
+    ("-0x1.ffffffd0c621cp-2", "0x1.55553e1068f19p-5", "-0x1.6c087e89a359dp-10", "0x1.99343027bf8c3p-16"),
+)
+
+
+def _logf(x):
+    """Natural logarithm of normal positive float32 numbers."""
+    bits = x.view(np.int32)
+    offset = bits - LOG_FIRST
+    z = (bits - (offset & -(1 << 23))).view(np.float32).astype(np.float64)
+    piece = offset >> 19 & 15
+    r = z * LOG_INVERSE[piece] - 1
+    r2 = r * r
+    y = (offset >> 23) * np.log(2.0) + LOG_LOG[piece] + r
+    return ((LOG_A0 * r2 + (LOG_A1 * r + LOG_A2)) * r2 + y).astype(np.float32)
+
+
+def _cosf_sinf(theta):
+    """Cosine and sine of float32 angles in 0 .. 100: theta = n pi/2 + r, then the quadrant n decides."""
+    x = theta.astype(np.float64)
+    n = np.rint(x * (2 / np.pi))
+    r = x - n * (np.pi / 2)
+    n = n.astype(np.int32)
+    r2 = r * r
+    r4 = r2 * r2
+    sin = r + r * r2 * S1 + r * r4 * (S2 + r2 * S3)
+    cos = 1 + r2 * C1 + r4 * C2 + r4 * r2 * (C3 + r2 * C4)
+    odd = n & 1 == 1
+    sin, cos = np.where(odd, cos, sin), np.where(odd, sin, cos)
+    np.negative(sin, out=sin, where=n & 2 != 0)
+    np.negative(cos, out=cos, where=n + 1 & 2 != 0)
+    return cos.astype(np.float32), sin.astype(np.float32)
+
+
+# ----------------------------------------------------------------------------
+# xorshift64*
+
+
+def random_u32(state):
+    """One xorshift64* step of a 64-bit state: (32-bit value, next state)."""
+    state ^= state >> 12
+    state ^= state << 25 & 0xFFFFFFFFFFFFFFFF
+    state ^= state >> 27
+    return (state * 0x2545F4914F6CDD1D & 0xFFFFFFFFFFFFFFFF) >> 32, state
+
+
+def random_f32(state):
+    """A float in [0, 1), exact in float32, from one xorshift64* step: (value, next state)."""
+    value, state = random_u32(state)
+    return (value >> 8) / 16777216.0, state
