@@ -6,7 +6,7 @@ import numpy as np
 
 from . import device
 
-BLOCK = 1 << 15
+BLOCK = 1 << 19  # large: below 1 << 17 the threads spend their time handing the GIL to each other
 
 
 def _blocks(ends):

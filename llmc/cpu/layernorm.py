@@ -5,12 +5,13 @@ import numpy as np
 from . import device
 
 EPS = 1e-5
-BLOCK = 1 << 16  # elements in a block of rows: a few of them fit a core's cache
+BLOCK = 1 << 17  # elements in a block of rows: a few of them fit a core's cache
 
 
 def _rows(N, C):
     """Row blocks. They depend on the shape alone, so that sums over rows have the same bits on any thread count."""
-    step = max(1, BLOCK // C)
+    pieces = -(-N * C // BLOCK)
+    step = -(-N // (pieces + pieces % 2))
     return [(a, min(a + step, N)) for a in range(0, N, step)]
 
 
