@@ -1,0 +1,131 @@
+"""matmul: out = inp @ weight^T + bias with an optional GELU, and its three gradients."""
+
+import numpy as np
+import pytest
+import reference as ref
+from hypothesis import given
+from hypothesis import strategies as st
+
+# B, T, C, OC. 8456 output channels: past the point where llm.c overwrites bias gradients instead of accumulating them.
+SHAPES = [(1, 1, 8, 8), (2, 3, 16, 24), (1, 7, 40, 72), (3, 65, 24, 136), (1, 130, 72, 264), (1, 3, 8, 8456)]
+BIG = [(1, 257, 768, 2304), (4, 65, 96, 384), (2, 130, 3072, 768)]
+CPU = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 130, 33, 65), (1, 2, 1025, 513)]
+
+
+def inputs(shape, dtype):
+    """inp, weight, bias, dout; weights as a network has them, so that results are of order one."""
+    B, T, C, OC = shape
+    rng = np.random.default_rng(0)
+    return (ref.normal(rng, (B, T, C), dtype), ref.normal(rng, (OC, C), dtype, C**-0.5), ref.normal(rng, OC, dtype),
+            ref.normal(rng, (B, T, OC), dtype))  # fmt: skip
+
+
+def absolute(array):
+    return np.abs(array.astype(np.float64))
+
+
+def check_forward(op, shape, with_bias, with_gelu):
+    B, T, C, OC = shape
+    inp, weight, bias, _ = inputs(shape, op.dtype)
+    bias = bias if with_bias else np.zeros_like(bias)
+    out, pre_gelu = (np.empty((B, T, OC), op.dtype) for _ in range(2))
+    op(out, inp, weight, bias if with_bias else None, pre_gelu if with_gelu else None)
+    scale = np.max(absolute(inp) @ absolute(weight).T) + np.max(absolute(bias))
+    ref.assert_close(op, "pre_gelu" if with_gelu else "out", pre_gelu if with_gelu else out,
+                     ref.forward(ref.linear, inp, weight, bias), scale=scale)  # fmt: skip
+    if with_gelu:
+        want = ref.forward(lambda *x: ref.gelu(ref.linear(*x)), inp, weight, bias)
+        ref.assert_close(op, "out", out, want, scale=scale)
+
+
+def check_backward(op, shape, with_bias=True, with_gelu=False, accumulate=True, calls=1):
+    B, T, C, OC = shape
+    inp, weight, bias, dout = inputs(shape, op.dtype)
+    rng = np.random.default_rng(1)
+    pre_gelu = ref.normal(rng, (B, T, C), op.dtype) if with_gelu else None
+    if with_gelu:
+        inp = ref.forward(ref.gelu, pre_gelu).truth.astype(op.dtype)
+    start = (ref.normal(rng, (OC, C), op.dtype), ref.normal(rng, OC, op.dtype)) if accumulate else (0 * weight, 0 * bias)
+    dinp, dweight, dbias = np.empty((B, T, C), op.dtype), start[0].copy(), start[1].copy()
+    for _ in range(calls):
+        op(dinp, dweight, dbias if with_bias else None, op.scratch(B, T, C, OC), dout, inp, weight, pre_gelu, accumulate)
+    want_dinp, want_dweight, want_dbias = ref.backward(ref.linear, dout, inp, weight, bias)
+    if with_gelu:
+        (want_dinp,) = ref.backward(lambda x: ref.linear(ref.gelu(x), ref.to_torch(weight, x.dtype)), dout, pre_gelu)
+    size = absolute(dout)
+    ref.assert_close(op, "dinp", dinp, want_dinp, scale=np.max(size @ absolute(weight)))
+    times = calls if accumulate else 1
+    scale = np.max(size.reshape(-1, OC).T @ absolute(inp).reshape(-1, C)) * times + 4
+    ref.assert_close(op, "dweight", dweight, ref.added(start[0], want_dweight, times), scale=scale)
+    if with_bias:
+        scale = np.max(size.sum(axis=(0, 1))) * times + 4
+        ref.assert_close(op, "dbias", dbias, ref.added(start[1], want_dbias, times), scale=scale)
+    else:
+        ref.assert_bits(op, "dbias not given", dbias, start[1])
+
+
+@pytest.mark.parametrize("with_gelu", (False, True), ids=("plain", "gelu"))
+@pytest.mark.parametrize("with_bias", (False, True), ids=("no_bias", "bias"))
+@pytest.mark.op("matmul_forward", shapes=SHAPES, big=BIG, cpu=CPU)
+def test_matmul_forward(op, shape, with_bias, with_gelu):
+    check_forward(op, shape, with_bias, with_gelu)
+
+
+@pytest.mark.parametrize("with_gelu", (False, True), ids=("plain", "dgelu"))
+@pytest.mark.op("matmul_backward", shapes=SHAPES, big=BIG, cpu=CPU)
+def test_matmul_backward(op, shape, with_gelu):
+    check_backward(op, shape, with_gelu=with_gelu)
+
+
+@pytest.mark.parametrize("with_bias", (False, True), ids=("no_bias", "bias"))
+@pytest.mark.op("matmul_backward", shapes=[(2, 33, 40, 72)], cpu=[(2, 7, 13, 29)])
+def test_matmul_backward_overwrites(op, shape, with_bias):
+    """accumulate=False: whatever dweight and dbias held is gone (the fixture fills them with NaN)."""
+    check_backward(op, shape, with_bias=with_bias, accumulate=False)
+
+
+@pytest.mark.op("matmul_backward", shapes=[(2, 33, 40, 72)])
+def test_matmul_backward_without_bias(op, shape):
+    check_backward(op, shape, with_bias=False)
+
+
+@pytest.mark.op("matmul_backward", shapes=[(2, 33, 40, 72), (1, 3, 8, 8456), (1, 2, 8, 9216)])
+def test_matmul_backward_accumulates_over_micro_steps(op, shape):
+    check_backward(op, shape, calls=2)
+
+
+@pytest.mark.op("matmul_backward", shapes=[(1, 33, 40, 8456)])
+def test_matmul_backward_bias_gradient_of_exact_numbers(op, shape):
+    """Small integers have no rounding in any dtype: column sums, added twice, are exact."""
+    B, T, C, OC = shape
+    rng = np.random.default_rng(0)
+    inp, weight, _, _ = inputs(shape, op.dtype)
+    dout = rng.integers(-1, 2, (B, T, OC)).astype(np.float32).astype(op.dtype)
+    dinp, dweight, dbias = np.empty_like(inp), np.zeros_like(weight), np.ones(OC, op.dtype)
+    for _ in range(2):
+        op(dinp, dweight, dbias, op.scratch(B, T, C, OC), dout, inp, weight)
+    ref.assert_bits(op, "dbias", dbias, (1 + 2 * dout.astype(np.float32).sum(axis=(0, 1))).astype(op.dtype))
+
+
+@pytest.mark.op("matmul_forward", shapes=[(1, 65, 136, 72)])
+def test_matmul_forward_of_exact_numbers(op, shape):
+    """Small integers: every element of the product lands in its own place, exactly."""
+    B, T, C, OC = shape
+    rng = np.random.default_rng(0)
+    inp = rng.integers(0, 2, (B, T, C)).astype(np.float32)
+    weight = rng.integers(-1, 2, (OC, C)).astype(np.float32)
+    out = np.empty((B, T, OC), op.dtype)
+    op(out, inp.astype(op.dtype), weight.astype(op.dtype))
+    ref.assert_bits(op, "out", out, (inp @ weight.T).astype(op.dtype))
+
+
+@pytest.mark.op("matmul_forward")
+@given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 20), st.integers(1, 20), st.booleans(), st.booleans())
+def test_matmul_forward_any_shape(op, B, T, C, OC, with_bias, with_gelu):
+    check_forward(op, (B, T, C * op.multiple, OC * op.multiple), with_bias, with_gelu)
+
+
+@pytest.mark.op("matmul_backward")
+@given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 20), st.integers(1, 20), st.booleans(), st.booleans(), st.booleans())
+def test_matmul_backward_any_shape(op, B, T, C, OC, with_bias, with_gelu, accumulate):
+    check_backward(op, (B, T, C * op.multiple, OC * op.multiple), with_bias, with_gelu, accumulate)
