@@ -1,0 +1,574 @@
+// Linear layers: out = inp @ weight^T + bias, with GELU, and the three gradients. All tensors as stored, row-major.
+//
+//   forward  out[m, n]     = sum_k inp[m, k] * weight[n, k] + bias[n]     m = token, n = output channel, k = channel
+//            pre_gelu = that, out = gelu(pre_gelu)                        if pre_gelu is given
+//   dgrad    dinp[m, n]    = sum_k dout[m, k] * weight[k, n]              m = token, n = channel, k = output channel
+//            dinp *= gelu'(pre_gelu)                                      if pre_gelu is given
+//   wgrad    dweight[m, n] (+)= sum_k dout[k, m] * inp[k, n]              m = output channel, n = channel, k = token
+//   bias     dbias[n]      (+)= sum_m dout[m, n]
+//
+//   inp (BT, C)  weight (OC, C)  bias (OC)  out, dout (BT, OC)  pre_gelu as out in forward, as inp in dgrad. All
+//   floatX; sums in fp32, one rounding to nearest at the end, also when accumulating. BT >= 1; C, OC multiples of 8.
+//
+// In M, N, K terms the three products differ only in which index of an operand is contiguous in memory:
+//            a                       b
+//   forward  (M, K) rows of k        (N, K) rows of k       "rows of k": a row of the tile is a piece of one token
+//   dgrad    (M, K) rows of k        (K, N) rows of n        or weight row; the long direction is strided
+//   wgrad    (K, M) rows of m        (K, N) rows of n       "by k": a row of the tile is one k
+//
+// version | idea                                                                    | expected      | measured
+//       1 | one thread per output, operands from global memory                      | <1 % of peak  | not measured yet
+//       2 | 16 x 16 tiles in shared memory: each value is loaded once per tile      | 3-5 x of 1    | not measured yet
+//       3 | 128 x 128 tile, 8 x 8 outputs in a thread's registers, 16-byte loads,   | 70-85 % of    | not measured yet
+//         | double buffer. fp32: production (exact FFMA)                            | the FFMA peak |
+//       4 | tensor cores: mma m16n8k16, ldmatrix, swizzled shared memory            | 10 x of 3     | not measured yet
+//       5 | 4 + cp.async ring of stages, block order for L2, split-K for wgrad.     | 1.5 x of 4    | not measured yet
+//         | bf16, fp16: production
+//
+// Source: llm.c dev/cuda/matmul_forward.cu, dev/cuda/matmul_backward_bias.cu, llmc/matmul.cuh; the tile hierarchy is
+// the one of CUTLASS (Kerr et al. 2017, "CUTLASS: Fast Linear Algebra in CUDA C++").
+#include "common.cuh"
+#include "ptx.cuh"
+
+constexpr int FORWARD = 0, DGRAD = 1, WGRAD = 2;
+
+// One product and what to do with its result. Members that a kernel leaves null cost nothing: they are constants.
+struct Product {
+    floatX* out;             // (M, N)
+    const floatX* a;         // (K, M) in WGRAD, else (M, K)
+    const floatX* b;         // (N, K) in FORWARD, else (K, N)
+    int M, N, K;
+    const floatX* bias;      // (N) or null: added
+    floatX* gelu_input;      // (M, N) or null: the sum is stored here, and its gelu in out
+    const floatX* gelu_at;   // (M, N) or null: the sum is multiplied by gelu'(gelu_at)
+    int accumulate;          // out += instead of =
+    float* partial;          // (M, N) fp32 or null: the bare sum goes here instead
+};
+
+template <int OP> constexpr bool a_by_k = OP == WGRAD;
+template <int OP> constexpr bool b_by_k = OP != FORWARD;
+
+// W consecutive values, W = 1 or 8: the 8 as one (16-bit) or two (fp32) 16-byte accesses.
+template <int W, class T> __device__ inline void load(float (&v)[W], const T* address) {
+    if constexpr (W == 1) {
+        v[0] = (float)address[0];
+    } else {
+        constexpr int size = Packed128<T>::size;
+#pragma unroll
+        for (int i = 0; i < W; i += size) {
+            Packed128<T> pack = load128(address + i);
+#pragma unroll
+            for (int j = 0; j < size; j++) { v[i + j] = (float)pack[j]; }
+        }
+    }
+}
+
+template <int W, class T> __device__ inline void store(T* address, const float (&v)[W]) {
+    if constexpr (W == 1) {
+        address[0] = (T)v[0];
+    } else {
+        constexpr int size = Packed128<T>::size;
+#pragma unroll
+        for (int i = 0; i < W; i += size) {
+            Packed128<T> pack;
+#pragma unroll
+            for (int j = 0; j < size; j++) { pack[j] = (T)v[i + j]; }
+            store128(address + i, pack);
+        }
+    }
+}
+
+// The epilogue, common to all rungs: v are the finished sums of row m, columns n .. n+W-1.
+template <int W> __device__ inline void finish(const Product& p, float (&v)[W], int m, int n) {
+    size_t at = (size_t)m * p.N + n;
+    float other[W];
+    if (p.partial) {
+        store<W>(p.partial + at, v);
+        return;
+    }
+    if (p.bias) {
+        load<W>(other, p.bias + n);
+#pragma unroll
+        for (int i = 0; i < W; i++) { v[i] += other[i]; }
+    }
+    if (p.accumulate) {
+        load<W>(other, p.out + at);
+#pragma unroll
+        for (int i = 0; i < W; i++) { v[i] += other[i]; }
+    }
+    if (p.gelu_input) {
+        // GELU of the rounded value: what a later recomputation from gelu_input sees, so that both give the same bits
+        store<W>(p.gelu_input + at, v);
+#pragma unroll
+        for (int i = 0; i < W; i++) { v[i] = gelu((float)(floatX)v[i]); }
+    }
+    if (p.gelu_at) {
+        load<W>(other, p.gelu_at + at);
+#pragma unroll
+        for (int i = 0; i < W; i++) { v[i] *= gelu_grad(other[i]); }
+    }
+    store<W>(p.out + at, v);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// kernel 1: one thread per output
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <int OP> __device__ inline float a_value(const Product& p, int m, int k) {
+    return (float)p.a[a_by_k<OP> ? (size_t)k * p.M + m : (size_t)m * p.K + k];
+}
+template <int OP> __device__ inline float b_value(const Product& p, int k, int n) {
+    return (float)p.b[b_by_k<OP> ? (size_t)k * p.N + n : (size_t)n * p.K + k];
+}
+
+template <int OP> __device__ inline void product1(const Product& p) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= (size_t)p.M * p.N) { return; }
+    int m = i / p.N, n = i % p.N;
+    float sum[1] = {0.0f};
+    for (int k = 0; k < p.K; k++) { sum[0] += a_value<OP>(p, m, k) * b_value<OP>(p, k, n); }
+    finish<1>(p, sum, m, n);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// kernel 2: shared-memory tiles
+// ---------------------------------------------------------------------------------------------------------------------
+
+constexpr int TILE2 = 16;
+
+template <int OP> __device__ inline void product2(const Product& p) {
+    // the extra column puts the 16 rows of a column in different banks
+    __shared__ float a_tile[TILE2][TILE2 + 1], b_tile[TILE2][TILE2 + 1];  // [m][k], [k][n]
+    int x = threadIdx.x % TILE2, y = threadIdx.x / TILE2;
+    int m0 = blockIdx.y * TILE2, n0 = blockIdx.x * TILE2;
+    float sum[1] = {0.0f};
+    for (int k0 = 0; k0 < p.K; k0 += TILE2) {
+        // neighbouring threads (x) read neighbouring addresses, whichever index that is
+        int am = a_by_k<OP> ? x : y, ak = a_by_k<OP> ? y : x;
+        int bn = b_by_k<OP> ? x : y, bk = b_by_k<OP> ? y : x;
+        a_tile[am][ak] = m0 + am < p.M && k0 + ak < p.K ? a_value<OP>(p, m0 + am, k0 + ak) : 0.0f;
+        b_tile[bk][bn] = n0 + bn < p.N && k0 + bk < p.K ? b_value<OP>(p, k0 + bk, n0 + bn) : 0.0f;
+        __syncthreads();
+#pragma unroll
+        for (int k = 0; k < TILE2; k++) { sum[0] += a_tile[y][k] * b_tile[k][x]; }
+        __syncthreads();
+    }
+    if (m0 + y < p.M && n0 + x < p.N) { finish<1>(p, sum, m0 + y, n0 + x); }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// kernel 3: register tiles, FFMA
+// ---------------------------------------------------------------------------------------------------------------------
+
+constexpr int TILE3 = 128, DEPTH3 = 16, ROW3 = TILE3 + 4;  // + 4: float4 stays aligned, columns change bank
+
+// 8 consecutive values of an operand for this thread's place in the (128, 16) tile at (row0, k0), zero outside.
+template <bool BY_K>
+__device__ inline void fetch3(float (&v)[8], const floatX* operand, int rows, int K, int row0, int k0) {
+    int row = row0 + (BY_K ? threadIdx.x % 16 * 8 : threadIdx.x / 2);
+    int k = k0 + (BY_K ? threadIdx.x / 16 : threadIdx.x % 2 * 8);
+    if (row < rows && k < K) {
+        load<8>(v, operand + (BY_K ? (size_t)k * rows + row : (size_t)row * K + k));
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++) { v[i] = 0.0f; }
+    }
+}
+
+// Into tile[k][row]: the inner loop reads rows of one k.
+template <bool BY_K> __device__ inline void place3(float (&tile)[DEPTH3][ROW3], const float (&v)[8]) {
+    if constexpr (BY_K) {
+        store<8>(&tile[threadIdx.x / 16][threadIdx.x % 16 * 8], v);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++) { tile[threadIdx.x % 2 * 8 + i][threadIdx.x / 2] = v[i]; }
+    }
+}
+
+template <int OP> __device__ inline void product3(const Product& p) {
+    __shared__ alignas(16) float a_tile[2][DEPTH3][ROW3], b_tile[2][DEPTH3][ROW3];
+    int m0 = blockIdx.y * TILE3, n0 = blockIdx.x * TILE3;
+    // 2 x 4 warps of 64 x 32 outputs; in a warp 8 x 4 lanes. A lane has rows y .. y+3 and y+32 .. y+35 of 8 columns:
+    // every shared-memory read of a warp is then a conflict-free float4 with broadcast.
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int y = warp / 4 * 64 + lane / 4 * 4, x = warp % 4 * 32 + lane % 4 * 8;
+    float sums[8][8] = {};
+    float a_next[8], b_next[8];
+
+    fetch3<a_by_k<OP>>(a_next, p.a, p.M, p.K, m0, 0);
+    fetch3<b_by_k<OP>>(b_next, p.b, p.N, p.K, n0, 0);
+    place3<a_by_k<OP>>(a_tile[0], a_next);
+    place3<b_by_k<OP>>(b_tile[0], b_next);
+    __syncthreads();
+    for (int k0 = 0, buffer = 0; k0 < p.K; k0 += DEPTH3, buffer ^= 1) {
+        bool more = k0 + DEPTH3 < p.K;
+        if (more) {  // the loads run while the tile in shared memory is multiplied
+            fetch3<a_by_k<OP>>(a_next, p.a, p.M, p.K, m0, k0 + DEPTH3);
+            fetch3<b_by_k<OP>>(b_next, p.b, p.N, p.K, n0, k0 + DEPTH3);
+        }
+#pragma unroll
+        for (int k = 0; k < DEPTH3; k++) {
+            float a[8], b[8];
+            f128 a0 = load128(&a_tile[buffer][k][y]), a1 = load128(&a_tile[buffer][k][y + 32]);
+            load<8>(b, &b_tile[buffer][k][x]);
+#pragma unroll
+            for (int i = 0; i < 4; i++) { a[i] = a0[i], a[i + 4] = a1[i]; }
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+#pragma unroll
+                for (int j = 0; j < 8; j++) { sums[i][j] += a[i] * b[j]; }
+            }
+        }
+        if (more) {
+            place3<a_by_k<OP>>(a_tile[buffer ^ 1], a_next);
+            place3<b_by_k<OP>>(b_tile[buffer ^ 1], b_next);
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        int m = m0 + y + i % 4 + i / 4 * 32, n = n0 + x;
+        if (m < p.M && n < p.N) { finish<8>(p, sums[i], m, n); }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// kernels 4 and 5: tensor cores
+// ---------------------------------------------------------------------------------------------------------------------
+
+#ifdef TENSOR_CORES
+
+// A block of 4 warps makes 128 x 128 outputs, a warp 64 x 64: every ldmatrix.x4 (512 bytes of shared memory) then feeds
+// 4 mma. With 8 warps of 64 x 32 it would be 2.7, and shared memory, not the tensor cores, would set the pace.
+constexpr int TILE = 128, DEPTH = 32, WARP_TILE = 64;
+constexpr int TILE_SIZE = TILE * DEPTH;                // elements of one operand's tile
+constexpr int CHUNKS = TILE_SIZE / 8;                  // 16-byte pieces, the unit of copies and of ldmatrix rows
+constexpr int ROW_STAGING = WARP_TILE + 8;             // floats; + 8 spreads the rows of a fragment over the banks
+
+// Place of a piece in a tile, in elements. A tile has either 128 rows of 4 pieces of k or, by k, 32 rows of 16 pieces.
+// The eight rows that one 8 x 8 matrix of ldmatrix reads have the same piece number; exclusive-or with row bits sends
+// them to the eight different 16-byte columns of the 32 banks, without padding.
+template <bool BY_K> __device__ inline int place(int row, int piece) {
+    return BY_K ? row * TILE + (piece ^ (row & 7)) * 8 : row * DEPTH + (piece ^ (row >> 1 & 3)) * 8;
+}
+
+// Starts the copy of the tile of `operand` at (row0, k0) with k < K_end; zeros outside. `rows` is M or N.
+template <bool BY_K>
+__device__ inline void copy_tile(floatX* tile, const floatX* operand, int rows, int K, int row0, int k0, int K_end) {
+    constexpr int PIECES = BY_K ? TILE / 8 : DEPTH / 8;  // in a row of the tile
+#pragma unroll
+    for (int i = 0; i < CHUNKS / 128; i++) {
+        int r = threadIdx.x / PIECES + i * (128 / PIECES), piece = threadIdx.x % PIECES;
+        int row = row0 + (BY_K ? piece * 8 : r), k = k0 + (BY_K ? r : piece * 8);
+        size_t at = BY_K ? (size_t)k * rows + row : (size_t)row * K + k;
+        cp_async_16(tile + place<BY_K>(r, piece), operand + at, row < rows && k < K_end);
+    }
+}
+
+// The 16 x 16 (m, k) fragment of a at row m of the tile, k of the stage.
+template <bool BY_K> __device__ inline void load_a(u32 (&a)[4], const floatX* tile, int m, int k) {
+    int lane = threadIdx.x % 32;
+    if (BY_K) {
+        ldmatrix_x4_trans(a, tile + place<true>(k + lane % 8 + lane / 16 * 8, m / 8 + lane / 8 % 2));
+    } else {
+        ldmatrix_x4(a, tile + place<false>(m + lane % 16, k / 8 + lane / 16));
+    }
+}
+
+// Two 16 x 8 (k, n) fragments of b, columns n .. n+15: b[0], b[1] and b[2], b[3].
+template <bool BY_K> __device__ inline void load_b(u32 (&b)[4], const floatX* tile, int n, int k) {
+    int lane = threadIdx.x % 32;
+    if (BY_K) {
+        ldmatrix_x4_trans(b, tile + place<true>(k + lane % 16, n / 8 + lane / 16));
+    } else {
+        ldmatrix_x4(b, tile + place<false>(n + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2));
+    }
+}
+
+// The (128, 128) tile of p at (m0, n0), summed over k_begin <= k < k_end (k_begin a multiple of 8).
+template <int OP, int STAGES>
+__device__ inline void product_mma(const Product& p, int m0, int n0, int k_begin, int k_end) {
+    extern __shared__ int4 dynamic_shared[];
+    floatX* shared = (floatX*)dynamic_shared;  // STAGES x {tile of a, tile of b}; afterwards staging for the epilogue
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int wm = warp / 2 * WARP_TILE, wn = warp % 2 * WARP_TILE;
+    float sums[4][8][4] = {};  // 4 x 8 fragments of 16 x 8
+
+    int steps = ceil_div(k_end - k_begin, DEPTH);
+    auto copy = [&](int step) {
+        floatX* stage = shared + step % STAGES * 2 * TILE_SIZE;
+        int k0 = k_begin + step * DEPTH;
+        copy_tile<a_by_k<OP>>(stage, p.a, p.M, p.K, m0, k0, k_end);
+        copy_tile<b_by_k<OP>>(stage + TILE_SIZE, p.b, p.N, p.K, n0, k0, k_end);
+    };
+
+    // One commit per step, also when there is nothing left to copy: the wait counts groups.
+    for (int step = 0; step < STAGES - 1; step++) {
+        if (step < steps) { copy(step); }
+        cp_async_commit();
+    }
+    for (int step = 0; step < steps; step++) {
+        if constexpr (STAGES == 1) {
+            __syncthreads();  // all warps are done with the only stage
+            copy(step);
+            cp_async_commit();
+            cp_async_wait<0>();
+            __syncthreads();
+        } else {
+            cp_async_wait<STAGES - 2>();  // this thread's part of the stage of `step` has arrived
+            __syncthreads();              // everybody's has, and everybody is done with the stage of step - 1
+            if (step + STAGES - 1 < steps) { copy(step + STAGES - 1); }
+            cp_async_commit();
+        }
+        const floatX* a_tile = shared + step % STAGES * 2 * TILE_SIZE;
+        const floatX* b_tile = a_tile + TILE_SIZE;
+#pragma unroll
+        for (int k = 0; k < DEPTH; k += 16) {
+            u32 a[4][4], b[4][4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) { load_a<a_by_k<OP>>(a[i], a_tile, wm + i * 16, k); }
+#pragma unroll
+            for (int j = 0; j < 4; j++) { load_b<b_by_k<OP>>(b[j], b_tile, wn + j * 16, k); }
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+#pragma unroll
+                for (int j = 0; j < 8; j++) { mma(sums[i][j], a[i], b[j / 2] + j % 2 * 2); }
+            }
+        }
+    }
+
+    // Epilogue: a warp passes its outputs through shared memory, 16 rows at a time, so that a thread gets 8 neighbours
+    // of one row and a row of the warp is one 128-byte line (16-bit) in global memory.
+    cp_async_wait<0>();
+    __syncthreads();  // the stages are free
+    float* staging = (float*)dynamic_shared + warp * 16 * ROW_STAGING;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            float* at = staging + lane / 4 * ROW_STAGING + j * 8 + lane % 4 * 2;
+            *(float2*)at = make_float2(sums[i][j][0], sums[i][j][1]);
+            *(float2*)(at + 8 * ROW_STAGING) = make_float2(sums[i][j][2], sums[i][j][3]);
+        }
+        __syncwarp();
+#pragma unroll
+        for (int q = 0; q < 4; q++) {
+            int r = q * 4 + lane / 8, m = m0 + wm + i * 16 + r, n = n0 + wn + lane % 8 * 8;
+            float v[8];
+            load<8>(v, staging + r * ROW_STAGING + lane % 8 * 8);
+            if (m < p.M && n < p.N) { finish<8>(p, v, m, n); }
+        }
+        __syncwarp();
+    }
+}
+
+template <int OP> __device__ inline void product4(const Product& p) {
+    product_mma<OP, 1>(p, blockIdx.y * TILE, blockIdx.x * TILE, 0, p.K);
+}
+
+// The order of the blocks decides what the ones running together share in L2: bands of 16 tile rows, and within a band
+// column by column, so that some 250 running blocks need 16 row panels of a and about as many of b.
+constexpr int STAGES5 = 3, BAND = 16;
+
+template <int OP> __device__ inline void product5(const Product& p, int tile, int k_begin, int k_end) {
+    int rows = ceil_div(p.M, TILE), columns = ceil_div(p.N, TILE);
+    int band = tile / (BAND * columns), in_band = tile % (BAND * columns);
+    int height = min(BAND, rows - band * BAND);
+    product_mma<OP, STAGES5>(p, (band * BAND + in_band % height) * TILE, in_band / height * TILE, k_begin, k_end);
+}
+
+#endif  // TENSOR_CORES
+
+// ---------------------------------------------------------------------------------------------------------------------
+// entry points
+//
+// Every kernel checks its own bounds; nothing needs to be zeroed; all pointers 16-byte aligned.
+//   kernel 1      grid ceil(M*N / 256), block 256
+//   kernel 2      grid (ceil(N / 16), ceil(M / 16)), block 256
+//   kernel 3      grid (ceil(N / 128), ceil(M / 128)), block 256
+//   kernel 4      grid (ceil(N / 128), ceil(M / 128)), block 128, dynamic shared memory 18432 bytes
+//   kernel 5      grid ceil(N / 128) * ceil(M / 128) (wgrad: times splits), block 128, dynamic shared memory 49152 bytes
+// forward: M = BT, N = OC, K = C; bias, pre_gelu may be null.  dgrad: M = BT, N = C, K = OC; pre_gelu may be null.
+// wgrad: M = OC, N = C, K = BT; with splits > 1, kernel 5 writes splits x (OC, C) sums into partials for
+// matmul_wgrad_reduce_kernel5, and neither reads nor writes dweight.
+// ---------------------------------------------------------------------------------------------------------------------
+
+__device__ inline Product forward_product(floatX* out, floatX* pre_gelu, const floatX* inp, const floatX* weight,
+                                          const floatX* bias, int M, int N, int K) {
+    return {out, inp, weight, M, N, K, bias, pre_gelu, nullptr, 0, nullptr};
+}
+__device__ inline Product dgrad_product(floatX* dinp, const floatX* dout, const floatX* weight, const floatX* pre_gelu,
+                                        int M, int N, int K) {
+    return {dinp, dout, weight, M, N, K, nullptr, nullptr, pre_gelu, 0, nullptr};
+}
+__device__ inline Product wgrad_product(floatX* dweight, const floatX* dout, const floatX* inp, int M, int N, int K,
+                                        int accumulate) {
+    return {dweight, dout, inp, M, N, K, nullptr, nullptr, nullptr, accumulate, nullptr};
+}
+
+extern "C" __global__ void __launch_bounds__(256) matmul_forward_kernel1(
+    floatX* out, floatX* pre_gelu, const floatX* inp, const floatX* weight, const floatX* bias, int M, int N,
+    int K) {
+    product1<FORWARD>(forward_product(out, pre_gelu, inp, weight, bias, M, N, K));
+}
+extern "C" __global__ void __launch_bounds__(256) matmul_dgrad_kernel1(
+    floatX* dinp, const floatX* dout, const floatX* weight, const floatX* pre_gelu, int M, int N, int K) {
+    product1<DGRAD>(dgrad_product(dinp, dout, weight, pre_gelu, M, N, K));
+}
+extern "C" __global__ void __launch_bounds__(256) matmul_wgrad_kernel1(
+    floatX* dweight, const floatX* dout, const floatX* inp, int M, int N, int K, int accumulate) {
+    product1<WGRAD>(wgrad_product(dweight, dout, inp, M, N, K, accumulate));
+}
+
+extern "C" __global__ void __launch_bounds__(256) matmul_forward_kernel2(
+    floatX* out, floatX* pre_gelu, const floatX* inp, const floatX* weight, const floatX* bias, int M, int N,
+    int K) {
+    product2<FORWARD>(forward_product(out, pre_gelu, inp, weight, bias, M, N, K));
+}
+extern "C" __global__ void __launch_bounds__(256) matmul_dgrad_kernel2(
+    floatX* dinp, const floatX* dout, const floatX* weight, const floatX* pre_gelu, int M, int N, int K) {
+    product2<DGRAD>(dgrad_product(dinp, dout, weight, pre_gelu, M, N, K));
+}
+extern "C" __global__ void __launch_bounds__(256) matmul_wgrad_kernel2(
+    floatX* dweight, const floatX* dout, const floatX* inp, int M, int N, int K, int accumulate) {
+    product2<WGRAD>(wgrad_product(dweight, dout, inp, M, N, K, accumulate));
+}
+
+extern "C" __global__ void __launch_bounds__(256, 2) matmul_forward_kernel3(
+    floatX* out, floatX* pre_gelu, const floatX* inp, const floatX* weight, const floatX* bias, int M, int N,
+    int K) {
+    product3<FORWARD>(forward_product(out, pre_gelu, inp, weight, bias, M, N, K));
+}
+extern "C" __global__ void __launch_bounds__(256, 2) matmul_dgrad_kernel3(
+    floatX* dinp, const floatX* dout, const floatX* weight, const floatX* pre_gelu, int M, int N, int K) {
+    product3<DGRAD>(dgrad_product(dinp, dout, weight, pre_gelu, M, N, K));
+}
+extern "C" __global__ void __launch_bounds__(256, 2) matmul_wgrad_kernel3(
+    floatX* dweight, const floatX* dout, const floatX* inp, int M, int N, int K, int accumulate) {
+    product3<WGRAD>(wgrad_product(dweight, dout, inp, M, N, K, accumulate));
+}
+
+#ifdef TENSOR_CORES
+
+extern "C" __global__ void __launch_bounds__(128, 2) matmul_forward_kernel4(
+    floatX* out, floatX* pre_gelu, const floatX* inp, const floatX* weight, const floatX* bias, int M, int N,
+    int K) {
+    product4<FORWARD>(forward_product(out, pre_gelu, inp, weight, bias, M, N, K));
+}
+extern "C" __global__ void __launch_bounds__(128, 2) matmul_dgrad_kernel4(
+    floatX* dinp, const floatX* dout, const floatX* weight, const floatX* pre_gelu, int M, int N, int K) {
+    product4<DGRAD>(dgrad_product(dinp, dout, weight, pre_gelu, M, N, K));
+}
+extern "C" __global__ void __launch_bounds__(128, 2) matmul_wgrad_kernel4(
+    floatX* dweight, const floatX* dout, const floatX* inp, int M, int N, int K, int accumulate) {
+    product4<WGRAD>(wgrad_product(dweight, dout, inp, M, N, K, accumulate));
+}
+
+extern "C" __global__ void __launch_bounds__(128, 2) matmul_forward_kernel5(
+    floatX* out, floatX* pre_gelu, const floatX* inp, const floatX* weight, const floatX* bias, int M, int N,
+    int K) {
+    product5<FORWARD>(forward_product(out, pre_gelu, inp, weight, bias, M, N, K), blockIdx.x, 0, K);
+}
+extern "C" __global__ void __launch_bounds__(128, 2) matmul_dgrad_kernel5(
+    floatX* dinp, const floatX* dout, const floatX* weight, const floatX* pre_gelu, int M, int N, int K) {
+    product5<DGRAD>(dgrad_product(dinp, dout, weight, pre_gelu, M, N, K), blockIdx.x, 0, K);
+}
+// With few output tiles and many tokens, the tokens are cut into `splits` ranges. Neighbouring blocks work on the same
+// range, so that they read the same rows of dout and inp.
+extern "C" __global__ void __launch_bounds__(128, 2) matmul_wgrad_kernel5(
+    floatX* dweight, float* partials, const floatX* dout, const floatX* inp, int M, int N, int K, int splits,
+    int accumulate) {
+    Product p = wgrad_product(dweight, dout, inp, M, N, K, accumulate);
+    int tiles = ceil_div(M, TILE) * ceil_div(N, TILE);
+    int split = blockIdx.x / tiles, range = ceil_div(ceil_div(K, DEPTH), splits) * DEPTH;
+    if (splits > 1) { p.partial = partials + (size_t)split * M * N; }
+    // the last ranges can be empty when splits does not divide the steps: they write zeros
+    product5<WGRAD>(p, blockIdx.x % tiles, min(split * range, K), min((split + 1) * range, K));
+}
+
+#endif  // TENSOR_CORES
+
+// dweight (+)= the partials, added in the order of the splits. Grid ceil(size / 2048), block 256; size = OC * C.
+extern "C" __global__ void __launch_bounds__(256) matmul_wgrad_reduce_kernel5(
+    floatX* dweight, const float* partials, i64 size, int splits, int accumulate) {
+    i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (i >= size) { return; }
+    float sum[8], other[8];
+    load<8>(sum, partials + i);
+#pragma unroll 4
+    for (int split = 1; split < splits; split++) {
+        load<8>(other, partials + split * size + i);
+#pragma unroll
+        for (int j = 0; j < 8; j++) { sum[j] += other[j]; }
+    }
+    if (accumulate) {
+        load<8>(other, dweight + i);
+#pragma unroll
+        for (int j = 0; j < 8; j++) { sum[j] += other[j]; }
+    }
+    store<8>(dweight + i, sum);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// bias gradient: column sums of dout (M, N)
+//
+// version | idea                                                                    | expected      | measured
+//       1 | one thread per column                                                   | N threads     | not measured yet
+//       2 | 256 columns x a range of rows per block, 16-byte loads; fp32 partials,  | 70-90 % of    | not measured yet
+//         | then a second kernel adds them in order                                 | copy speed    |
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Grid ceil(N / 256), block 256.
+extern "C" __global__ void __launch_bounds__(256) matmul_bias_grad_kernel1(
+    floatX* dbias, const floatX* dout, int M, int N, int accumulate) {
+    int n = blockIdx.x * blockDim.x + threadIdx.x;
+    if (n >= N) { return; }
+    float sum = 0.0f;
+    for (int m = 0; m < M; m++) { sum += (float)dout[(size_t)m * N + n]; }
+    dbias[n] = (floatX)(accumulate ? (float)dbias[n] + sum : sum);
+}
+
+// partials (parts, N) = sums over `parts` ranges of rows. Grid (ceil(N / 256), parts), block 256: warp w takes rows w,
+// w + 8, ... of the range, a lane 8 columns. The accumulate flag and the final rounding belong to the second kernel, so
+// that no shape takes a path of its own (llm.c overwrites instead of accumulating where one range covers all rows).
+extern "C" __global__ void __launch_bounds__(256) matmul_bias_grad_kernel2(
+    float* partials, const floatX* dout, int M, int N) {
+    __shared__ alignas(16) float sums[8][256];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int n = blockIdx.x * 256 + lane * 8, rows = ceil_div(M, (int)gridDim.y);
+    int begin = min((int)blockIdx.y * rows, M), end = min(begin + rows, M);
+    float sum[8] = {}, v[8];
+    if (n < N) {
+#pragma unroll 4
+        for (int m = begin + warp; m < end; m += 8) {
+            load<8>(v, dout + (size_t)m * N + n);
+#pragma unroll
+            for (int i = 0; i < 8; i++) { sum[i] += v[i]; }
+        }
+    }
+    store<8>(&sums[warp][lane * 8], sum);
+    __syncthreads();
+    int column = blockIdx.x * 256 + threadIdx.x;
+    if (column >= N) { return; }
+    float total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < 8; w++) { total += sums[w][threadIdx.x]; }
+    partials[(size_t)blockIdx.y * N + column] = total;
+}
+
+// dbias (+)= sum of partials (parts, N). Grid ceil(N / 32), block 256: 32 columns x 8 interleaved ranges of parts.
+extern "C" __global__ void __launch_bounds__(256) matmul_bias_grad_reduce_kernel2(
+    floatX* dbias, const float* partials, int N, int parts, int accumulate) {
+    __shared__ float sums[8][32];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n = blockIdx.x * 32 + lane;
+    float sum = 0.0f;
+    if (n < N) {
+        for (int part = warp; part < parts; part += 8) { sum += partials[(size_t)part * N + n]; }
+    }
+    sums[warp][lane] = sum;
+    __syncthreads();
+    if (warp > 0 || n >= N) { return; }
+    float total = accumulate ? (float)dbias[n] : 0.0f;
+    for (int w = 0; w < 8; w++) { total += sums[w][lane]; }
+    dbias[n] = (floatX)total;
+}

@@ -1,0 +1,174 @@
+"""The linear layers: kernels/matmul.cu has the math, the layouts and the table of versions.
+
+matmul_forward1 .. 5 and matmul_backward1 .. 5 have the whole contract of the public functions, which choose the version
+for the dtype: 5 (tensor cores) for bf16 and fp16, 3 (FFMA) for fp32. Scalars are wrapped because CuPy passes a Python
+int as 64 bits, and a null pointer is a 64-bit zero because CuPy passes None as a wild pointer (cupy issue 9046).
+"""
+
+from numpy import int32 as i32
+from numpy import int64 as i64
+
+from . import module
+
+NULL = i64(0)
+TILE = 128  # kernels 3, 4, 5: outputs of a block, in both directions
+STAGES = {4: 1, 5: 3}  # kernels 4, 5: tiles in flight
+BIAS_PARTS = 128  # most row ranges of the bias gradient
+# Weight gradient: as many token ranges as bring output tiles x ranges near this number, of 256 tokens or more each. It
+# fills GPUs of 108 to 132 SMs with two blocks each three times over; a constant, so that results do not depend on the
+# device. The partial sums then take at most 792 * 64 KiB.
+WGRAD_BLOCKS, MIN_TOKENS = 792, 256
+
+
+def ceil_div(a, b):
+    return -(-a // b)
+
+
+def wgrad_splits(BT, C, OC):
+    """Token ranges of the weight gradient: a function of the shapes alone."""
+    tiles = ceil_div(OC, TILE) * ceil_div(C, TILE)
+    return max(1, min(WGRAD_BLOCKS // tiles, BT // MIN_TOKENS))
+
+
+def bias_parts(BT):
+    return min(BIAS_PARTS, ceil_div(BT, 32))
+
+
+def matmul_scratch_size(B, T, C, OC):
+    """f32 elements of scratch that matmul_backward wants: partial sums of the weight or the bias gradient."""
+    splits = wgrad_splits(B * T, C, OC)
+    return max(splits * OC * C if splits > 1 else 0, bias_parts(B * T) * OC)
+
+
+def launch(name, version, dtype, M, N, args, repeat=1):
+    """Kernel `version` of a product with (M, N) outputs; repeat: split-K ranges."""
+    kernel_name = f"matmul_{name}_kernel{version}"
+    if version == 1:
+        grid, block, smem = (ceil_div(M * N, 256),), 256, 0
+    elif version == 2:
+        grid, block, smem = (ceil_div(N, 16), ceil_div(M, 16)), 256, 0
+    elif version == 3:
+        grid, block, smem = (ceil_div(N, TILE), ceil_div(M, TILE)), 256, 0
+    else:
+        grid, block, smem = (ceil_div(N, TILE), ceil_div(M, TILE)), 128, max(STAGES[version] * 16384, 18432)
+    if version == 5:
+        grid = (grid[0] * grid[1] * repeat,)
+    args = tuple(NULL if x is None else x for x in args)
+    module.kernel("matmul.cu", kernel_name, dtype, smem=smem)(grid, (block,), args, shared_mem=smem)
+
+
+def forward(version, out, inp, weight, bias, pre_gelu):
+    OC, C = weight.shape
+    BT = inp.size // C
+    assert inp.shape[-1] == C and out.shape == (*inp.shape[:-1], OC), (out.shape, inp.shape, weight.shape)
+    assert bias is None or bias.shape == (OC,), (bias.shape, OC)
+    assert pre_gelu is None or pre_gelu.shape == out.shape, (pre_gelu.shape, out.shape)
+    assert C % 8 == 0 and OC % 8 == 0, (C, OC)  # 16-byte accesses
+    assert all(x is None or x.dtype == out.dtype for x in (inp, weight, bias, pre_gelu)), out.dtype
+    launch("forward", version, out.dtype, BT, OC, (out, pre_gelu, inp, weight, bias, i32(BT), i32(OC), i32(C)))
+
+
+def backward(version, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate):
+    OC, C = weight.shape
+    BT = inp.size // C
+    B_T, dtype, accumulate = inp.shape[:-1], dinp.dtype, i32(accumulate)
+    assert dinp.shape == inp.shape == (*B_T, C) and dout.shape == (*B_T, OC), (dinp.shape, inp.shape, dout.shape)
+    assert dweight.shape == weight.shape and (dbias is None or dbias.shape == (OC,)), (dweight.shape, weight.shape)
+    assert pre_gelu is None or pre_gelu.shape == inp.shape, (pre_gelu.shape, inp.shape)
+    assert C % 8 == 0 and OC % 8 == 0, (C, OC)  # 16-byte accesses
+    assert all(x is None or x.dtype == dtype for x in (dweight, dbias, dout, inp, weight, pre_gelu)), dtype
+    assert scratch.size >= matmul_scratch_size(1, BT, C, OC), (scratch.size, BT, C, OC)
+    if dbias is not None:
+        bias_grad(1 if version == 1 else 2, dbias, scratch, dout, BT, OC, accumulate)
+    launch("dgrad", version, dtype, BT, C, (dinp, dout, weight, pre_gelu, i32(BT), i32(C), i32(OC)))
+    sizes = i32(OC), i32(C), i32(BT)
+    if version < 5:
+        launch("wgrad", version, dtype, OC, C, (dweight, dout, inp, *sizes, accumulate))
+        return
+    splits = wgrad_splits(BT, C, OC)
+    launch("wgrad", 5, dtype, OC, C, (dweight, scratch, dout, inp, *sizes, i32(splits), accumulate), splits)
+    if splits > 1:
+        args = (dweight, scratch, i64(OC * C), i32(splits), accumulate)
+        module.kernel("matmul.cu", "matmul_wgrad_reduce_kernel5", dtype)((ceil_div(OC * C, 2048),), (256,), args)
+
+
+def bias_grad(version, dbias, scratch, dout, BT, OC, accumulate):
+    def kernel(name):
+        return module.kernel("matmul.cu", name, dbias.dtype)
+
+    if version == 1:
+        kernel("matmul_bias_grad_kernel1")((ceil_div(OC, 256),), (256,), (dbias, dout, i32(BT), i32(OC), accumulate))
+        return
+    parts = bias_parts(BT)
+    kernel("matmul_bias_grad_kernel2")((ceil_div(OC, 256), parts), (256,), (scratch, dout, i32(BT), i32(OC)))
+    args = (dbias, scratch, i32(OC), i32(parts), accumulate)
+    kernel("matmul_bias_grad_reduce_kernel2")((ceil_div(OC, 32),), (256,), args)
+
+
+def matmul_forward1(out, inp, weight, bias=None, pre_gelu=None):
+    forward(1, out, inp, weight, bias, pre_gelu)
+
+
+def matmul_forward2(out, inp, weight, bias=None, pre_gelu=None):
+    forward(2, out, inp, weight, bias, pre_gelu)
+
+
+def matmul_forward3(out, inp, weight, bias=None, pre_gelu=None):
+    forward(3, out, inp, weight, bias, pre_gelu)
+
+
+def matmul_forward4(out, inp, weight, bias=None, pre_gelu=None):
+    forward(4, out, inp, weight, bias, pre_gelu)
+
+
+def matmul_forward5(out, inp, weight, bias=None, pre_gelu=None):
+    forward(5, out, inp, weight, bias, pre_gelu)
+
+
+def matmul_backward1(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
+    backward(1, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
+
+
+def matmul_backward2(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
+    backward(2, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
+
+
+def matmul_backward3(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
+    backward(3, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
+
+
+def matmul_backward4(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
+    backward(4, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
+
+
+def matmul_backward5(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
+    backward(5, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
+
+
+def matmul_forward(out, inp, weight, bias=None, pre_gelu=None):
+    """out = inp @ weight^T + bias;  with pre_gelu: pre_gelu = inp @ weight^T + bias, out = gelu(pre_gelu)
+
+    out (B, T, OC) X written (=);  inp (B, T, C) X;  weight (OC, C) X;  bias (OC,) X or None;
+    pre_gelu (B, T, OC) X written, or None.  Sums in fp32, one rounding.
+    Requires: C, OC % 8 == 0, all arrays C-contiguous and 16-byte aligned.
+    Cost: 2*B*T*C*OC FLOPs.
+    Errors: AssertionError on shape or dtype mismatch; never copies, casts, allocates or synchronises.
+    Source: llm.c llmc/matmul.cuh matmul_forward_cublaslt.
+    """
+    forward(3 if out.dtype == "float32" else 5, out, inp, weight, bias, pre_gelu)
+
+
+def matmul_backward(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
+    """dinp = dout @ weight, times gelu'(pre_gelu) if given;  dweight (+)= dout^T @ inp;  dbias (+)= column sums of dout
+
+    dinp (B, T, C) X written (=), before dweight;  dweight (OC, C), dbias (OC,) or None, X: += if accumulate, else =, in
+    fp32 with one rounding;  scratch f32 flat, matmul_scratch_size(B, T, C, OC), need not be zeroed;
+    dout (B, T, OC) X;  inp (B, T, C) X;  weight (OC, C) X;  pre_gelu (B, T, C) X: the values whose GELU was inp.
+    dinp may not overlap dout or inp.
+    Requires: C, OC % 8 == 0, all arrays C-contiguous and 16-byte aligned.
+    Cost: 4*B*T*C*OC FLOPs.
+    Errors: AssertionError on shape or dtype mismatch; never copies, casts, allocates or synchronises.
+    Source: llm.c llmc/matmul.cuh matmul_backward.
+    """
+    version = 3 if dinp.dtype == "float32" else 5
+    backward(version, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
