@@ -79,9 +79,10 @@ def main_log_step(line):
 def metrics_step(line):
     """Step of a metrics.jsonl line, None where it is not one."""
     try:
-        return json.loads(line)["step"]
+        step = json.loads(line)["step"]
     except (ValueError, TypeError, KeyError):
         return None
+    return step if isinstance(step, int) else None
 
 
 def keep_lines_before(path, step_of, step):
