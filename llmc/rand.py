@@ -2,10 +2,10 @@
 
 What is exact. The 32-bit draws, the uniforms, the permutations and the 2520-byte state equal llm.c's (and PyTorch's CPU
 generator) bit for bit everywhere. `normal_` gives the bits of an llm.c built with glibc >= 2.28. NumPy's own float32
-log, cos and sin differ from glibc's in the last bit in 12 to 22 % of the cases, and between processors, so logf, cosf and
-sinf are evaluated here in float64: equal to glibc 2.36 for each of the 2^24 values that a uniform can take. For n >= 16
-PyTorch gives the same bits with ATEN_CPU_CAPABILITY=default; its AVX2 and AVX512 paths approximate log, cos and sin in
-their own way, which moves the last bits of about a third of the values (absolute difference below 3e-6 for std = 1).
+log, cos and sin differ from glibc's in the last bit in 12 to 22 % of the cases, and between processors, so logf, cosf
+and sinf are evaluated here in float64: equal to glibc 2.36 for each of the 2^24 values that a uniform can take. For
+n >= 16 PyTorch gives the same bits with ATEN_CPU_CAPABILITY=default; its AVX2 and AVX512 paths approximate log, cos and
+sin in their own way: the last bits of about a third of the values differ (by less than 3e-6 for std = 1).
 
 Source: llm.c llmc/rand.h (manual_seed, randint32, normal_, random_permutation) and llmc/sampler.h (random_u32). The
 coefficients of logf, sinf and cosf are those of Arm Optimized Routines (MIT licence), which glibc uses.
@@ -62,7 +62,7 @@ class MT19937:
     def from_bytes(cls, data):
         """The generator that to_bytes() (or llm.c) saved. Raises UserError if this cannot be such a struct."""
         if len(data) != STATE_STRUCT.itemsize:
-            raise UserError(f"random state has {len(data)} bytes, expected {STATE_STRUCT.itemsize}. HINT: file damaged?")
+            raise UserError(f"random state of {len(data)} bytes, expected {STATE_STRUCT.itemsize}. HINT: damaged file?")
         struct = np.frombuffer(data, STATE_STRUCT)[0]
         left, position = int(struct["left_"]), int(struct["next_"])
         fresh = (left, position) == (1, 0)
@@ -149,9 +149,7 @@ LOG_CENTRE = (LOG_CENTRE.view(np.float32).astype(np.float64) + (LOG_CENTRE + 0x7
 LOG_CENTRE[9] = 1.0
 LOG_CENTRE[10] = 1 / float.fromhex("0x1.e608cfd9a47acp-1")
 LOG_INVERSE, LOG_LOG = 1 / LOG_CENTRE, np.log(LOG_CENTRE)
-LOG_A0, LOG_A1, LOG_A2 = map(
-    float.fromhex, ("-0x1.00ea348b88334p-2", "0x1.5575b0be00b6ap-2", "-0x1.ffffef20a4123p-2")
-)
+LOG_A0, LOG_A1, LOG_A2 = map(float.fromhex, ("-0x1.00ea348b88334p-2", "0x1.5575b0be00b6ap-2", "-0x1.ffffef20a4123p-2"))
 # sin r = r + s1 r^3 + s2 r^5 + s3 r^7 and cos r = 1 + c1 r^2 + c2 r^4 + c3 r^6 + c4 r^8 for |r| <= pi/4
 S1, S2, S3 = map(float.fromhex, ("-0x1.555545995a603p-3", "0x1.1107605230bc4p-7", "-0x1.994eb3774cf24p-13"))
 C1, C2, C3, C4 = map(

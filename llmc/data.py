@@ -1,0 +1,644 @@
+"""Token shards: the file format, the loader that serves batches, and `python -m llmc.data prepare`, which makes shards.
+
+A shard is llm.c's: 256 int32 of header (magic, version, number of tokens), then the tokens: uint16 (GPT-2) or uint32
+(Llama-3). Byte-level data uses the uint16 kind. Header word 3, which llm.c leaves 0 and ignores, holds the vocabulary
+size where it is not GPT-2's (257 for bytes), so that data which does not fit the model is found before training.
+
+Source: llm.c llmc/dataloader.h, dev/data/data_common.py, dev/data/tinyshakespeare.py.
+"""
+
+import argparse
+import codecs
+import glob
+import hashlib
+import os
+import re
+import shlex
+import sys
+import tempfile
+from collections import namedtuple
+
+import numpy as np
+
+from llmc import UserError
+from llmc.checkpoint import atomic_write
+from llmc.rand import MT19937, random_permutation
+
+HEADER_BYTES = 1024
+GPT2_MAGIC, GPT2_VERSION = 20240520, 1
+LLAMA3_MAGIC, LLAMA3_VERSION = 20240801, 7
+MAX_TOKENS = 2**31 - 1  # the token count is an int32
+
+# ----------------------------------------------------------------------------
+# shards
+
+ShardHeader = namedtuple("ShardHeader", "num_tokens dtype vocab_size")  # vocab_size 0: not stated
+
+
+def read_shard_header(path):
+    """Check a shard's header against its file size; returns a ShardHeader, raises UserError."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(HEADER_BYTES)
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}. HINT: check the path") from error
+    prepare = "make shards with: python -m llmc.data prepare FILE.txt"
+    if size == 0:
+        raise UserError(f"{path} is empty. HINT: {prepare}")
+    if len(raw) < HEADER_BYTES:
+        raise UserError(f"{path} has {size} bytes, fewer than a shard's header of {HEADER_BYTES}. HINT: {prepare}")
+    magic, version, num_tokens, vocab_size = np.frombuffer(raw, "<i4", 4).tolist()
+    if magic == GPT2_MAGIC:
+        expected_version, dtype = GPT2_VERSION, np.dtype("<u2")
+    elif magic == LLAMA3_MAGIC:
+        expected_version, dtype = LLAMA3_VERSION, np.dtype("<u4")
+    else:
+        raise UserError(
+            f"{path} has magic number {magic}, not {GPT2_MAGIC} (GPT-2 tokens) or {LLAMA3_MAGIC} (Llama-3 tokens). "
+            f"HINT: {prepare}"
+        )
+    if version != expected_version:
+        raise UserError(f"{path} has version {version}, expected {expected_version}. HINT: {prepare}")
+    if num_tokens <= 0:
+        raise UserError(f"{path} states {num_tokens} tokens, expected at least 1. HINT: {prepare}")
+    expected_size = HEADER_BYTES + num_tokens * dtype.itemsize
+    if size != expected_size:
+        raise UserError(
+            f"{path} is {'truncated' if size < expected_size else 'over-long'}: {size} bytes, expected {expected_size} "
+            f"for the {num_tokens} tokens that its header states. HINT: copy it again, or {prepare}"
+        )
+    return ShardHeader(num_tokens, dtype, vocab_size)
+
+
+def read_shard(path):
+    """The tokens of a shard as a read-only memory map (num_tokens,), uint16 or uint32; the header is checked."""
+    header = read_shard_header(path)
+    return np.memmap(path, header.dtype, mode="r", offset=HEADER_BYTES, shape=(header.num_tokens,))
+
+
+def write_shard(path, tokens, vocab_size=0):
+    """Write a 1-D array of tokens as a shard (atomically): uint16 makes a GPT-2 shard, uint32 a Llama-3 shard.
+
+    vocab_size is stored in header word 3; 0, as in llm.c's files, leaves it open.
+    """
+    assert tokens.ndim == 1 and tokens.dtype in (np.uint16, np.uint32), (tokens.shape, tokens.dtype)
+    if not 1 <= tokens.size <= MAX_TOKENS:
+        raise UserError(f"{path}: a shard holds 1 to {MAX_TOKENS} tokens, not {tokens.size}. HINT: use --shard-size")
+    gpt2 = tokens.dtype == np.uint16
+    header = np.zeros(HEADER_BYTES // 4, "<i4")
+    header[:2] = (GPT2_MAGIC, GPT2_VERSION) if gpt2 else (LLAMA3_MAGIC, LLAMA3_VERSION)
+    header[2:4] = tokens.size, vocab_size
+    with atomic_write(path) as file:
+        file.write(header)
+        file.write(np.ascontiguousarray(tokens, "<u2" if gpt2 else "<u4"))
+
+
+# ----------------------------------------------------------------------------
+# loader
+
+
+class DataLoader:
+    """Serves (B, T) batches of inputs and targets from the shards that match a pattern, in llm.c's order.
+
+    Sample k of a shard is the tokens k*P*B*T .. (k+1)*P*B*T (P = num_processes); rank r takes the B*T + 1 tokens from
+    k*P*B*T + r*B*T: inputs are the first B*T, targets the same moved by one. Tokens after the last whole sample are
+    dropped. With should_shuffle each rank permutes shards once an epoch and samples once a shard, with its own MT19937
+    seeded 42 + rank; ranks stay disjoint because their offset inside a sample is fixed.
+
+    vocab_size (optional): ids >= vocab_size and shards that state another vocabulary are refused.
+    Attributes: num_tokens (of all shards), paths, current_shard_idx, current_sample_idx (the next one in the shard).
+    Errors: UserError for a pattern without files, an invalid shard, or one with fewer than P*B*T + 1 tokens.
+    Source: llm.c llmc/dataloader.h.
+    """
+
+    def __init__(self, pattern, B, T, rank=0, num_processes=1, should_shuffle=False, vocab_size=None):
+        self.pattern, self.B, self.T, self.rank, self.num_processes = pattern, B, T, rank, num_processes
+        self.should_shuffle, self.vocab_size = bool(should_shuffle), vocab_size
+        self.paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
+        if not self.paths:
+            raise UserError(f"no file matches {pattern}. HINT: make shards with: python -m llmc.data prepare FILE.txt")
+        self.num_tokens = sum(self._check(path).num_tokens for path in self.paths)
+        self._file = None
+        if self.should_shuffle:
+            self._rng = MT19937(42 + rank)
+            self._shard_indices = np.arange(len(self.paths), dtype=np.int32)
+        self.reset()
+
+    def _check(self, path):
+        header = read_shard_header(path)
+        needed = self.num_processes * self.B * self.T + 1
+        if header.num_tokens < needed:
+            raise UserError(
+                f"{path} has {header.num_tokens} tokens, one batch needs {needed} ({self.num_processes} processes x "
+                f"batch {self.B} x length {self.T} + 1). HINT: lower -b or -t, or use a longer text"
+            )
+        if header.vocab_size and self.vocab_size and header.vocab_size != self.vocab_size:
+            raise UserError(
+                f"{path} was made with a vocabulary of {header.vocab_size} tokens, the model has {self.vocab_size}. "
+                "HINT: prepare the data with the model's tokenizer (--tokenizer)"
+            )
+        return header
+
+    def _open_shard(self):
+        """Open the current shard, whose place in `paths` the shuffled order tells."""
+        index = self._shard_indices[self.current_shard_idx] if self.should_shuffle else self.current_shard_idx
+        self.path = self.paths[index]
+        header = self._check(self.path)
+        if self._file is not None:
+            self._file.close()
+        self._file = open(self.path, "rb", buffering=0)
+        self._buffer = np.empty(self.B * self.T + 1, header.dtype)
+        self.shard_num_samples = (header.num_tokens - 1) // (self.num_processes * self.B * self.T)
+
+    def _shuffle_samples(self):
+        if self.should_shuffle:
+            self._intra_shard_indices = np.arange(self.shard_num_samples, dtype=np.int32)
+            random_permutation(self._intra_shard_indices, self._rng)
+
+    def reset(self):
+        """Start a new epoch; a shuffling loader permutes the shards on top of their previous order."""
+        if self.should_shuffle:
+            random_permutation(self._shard_indices, self._rng)
+        self.current_shard_idx = self.current_sample_idx = 0
+        self._open_shard()
+        self._shuffle_samples()
+
+    def _advance(self):
+        if self.current_shard_idx == len(self.paths) - 1:
+            self.reset()
+            return
+        self.current_shard_idx += 1
+        self.current_sample_idx = 0
+        self._open_shard()
+        self._shuffle_samples()
+
+    def next_batch(self, inputs, targets):
+        """Fill inputs and targets, C-contiguous int32 (B, T) arrays (=), with the next batch.
+
+        Errors: UserError for an id >= vocab_size, naming shard, position, id and limit, or if the file got shorter.
+        """
+        B, T = self.B, self.T
+        for array in (inputs, targets):
+            assert array.shape == (B, T) and array.dtype == np.int32 and array.flags.c_contiguous, (array.shape, B, T)
+        if self.current_sample_idx >= self.shard_num_samples:
+            self._advance()
+        sample = self.current_sample_idx
+        if self.should_shuffle:
+            sample = int(self._intra_shard_indices[sample])
+        position = (sample * self.num_processes + self.rank) * B * T
+        self._read(position)
+        inputs.reshape(-1)[:] = self._buffer[:-1]
+        targets.reshape(-1)[:] = self._buffer[1:]
+        self.current_sample_idx += 1
+
+    def _read(self, position):
+        """Read B*T + 1 tokens from token `position` of the open shard into the buffer."""
+        self._file.seek(HEADER_BYTES + position * self._buffer.itemsize)
+        view, done = memoryview(self._buffer).cast("B"), 0
+        while done < len(view):
+            count = self._file.readinto(view[done:])
+            if not count:
+                raise UserError(f"{self.path} became shorter while it was read. HINT: keep data files unchanged")
+            done += count
+        if self.vocab_size and self._buffer.max() >= self.vocab_size:
+            at = int(np.argmax(self._buffer >= self.vocab_size))
+            raise UserError(
+                f"{self.path}: token {position + at} has id {self._buffer[at]}, the model's vocabulary ends at "
+                f"{self.vocab_size - 1}. HINT: prepare the data with the model's tokenizer (--tokenizer)"
+            )
+
+    def state(self):
+        """The position, to be saved: what llm.c keeps in its train-state files, under its names.
+
+        should_shuffle, num_shards, current_shard_idx (into the shuffled order), current_sample_idx (the next one);
+        when shuffling also shard_indices, intra_shard_indices (int32), shard_num_samples, shuffle_rng (2520 bytes).
+        """
+        state = {
+            "should_shuffle": self.should_shuffle,
+            "num_shards": len(self.paths),
+            "current_shard_idx": self.current_shard_idx,
+            "current_sample_idx": self.current_sample_idx,
+        }
+        if self.should_shuffle:
+            state["shard_indices"] = self._shard_indices.copy()
+            state["shard_num_samples"] = self.shard_num_samples
+            state["intra_shard_indices"] = self._intra_shard_indices.copy()
+            state["shuffle_rng"] = self._rng.to_bytes()
+        return state
+
+    def load_state(self, state):
+        """Continue where a loader of the same shards, B, T, rank and num_processes was; UserError if it cannot be."""
+        hint = "HINT: resume with the same data, -b, -t, shuffling (-a) and number of processes"
+        if bool(state["should_shuffle"]) != self.should_shuffle:
+            said = ["without shuffling", "with shuffling"]
+            raise UserError(
+                f"{self.pattern}: the checkpoint was saved {said[bool(state['should_shuffle'])]}, this run is "
+                f"{said[self.should_shuffle]}. {hint}"
+            )
+        shard, sample = int(state["current_shard_idx"]), int(state["current_sample_idx"])
+        if not 0 <= shard < len(self.paths):
+            raise UserError(f"{self.pattern}: the checkpoint is in shard {shard} of {len(self.paths)}. {hint}")
+        if self.should_shuffle:
+            order = np.array(state["shard_indices"], np.int32)
+            if not np.array_equal(np.sort(order), np.arange(len(self.paths))):
+                raise UserError(
+                    f"{self.pattern}: the checkpoint has {order.size} shards, not {len(self.paths)}. {hint}"
+                )
+            self._shard_indices = order
+            self._rng = MT19937.from_bytes(state["shuffle_rng"])
+        self.current_shard_idx, self.current_sample_idx = shard, sample
+        self._open_shard()
+        if not 0 <= sample <= self.shard_num_samples:
+            raise UserError(
+                f"{self.path}: the checkpoint is at sample {sample} of {self.shard_num_samples} in this shard. {hint}"
+            )
+        if self.should_shuffle:
+            order = np.array(state["intra_shard_indices"], np.int32)
+            if not np.array_equal(np.sort(order), np.arange(self.shard_num_samples)):
+                raise UserError(
+                    f"{self.path}: the checkpoint has {order.size} samples in this shard, not "
+                    f"{self.shard_num_samples}. {hint}"
+                )
+            self._intra_shard_indices = order
+
+
+# ----------------------------------------------------------------------------
+# where data comes from
+
+TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TINYSHAKESPEARE_BYTES = 1115394
+TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+TINYSHAKESPEARE_SHARDS = {  # SHA-256 of the finished shards: (train, val)
+    "gpt2": (
+        "8a70606be574040c26d225694f5f9759973b419852d22f7fe5c118e1b359dcc8",
+        "fe99db720dc7c83e694806d4e047a952909411da1daccde4ccc2e55f40882a62",
+    ),
+    "bytes": (
+        "54c6e8d90dec7a38ec36cfe3fdc100ab21f328118a6701d03e398e96c039cc95",
+        "ef23ef328984aaf6f8fb390eb9810ec4ddc364bba58199b18a78b1f641048aad",
+    ),
+}
+
+
+class DownloadError(UserError):
+    """A file could not be had from the network."""
+
+
+def cache_dir():
+    """The user's cache folder for llmc (it need not exist)."""
+    if sys.platform == "win32":
+        return os.path.join(os.environ.get("LOCALAPPDATA") or os.path.expanduser("~"), "llmc", "cache")
+    if sys.platform == "darwin":
+        return os.path.expanduser("~/Library/Caches/llmc")
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "llmc")
+
+
+def writable_cache_dir():
+    """cache_dir(), made if missing; where that is not possible, a folder of this user's for temporary files."""
+    folder = cache_dir()
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        user = os.getuid() if hasattr(os, "getuid") else "user"
+        folder = os.path.join(tempfile.gettempdir(), f"llmc-{user}")
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        return folder
+
+
+def _sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read_bytes(path):
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}. HINT: check the path") from error
+
+
+def tinyshakespeare_text():
+    """Path of the checked text: $LLMC_DATA_DIR/tinyshakespeare/input.txt, the copy in the cache, or a download."""
+    name = os.path.join("tinyshakespeare", "input.txt")
+    if os.environ.get("LLMC_DATA_DIR"):
+        path = os.path.join(os.environ["LLMC_DATA_DIR"], name)
+        if os.path.exists(path):
+            data = _read_bytes(path)
+            if _sha256(data) != TINYSHAKESPEARE_SHA256:
+                raise UserError(
+                    f"{path} is not Tiny Shakespeare: {len(data)} bytes with SHA-256 {_sha256(data)}, expected "
+                    f"{TINYSHAKESPEARE_BYTES} with {TINYSHAKESPEARE_SHA256}. HINT: delete it to have it downloaded anew"
+                )
+            return path
+    path = os.path.join(cache_dir(), name)
+    if os.path.exists(path) and _sha256(_read_bytes(path)) == TINYSHAKESPEARE_SHA256:
+        return path
+    path = os.path.join(writable_cache_dir(), name)
+    data = _download(TINYSHAKESPEARE_URL, TINYSHAKESPEARE_BYTES, TINYSHAKESPEARE_SHA256)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(data)
+    return path
+
+
+def _download(url, size, sha256):
+    """The bytes at a URL; DownloadError unless they are exactly the expected ones."""
+    import http.client
+    import urllib.request
+
+    hint = "HINT: connect to the internet, or set LLMC_DATA_DIR to a folder that has tinyshakespeare/input.txt"
+    try:
+        with urllib.request.urlopen(url, timeout=20) as response:
+            data = response.read(size + 1)
+    except (OSError, http.client.HTTPException) as error:
+        raise DownloadError(f"cannot download {url}: {error}. {hint}") from error
+    if len(data) != size or _sha256(data) != sha256:
+        got = f"{len(data)} bytes with SHA-256 {_sha256(data)}" if len(data) <= size else f"more than {size} bytes"
+        raise DownloadError(f"{url} sent {got}, expected {size} bytes with {sha256}. {hint}")
+    return data
+
+
+def builtin_text():
+    """About 465,000 characters that every CPython carries: the language reference, as shown by Python's help()."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise UserError(
+            f"this Python has no pydoc_data.topics: {error}. HINT: train on a text file of your own"
+        ) from error
+    return "\n\n".join(topics[name] for name in sorted(topics)) + "\n"
+
+
+# ----------------------------------------------------------------------------
+# from text to tokens
+
+CHUNK_BYTES = 1 << 20  # read at a time
+BATCH_CHARS = 1 << 23  # encoded at a time, on all cores
+
+
+def _decoded_chunks(path, progress):
+    """Yield the text of a UTF-8 file in pieces; UserError with the byte offset of the first byte that is not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    position = 0
+    try:
+        with open(path, "rb") as file:
+            while True:
+                chunk = file.read(CHUNK_BYTES)
+                held = len(decoder.getstate()[0])  # bytes of a character that the last chunk cut
+                yield decoder.decode(chunk, final=not chunk)
+                if not chunk:
+                    break
+                position += len(chunk)
+                progress(len(chunk))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}. HINT: check the path") from error
+    except UnicodeDecodeError as error:
+        offset = position - held + error.start
+        raise UserError(
+            f"{path} is not UTF-8 at byte offset {offset} (byte 0x{error.object[error.start]:02x}). "
+            "HINT: convert it, for example with: iconv -f LATIN1 -t UTF-8"
+        ) from error
+    if position == 0:
+        raise UserError(f"{path} is empty. HINT: name a file with text")
+
+
+def pieces(chunks, blank_lines):
+    """Cut a streamed text into (starts a document, text) pieces that encode one by one as they would together.
+
+    Without blank_lines the text is one document. With it, a document ends after each blank line ("\\n\\n").
+    Pieces are cut only where a character that is not white space is followed by a space or newline. No token of GPT-2's
+    pattern reaches over such a place, and what matches on its left does not depend on what follows: the pattern's only
+    lookahead is after white space. Text without any such place is held in memory as a whole.
+    """
+    text, starts = "", True
+    for chunk in chunks:
+        searched = len(text)
+        text += chunk
+        if blank_lines:
+            *documents, text = text.split("\n\n")
+            for document in documents:
+                yield starts, document + "\n\n"
+                starts, searched = True, 0
+        for i in range(len(text) - 1, max(searched, 1) - 1, -1):
+            if text[i] in " \n" and not text[i - 1].isspace():
+                yield starts, text[:i]
+                starts, text = False, text[i:]
+                break
+    if text:
+        yield starts, text
+
+
+def tokenize(paths, tokenizer, blank_lines):
+    """Yield uint16 arrays of token ids: each document of the UTF-8 files, after an EOT; memory stays bounded."""
+    from tqdm import tqdm
+
+    def encoded(batch):
+        for (starts, _), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
+            if starts:
+                yield np.array([tokenizer.eot], np.uint16)
+            yield ids
+
+    size = sum(os.path.getsize(path) for path in paths if os.path.exists(path))
+    with tqdm(total=size, unit="B", unit_scale=True, desc="tokenizing", disable=None, leave=False) as bar:
+        for path in paths:
+            batch, chars = [], 0
+            for piece in pieces(_decoded_chunks(path, bar.update), blank_lines):
+                batch.append(piece)
+                chars += len(piece[1])
+                if chars >= BATCH_CHARS:
+                    yield from encoded(batch)
+                    batch, chars = [], 0
+            yield from encoded(batch)
+
+
+# ----------------------------------------------------------------------------
+# preparation
+
+Prepared = namedtuple("Prepared", "train val files")  # patterns for -i and -j (val may be None); the WrittenShards
+WrittenShard = namedtuple("WrittenShard", "path num_tokens num_bytes written")  # written False: was there already
+
+
+def prepare(names, tokenizer="gpt2", out=None, val_fraction=None, blank_lines=False, shard_size=10**8, overwrite=False):
+    """Make shards of one known dataset ("tinyshakespeare") or of UTF-8 text files; returns Prepared.
+
+    Text files: each file is one document (with blank_lines: each part up to a blank line), preceded by EOT; the last
+    val_fraction (0.1) of all tokens is for validation. Shards of at most shard_size tokens, NAME_train_000000.bin ...,
+    or NAME_train.bin if there is only one, NAME being the first file's; `out` defaults to ./NAME-TOKENIZER.
+    Tiny Shakespeare: llm.c's own split with GPT-2 tokens; byte-level its raw bytes without EOT, of which the last tenth
+    is for validation. `out` defaults to a folder in the user's cache.
+    Files of the same names and other content are kept and an error raised, unless `overwrite` is set.
+    """
+    from llmc import tokenizer as tokenizers
+
+    known = "tinyshakespeare" in names
+    if known and len(names) > 1:
+        raise UserError(f"{' '.join(names)}: a known dataset and files cannot be mixed. HINT: prepare one at a time")
+    if known and (val_fraction is not None or blank_lines):
+        raise UserError("tinyshakespeare has a fixed split. HINT: leave --val-fraction and --split out")
+    val_fraction = 0.1 if val_fraction is None else val_fraction
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"--val-fraction {val_fraction} is not in 0 <= F < 1. HINT: 0.1 keeps a tenth for validation")
+    if not 1 <= shard_size <= MAX_TOKENS:
+        raise UserError(f"--shard-size {shard_size} is not in 1..{MAX_TOKENS}. HINT: the default is 100000000")
+    for path in names:
+        if not known and not os.path.exists(path):
+            raise UserError(f"{path} is neither a file nor a known dataset. HINT: known datasets: tinyshakespeare")
+    encoder = tokenizers.get(tokenizer)
+    vocab_size = 0 if tokenizer == "gpt2" else encoder.n_vocab  # 0: byte for byte as llm.c writes it
+    try:
+        if known:
+            train, val = _tinyshakespeare_tokens(encoder)
+            if out is None:
+                out, overwrite = os.path.join(writable_cache_dir(), f"tinyshakespeare-{tokenizer}"), True
+            return _write_dataset(out, "tiny_shakespeare", train, val, vocab_size, shard_size, overwrite)
+        name = os.path.splitext(os.path.basename(names[0]))[0]
+        out = out or f"{name}-{tokenizer}"
+        os.makedirs(out, exist_ok=True)
+        # where the validation tokens start is known at the end: all tokens go to a nameless file first
+        with tempfile.TemporaryFile(dir=out) as file:
+            for ids in tokenize(names, encoder, blank_lines):
+                file.write(ids)
+            file.flush()
+            tokens = np.memmap(file, np.uint16, mode="r")
+            num_train = int(tokens.size * (1 - val_fraction))
+            if num_train == 0:
+                raise UserError(f"{names[0]}: {tokens.size} tokens are too few to split. HINT: use a longer text")
+            return _write_dataset(out, name, tokens[:num_train], tokens[num_train:], vocab_size, shard_size, overwrite)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}. HINT: choose another folder with --out") from error
+
+
+def _tinyshakespeare_tokens(tokenizer):
+    path = tinyshakespeare_text()
+    if tokenizer.name == "bytes":
+        tokens = np.frombuffer(_read_bytes(path), np.uint8).astype(np.uint16)
+        num_train = int(0.9 * tokens.size)
+        return tokens[:num_train], tokens[num_train:]
+    tokens = np.concatenate(list(tokenize([path], tokenizer, blank_lines=True)))
+    return tokens[32768:], tokens[:32768]
+
+
+def _write_dataset(out, name, train, val, vocab_size, shard_size, overwrite):
+    """Write the shards of both splits; nothing is touched if a file with other content is in the way."""
+    os.makedirs(out, exist_ok=True)
+    patterns, shards = [], {}  # path: tokens
+    for split, tokens in ("val", val), ("train", train):
+        count = -(-tokens.size // shard_size)
+        stem = os.path.join(out, f"{name}_{split}")
+        patterns.append(f"{stem}.bin" if count == 1 else f"{glob.escape(stem)}_*.bin" if count else None)
+        for i in range(count):  # of equal size, so that no shard is too short for a batch
+            part = tokens[tokens.size * i // count : tokens.size * (i + 1) // count]
+            shards[f"{stem}.bin" if count == 1 else f"{stem}_{i:06d}.bin"] = part
+    same = {path for path, tokens in shards.items() if os.path.exists(path) and _is_shard(path, tokens, vocab_size)}
+    ours = re.compile(re.escape(name) + r"_(train|val)(_\d{6})?\.bin")
+    for path in sorted(os.path.join(out, file) for file in os.listdir(out) if ours.fullmatch(file)):
+        if path not in same and not overwrite:
+            raise UserError(f"{path} exists with other content. HINT: choose another --out, or add --overwrite")
+        if path not in shards:
+            os.remove(path)  # it would be taken for a part of the new dataset
+    files = []
+    for path, tokens in shards.items():
+        if path not in same:
+            write_shard(path, tokens, vocab_size)
+        files.append(WrittenShard(path, tokens.size, os.path.getsize(path), path not in same))
+    return Prepared(patterns[1], patterns[0], files)
+
+
+def _is_shard(path, tokens, vocab_size):
+    try:
+        header = read_shard_header(path)
+    except UserError:
+        return False
+    if (header.num_tokens, header.vocab_size) != (tokens.size, vocab_size):
+        return False
+    old, step = read_shard(path), 1 << 24
+    return all(np.array_equal(old[i : i + step], tokens[i : i + step]) for i in range(0, tokens.size, step))
+
+
+def prepare_default(tokenizer, allow_fallback=True):
+    """The data of a run that names none: (train path, val path, a line that says what it is).
+
+    Tiny Shakespeare, from finished shards in the cache (checked by SHA-256) or prepared there now. If it cannot be
+    downloaded and allow_fallback is set: the text of builtin_text(), of which the last tenth is for validation.
+    """
+    folder = os.path.join(cache_dir(), f"tinyshakespeare-{tokenizer}")
+    paths = [os.path.join(folder, f"tiny_shakespeare_{split}.bin") for split in ("train", "val")]
+    if all(map(os.path.exists, paths)):
+        if tuple(_sha256(_read_bytes(path)) for path in paths) == TINYSHAKESPEARE_SHARDS.get(tokenizer):
+            return *paths, f"Tiny Shakespeare in {folder}"
+    try:
+        train, val, _ = prepare(["tinyshakespeare"], tokenizer)
+        return train, val, f"Tiny Shakespeare in {os.path.dirname(train)}"
+    except DownloadError as error:
+        if not allow_fallback:
+            raise
+        reason = str(error).partition(". HINT")[0]
+    text = builtin_text().encode()
+    folder = os.path.join(writable_cache_dir(), f"python-help-{_sha256(text)[:8]}-{tokenizer}")
+    os.makedirs(folder, exist_ok=True)
+    with atomic_write(os.path.join(folder, "python_help.txt")) as file:
+        file.write(text)
+    train, val, _ = prepare([os.path.join(folder, "python_help.txt")], tokenizer, out=folder, overwrite=True)
+    return train, val, f"Python's own documentation in {folder}, because of Tiny Shakespeare: {reason}"
+
+
+# ----------------------------------------------------------------------------
+# command line
+
+
+def main(argv=None):
+    """python -m llmc.data prepare ...; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m llmc.data", description="Make token shards for llmc.train.")
+    command = parser.add_subparsers(dest="command", required=True).add_parser(
+        "prepare",
+        help="turn a known dataset or UTF-8 text files into token shards",
+        description="Turn a known dataset (tinyshakespeare) or UTF-8 text files into token shards.",
+    )
+    command.add_argument("names", nargs="+", metavar="NAME|FILE.txt", help="tinyshakespeare, or text files")
+    command.add_argument("--tokenizer", default="gpt2", metavar="gpt2|bytes", help="default gpt2")
+    command.add_argument("--out", metavar="DIR", help="folder for the shards; default ./FILE-TOKENIZER")
+    command.add_argument(
+        "--val-fraction", type=float, metavar="F", help="the last part of all tokens, for validation; default 0.1"
+    )
+    command.add_argument(
+        "--split",
+        choices=["files", "blank-lines"],
+        default="files",
+        help="what a document is (an end-of-text token precedes each): a file, or a part up to a blank line",
+    )
+    command.add_argument(
+        "--shard-size", type=int, default=10**8, metavar="N", help="most tokens in a shard; default 100000000"
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace shards that have other content")
+    args = parser.parse_args(argv)
+    try:
+        train, val, files = prepare(
+            args.names,
+            args.tokenizer,
+            args.out,
+            args.val_fraction,
+            args.split == "blank-lines",
+            args.shard_size,
+            args.overwrite,
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    for file in files:
+        done = "wrote" if file.written else "has it already:"
+        print(f"{done} {file.path}: {file.num_tokens} tokens, {file.num_bytes} bytes")
+    flags = (
+        ["-i", train] + (["-j", val] if val else []) + (["--tokenizer", "bytes"] if args.tokenizer == "bytes" else [])
+    )
+    print(f"next: python -m llmc.train {shlex.join(flags)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
