@@ -51,11 +51,11 @@ DESCRIPTORS = (
 )
 
 
-def config_from_descriptor(descriptor, vocab_size=50257, max_seq_len=None):
+def config_from_descriptor(descriptor, vocab_size=50257, tiny_seq_len=None):
     """The GPT2Config that a descriptor names: llm.c's dN, gpt2:dN and gpt3:cN, and tiny:dN for CPUs.
 
-    vocab_size is the tokenizer's; it is padded to a multiple of 128 as 50257 is to 50304. max_seq_len None means 1024
-    for gpt2, 2048 for gpt3, 256 for tiny. Source: llm.c train_gpt2.cu gpt_build_from_descriptor.
+    vocab_size is the tokenizer's; it is padded to a multiple of 128 as 50257 is to 50304. maxT is 1024
+    for gpt2, 2048 for gpt3, and tiny_seq_len or 256 for tiny. Source: llm.c train_gpt2.cu gpt_build_from_descriptor.
     """
     match = re.fullmatch(r"(?:gpt2:)?(d)(\d+)|gpt3:(c)(\d+)|tiny:(d)(\d+)", descriptor)
     n = int(next(filter(str.isdigit, filter(None, match.groups())))) if match else -1
@@ -67,10 +67,15 @@ def config_from_descriptor(descriptor, vocab_size=50257, max_seq_len=None):
         NH, maxT = C // GPT3_HEAD_SIZE.get(n, 64), 2048
     elif match and match[5] and n in TINY:
         L, (C, NH) = n, TINY[n]
-        maxT = 256
+        maxT = tiny_seq_len or 256
     else:
         raise UserError(f"-e {descriptor}: no such model descriptor, nor a .bin file. HINT: known are {DESCRIPTORS}.")
-    return GPT2Config(max_seq_len or maxT, vocab_size, -(-vocab_size // 128) * 128, L, NH, C)
+    return GPT2Config(maxT, vocab_size, -(-vocab_size // 128) * 128, L, NH, C)
+
+
+def config_from_header(header):
+    """The GPT2Config of a model file; header is checkpoint.read_model_header's dict."""
+    return GPT2Config(*(header[field] for field in GPT2Config.__dataclass_fields__))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

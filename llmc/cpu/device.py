@@ -160,6 +160,11 @@ def scratch(*shape):
     return _local.scratch[:size].reshape(shape)
 
 
+def scratch_bytes():
+    """Bytes of all threads' scratch, for the memory plan."""
+    return threads() * SCRATCH * 4
+
+
 def split(n, block, multiple=1):
     """Cuts range(n) into equal pieces of about `block`, as many as a multiple of the threads: [(start, stop), ...]."""
     pieces = -(-n // block)

@@ -1,0 +1,105 @@
+"""Text from a checkpoint: `python -m llmc.generate runs/shakespeare-001 --prompt "ROMEO:"`, and the loop behind it."""
+
+import os
+import sys
+
+from llmc import UserError, command
+from llmc.flags import Parser, natural, number, positive
+
+WINDOW = 64  # forward passes run at lengths that are multiples of it, so that there are few shapes
+
+
+def generate(model, prompt, count, rng_state, temperature=1.0, top_k=0):
+    """Yield `count` token ids that continue `prompt` (a non-empty list of ids), drawn by sampler.sample_softmax.
+
+    Each token is one forward pass over the last T tokens at most (llm.c's sampling: no cache of keys and values).
+    rng_state: xorshift64* state; the same state gives the same tokens.
+    """
+    import numpy as np
+
+    from llmc.rand import random_f32
+    from llmc.sampler import sample_softmax
+
+    ids = [int(i) for i in prompt]
+    for _ in range(count):
+        context = ids[-model.T :]
+        length = min(-(-len(context) // WINDOW) * WINDOW, model.T)
+        row = np.zeros((1, length), np.int32)  # positions after the last token do not reach it: attention is causal
+        row[0, : len(context)] = context
+        acts = model.forward(row)
+        logits = model.ops.device.download(acts.output[0, len(context) - 1, : model.config.vocab_size])
+        coin, rng_state = random_f32(rng_state)
+        ids.append(sample_softmax(logits.astype(np.float32), coin, temperature, top_k))
+        yield ids[-1]
+
+
+def tokenizer_for(config, name=None):
+    """The tokenizer of a model: the one named, else the one whose vocabulary has the model's size."""
+    from llmc import tokenizer
+
+    sizes = {tokenizer.GPT2_VOCAB: "gpt2", tokenizer.BYTES_VOCAB: "bytes"}
+    if name is None and config.vocab_size not in sizes:
+        raise UserError(f"no tokenizer has {config.vocab_size} tokens, as this model. HINT: give --tokenizer.")
+    found = tokenizer.get(name or sizes[config.vocab_size])
+    if found.n_vocab != config.vocab_size:
+        have = f"the tokenizer {found.name} has {found.n_vocab} tokens, the model {config.vocab_size}"
+        raise UserError(f"--tokenizer {found.name}: {have}. HINT: leave --tokenizer out.")
+    return found
+
+
+def start_tokens(tokenizer):
+    """What a text starts from: end-of-text for GPT-2 as in llm.c; a newline for bytes, whose data has few of those."""
+    return [tokenizer.eot] if tokenizer.name == "gpt2" else [ord("\n")]
+
+
+def model_file(path):
+    """The .bin to load: path itself, or the newest checkpoint's of an output folder."""
+    from llmc import checkpoint
+
+    if not os.path.isdir(path):
+        return path
+    step = checkpoint.latest_checkpoint(path)
+    if step is None:
+        raise UserError(f"{path} holds no finished checkpoint (DONE_*). HINT: train with -o {path} -n STEPS.")
+    return checkpoint.model_path(path, step)
+
+
+def parser():
+    p = Parser(prog="llmc.generate", description="Continue a text with a trained model.", allow_abbrev=False)
+    p.add_argument("model", help="a model .bin file, or the output folder of a run (its newest checkpoint is taken)")
+    p.add_argument("-p", "--prompt", default="", help="text to continue (default: none, a fresh start)")
+    p.add_argument("-g", "--tokens", type=positive, default=256, help="tokens to generate (256)")
+    p.add_argument("--temperature", type=number, default=0.8, help="0 is greedy, 1 the model's own distribution (0.8)")
+    p.add_argument("--top-k", type=natural, default=0, help="draw from the k most likely tokens only (0 = off)")
+    p.add_argument("--seed", type=natural, default=1337, help="the same seed gives the same text (1337)")
+    p.add_argument("--tokenizer", help="gpt2 or bytes (default: by the size of the model's vocabulary)")
+    p.add_argument("--threads", type=positive, help="CPU threads (default: all)")
+    return p
+
+
+@command("llmc.generate")
+def main(argv=None):
+    args = parser().parse_args(argv)
+    from llmc import checkpoint
+    from llmc import cpu as ops
+    from llmc.gpt2 import GPT2, config_from_header
+
+    path = model_file(args.model)
+    config = config_from_header(checkpoint.read_model_header(path))
+    tokenizer = tokenizer_for(config, args.tokenizer)
+    if args.threads:
+        ops.device.threads(args.threads)
+    model = GPT2(config, ops, 1, min(config.max_seq_len, 1024), recompute=2, training=False)
+    checkpoint.read_model(path, model.params_flat)
+    prompt = tokenizer.encode(args.prompt) if args.prompt else []
+    sys.stdout.write(args.prompt)
+    ids = generate(model, [*start_tokens(tokenizer), *prompt], args.tokens, args.seed, args.temperature, args.top_k)
+    for text in tokenizer.stream(ids):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""How unusual a loss or gradient norm is among the last 128: its z-score (llm.c llmc/outlier_detector.h)."""
+
+import math
+
+WINDOW = 128
+
+
+class OutlierDetector:
+    """A ring of the last WINDOW values with their running sum and sum of squares, in float64."""
+
+    def __init__(self):
+        self.values, self.at, self.sum, self.sum_squares = [], 0, 0.0, 0.0
+
+    def update(self, value):
+        """Take in a value; returns (value - mean) / std over the window that includes it, NaN for the first WINDOW."""
+        if len(self.values) < WINDOW:
+            self.values.append(value)
+            self.sum += value
+            self.sum_squares += value * value
+            return math.nan
+        old, self.values[self.at] = self.values[self.at], value
+        self.at = (self.at + 1) % WINDOW
+        self.sum += value - old
+        self.sum_squares += value * value - old * old
+        mean = self.sum / WINDOW
+        std = math.sqrt(max(self.sum_squares / WINDOW - mean * mean, 0.0))
+        return (value - mean) / std if std > 0 else 0.0
+
+    def state(self):
+        """Everything as a dict that JSON can hold exactly; llm.c does not keep this in its checkpoints."""
+        return dict(values=self.values, at=self.at, sum=self.sum, sum_squares=self.sum_squares)
+
+    def load_state(self, state):
+        """Continue from state(); None, as of a checkpoint by llm.c, starts afresh."""
+        if state is not None:
+            self.values, self.at = list(state["values"]), state["at"]
+            self.sum, self.sum_squares = state["sum"], state["sum_squares"]

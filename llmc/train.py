@@ -1,0 +1,501 @@
+"""Train GPT-2: `python -m llmc.train`. Flags, the choice of the op set, and the loop of llm.c.
+
+    validate -> sample -> checkpoint -> step          (llm.c train_gpt2.cu main)
+
+With no arguments it trains on Tiny Shakespeare with settings that fit the device. The flags are llm.c's letters, each
+with a long name. Nothing heavy is imported before the flags are known, so that --help is immediate.
+"""
+
+import math
+import os
+import signal
+import sys
+import time
+
+from llmc import UserError, command
+from llmc.flags import Parser, below_one, count, fraction, natural, number, positive
+
+# What a flag is when it is not given. LLMC_DEFAULTS are llm.c's; with neither -i nor -e the run is the default job, and
+# TINY_SHAKESPEARE_CPU overrides them: a byte-level model that two cores train in about two minutes.
+LLMC_DEFAULTS = dict(
+    batch_size=4,
+    learning_rate=3e-4,
+    warmup_iterations=0,
+    final_learning_rate_frac=1.0,
+    weight_decay=0.0,
+    beta1=0.9,
+    beta2=0.95,
+    eps=1e-8,
+    grad_clip=1.0,
+    max_steps=-1,
+    val_loss_every=20,
+    val_max_steps=20,
+    sample_every=20,
+    sample_length=64,
+    temperature=1.0,
+    checkpoint_every=0,
+)
+TINY_SHAKESPEARE_CPU = dict(
+    model="tiny:d4",
+    batch_size=16,
+    sequence_length=128,
+    learning_rate=2e-3,
+    warmup_iterations=50,
+    final_learning_rate_frac=0.1,
+    weight_decay=0.1,
+    beta2=0.99,
+    max_steps=1000,
+    val_loss_every=250,
+    sample_every=0,
+    sample_length=400,
+    temperature=0.8,
+    checkpoint_every=250,
+)
+
+
+def parser():
+    p = Parser(prog="llmc.train", description="Train GPT-2. With no flags: Tiny Shakespeare.", allow_abbrev=False)
+    add = p.add_argument_group("data and files").add_argument
+    add("-i", "--input-bin", metavar="GLOB", help="training shards (default: Tiny Shakespeare, prepared as needed)")
+    add("-j", "--input-val-bin", metavar="GLOB", help="validation shards (default: Tiny Shakespeare's)")
+    add("-e", "--model", metavar="MODEL", help="a .bin file, or a descriptor: d12, gpt2:d48, gpt3:c768, tiny:d4 ...")
+    add("-o", "--output-dir", metavar="DIR", help="logs and checkpoints (default: none, or runs/...)")
+    add("-n", "--checkpoint-every", type=natural, metavar="N", help="checkpoint every N steps and at the end (0)")
+    add("-nk", "--checkpoints-keep", type=natural, default=0, metavar="N", help="keep the newest N (0 = all)")
+    add(
+        "-nm",
+        "--major-checkpoint-every",
+        type=natural,
+        default=0,
+        metavar="N",
+        help="multiples that -nk spares (0 = none)",
+    )
+    add("-y", "--resume", type=int, choices=(0, 1), default=0, help="1: continue from the newest checkpoint in -o")
+    add("--tokenizer", metavar="NAME", help="gpt2 or bytes, for the default data and for samples")
+    add = p.add_argument_group("batch").add_argument
+    add("-b", "--batch-size", type=positive, metavar="B", help="rows of a micro-batch (4)")
+    add("-t", "--sequence-length", type=positive, metavar="T", help="tokens in a row (1024, or what the model allows)")
+    add("-d", "--total-batch-size", type=positive, metavar="TOKENS", help="tokens of one update (B*T)")
+    add("-a", "--overfit-single-batch", type=int, choices=(0, 1), default=0, help="1: train on one validation batch")
+    add(
+        "-r",
+        "--recompute",
+        type=int,
+        choices=(0, 1, 2),
+        default=1,
+        help="in backward: 0 none, 1 GELU, 2 also layernorms",
+    )
+    add = p.add_argument_group("optimization").add_argument
+    add("-x", "--max-steps", type=count, metavar="N", help="steps (-1 = one epoch)")
+    add("-k", "--lr-scheduler", default="cosine", metavar="NAME", help="cosine, linear, constant or wsd")
+    add("-l", "--learning-rate", type=number, metavar="LR", help="peak learning rate (3e-4)")
+    add("-u", "--warmup-iterations", type=natural, metavar="N", help="steps of linear warm-up (0)")
+    add(
+        "-q", "--final-learning-rate-frac", type=fraction, metavar="F", help="final learning rate / peak (1 = no decay)"
+    )
+    add("-c", "--weight-decay", type=number, metavar="W", help="of matrices and embeddings (0 = off)")
+    add("--beta1", type=below_one, help="AdamW's (0.9)")
+    add("--beta2", type=below_one, help="AdamW's (0.95)")
+    add("--eps", type=number, help="AdamW's (1e-8)")
+    add("--grad-clip", type=number, metavar="NORM", help="largest gradient norm (1.0; 0 = off)")
+    add("--seed", type=natural, default=42, help="of fresh weights (42, as llm.c)")
+    add = p.add_argument_group("evaluation").add_argument
+    add("-v", "--val-loss-every", type=natural, metavar="N", help="validate every N steps and at the end (20; 0 = off)")
+    add("-m", "--val-max-steps", type=count, metavar="N", help="batches of one validation (20; -1 = all)")
+    add("-s", "--sample-every", type=natural, metavar="N", help="sample every N steps and at the end (20; 0 = off)")
+    add("-g", "--sample-length", type=positive, metavar="N", help="positions of a sample (64)")
+    add("--temperature", type=number, help="of samples (1)")
+    add = p.add_argument_group("machine").add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where it works, else cpu")
+    add("--threads", type=positive, metavar="N", help="CPU threads (default: all cores this process may use)")
+    return p
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# setting up
+
+
+def pick_device(wanted):
+    """The op set and one line that says which, and why: (ops, text)."""
+    if wanted == "cuda":
+        raise UserError("--device cuda: this version has the CPU op set only. HINT: --device cpu.")
+    from llmc import cpu as ops
+
+    why = "asked for" if wanted == "cpu" else "auto: the op set of this version"
+    return ops, f"cpu ({why}), {ops.device.describe()}"
+
+
+def fill_defaults(args):
+    """Settle every flag that was not given; returns whether this is the default job."""
+    default_job = args.input_bin is None and args.model is None
+    for name, value in {**LLMC_DEFAULTS, **(TINY_SHAKESPEARE_CPU if default_job else {})}.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    if default_job and args.sample_every == 0:
+        args.sample_every = args.max_steps  # once, at the end
+    if default_job and args.output_dir is None:
+        args.output_dir = next(d for i in range(1, 10**6) if not os.path.exists(d := f"runs/shakespeare-{i:03d}"))
+    return default_job
+
+
+def prepare_data(args, default_job):
+    """Set -i and -j; returns a line about the default data, or None. What the user named is never substituted."""
+    if args.input_bin is not None:
+        if args.input_val_bin is None:
+            raise UserError("-i needs -j, the validation shards. HINT: python -m llmc.data prepare makes both.")
+        return None
+    from llmc.data import prepare_default
+
+    tokenizer = args.tokenizer or ("bytes" if default_job or (args.model or "").startswith("tiny:") else "gpt2")
+    train, val, text = prepare_default(tokenizer, allow_fallback=default_job and args.tokenizer != "gpt2")
+    args.input_bin, args.input_val_bin = train, args.input_val_bin or val
+    return text
+
+
+def check_output_dir(args):
+    """The step to resume from, or None; -o is created, and must be writable before anything is trained."""
+    if args.output_dir is None:
+        if args.resume:
+            raise UserError("-y 1 resumes from -o, which is not given. HINT: give -o DIR.")
+        return None
+    import tempfile
+
+    from llmc import checkpoint
+
+    try:
+        os.makedirs(args.output_dir, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.output_dir).close()
+    except OSError as error:
+        raise UserError(f"-o {args.output_dir}: {error.strerror}. HINT: name a folder to write to.") from error
+    steps = checkpoint.checkpoint_steps(args.output_dir)
+    if not args.resume and steps:
+        held = f"holds checkpoints of an earlier run, up to step {steps[-1]}"
+        raise UserError(f"-o {args.output_dir} {held}. HINT: -y 1 continues it; for a new run give another folder.")
+    if not args.resume:
+        return None
+    checkpoint.prune_stray(args.output_dir)
+    return checkpoint.latest_checkpoint(args.output_dir)
+
+
+def model_config(args, resume_step):
+    """(GPT2Config, model file or None): of the checkpoint to resume, a .bin file, or a descriptor."""
+    from llmc import checkpoint
+    from llmc.gpt2 import config_from_descriptor, config_from_header
+
+    path = args.model or TINY_SHAKESPEARE_CPU["model"]
+    if resume_step is not None:
+        path = checkpoint.model_path(args.output_dir, resume_step)
+    if path.endswith(".bin"):
+        return config_from_header(checkpoint.read_model_header(path)), path
+    return config_from_descriptor(path, data_vocabulary(args.input_bin), args.sequence_length), None
+
+
+def data_vocabulary(pattern):
+    """Tokens in the vocabulary of the shards, as their header tells; llm.c's headers do not: they are GPT-2's."""
+    import glob
+
+    from llmc import data
+
+    paths = sorted(glob.glob(pattern)) or [pattern]
+    return data.read_shard_header(paths[0]).vocab_size or 50257
+
+
+def sample_tokenizer(config, name):
+    """(tokenizer or None, a line about it or None). Without one, samples are printed as token ids, as llm.c does."""
+    from llmc.generate import tokenizer_for
+
+    try:
+        return tokenizer_for(config, name), None
+    except UserError as error:
+        if name is not None:
+            raise
+        return None, f"samples are printed as token ids: {error}"
+
+
+def check_memory(plan_bytes, ops):
+    free, total = ops.device.memory()
+    if total and plan_bytes > total:
+        need, have = plan_bytes / 2**30, total / 2**30
+        raise UserError(
+            f"the plan needs {need:.1f} GiB, the machine has {have:.1f}. HINT: lower -b or -t, or raise -r."
+        )
+
+
+class Interrupt:
+    """Ctrl-C sets a flag that the loop looks at between steps; a second one ends the program at once."""
+
+    def __init__(self):
+        self.seen = False
+        self.previous = signal.signal(signal.SIGINT, self.handle)
+
+    def handle(self, signum, frame):
+        self.seen = True
+        signal.signal(signal.SIGINT, self.previous)
+
+
+def report(rows):
+    """llm.c's start-up table; None makes a rule between groups."""
+    rule = f"+-{'-' * 21}-+-{'-' * 50}-+"
+    lines = [f"| {row[0]:<21} | {row[1]!s:<50} |" if row else rule for row in rows]
+    return "\n".join([rule, f"| {'Parameter':<21} | {'Value':<50} |", rule, *lines, rule])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what happens in a step
+
+
+def validate(model, loader, batches, inputs, targets):
+    """Mean loss in nats over the first batches of the validation data."""
+    loader.reset()
+    total = 0.0
+    for _ in range(batches):
+        loader.next_batch(inputs, targets)
+        total += model.validate(inputs, targets)
+    return total / batches
+
+
+def sample(model, tokenizer, args):
+    """A sample in llm.c's frame. Each starts from the same random state, so that samples of two steps compare."""
+    from llmc.generate import generate, start_tokens
+
+    start = start_tokens(tokenizer) if tokenizer else [model.config.vocab_size - 1]
+    ids = generate(model, start, args.sample_length - 1, 1337, args.temperature)
+    text = "".join(tokenizer.stream(ids)) if tokenizer else " ".join(str(i) for i in ids)
+    return f"generating:\n---\n{text}\n---"
+
+
+def save(args, step, model, loader, detectors):
+    """Model, train state and DONE marker of this step; then what -nk and -nm let go."""
+    from llmc import checkpoint
+
+    header = {field: getattr(model.config, field) for field in checkpoint.MODEL_WORDS}
+    state = dict(
+        num_processes=1,
+        rank=0,
+        rng_state=model.rng_state,
+        rng_state_last_update=model.rng_state_last_update,
+        m=model.m,
+        v=model.v,
+        loader_state=loader.state(),
+        extra={name: detector.state() for name, detector in detectors.items()},
+    )
+    checkpoint.save_checkpoint(args.output_dir, step, header, model.params_flat, 3, state)
+    checkpoint.apply_retention(
+        args.output_dir, step, args.checkpoint_every, args.checkpoints_keep, args.major_checkpoint_every
+    )
+
+
+def load(args, step, model, loader, detectors):
+    """Continue from the checkpoint of this step: everything the next step reads gets the bits it had."""
+    from llmc import checkpoint
+
+    checkpoint.read_model(checkpoint.model_path(args.output_dir, step), model.params_flat)
+    state = checkpoint.read_state(checkpoint.state_path(args.output_dir, step, 0), model.m, model.v)
+    model.rng_state, model.rng_state_last_update = state["rng_state"], state["rng_state_last_update"]
+    loader.load_state(state["loader_state"])
+    for name, detector in detectors.items():
+        detector.load_state((state["extra"] or {}).get(name))
+
+
+def train_step(model, loader, args, step, steps, micro_steps, inputs, targets, detectors):
+    """One update. Returns (loss, its z-score, gradient norm, its z-score, learning rate)."""
+    from llmc.schedulers import get_learning_rate
+
+    for micro_step in range(micro_steps):
+        loader.next_batch(inputs, targets)
+        model.forward(inputs)
+        model.backward(inputs, targets, micro_steps, micro_step)
+    loss, grad_norm = model.mean_loss(micro_steps), model.grad_norm()
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        what = f"loss {loss}, gradient norm {grad_norm}"
+        raise UserError(f"step {step + 1}: {what}; the weights were not updated. HINT: lower -l or raise -u.")
+    peak, warmup, floor = args.learning_rate, args.warmup_iterations, args.final_learning_rate_frac
+    lr = get_learning_rate(args.lr_scheduler, step, peak, warmup, steps, floor)
+    model.update(lr, args.beta1, args.beta2, args.eps, args.weight_decay, args.grad_clip, step + 1)
+    return loss, detectors["loss"].update(loss), grad_norm, detectors["grad_norm"].update(grad_norm), lr
+
+
+@command("llmc.train")
+def main(argv=None):
+    args = parser().parse_args(argv)
+    start_time = time.perf_counter()
+
+    # what is wrong with the flags or files is found here, before anything is allocated
+    import numpy as np
+
+    from llmc import gpt2, schedulers
+    from llmc.data import DataLoader
+    from llmc.logger import Display, Logger, step_line
+    from llmc.outlier_detector import OutlierDetector
+
+    schedulers.check(args.lr_scheduler)
+    ops, device_line = pick_device(args.device)
+    if args.threads:
+        ops.device.threads(args.threads)
+    default_job = fill_defaults(args)
+    data_line = prepare_data(args, default_job)
+    resume_step = check_output_dir(args)
+    config, model_path = model_config(args, resume_step)
+    B, T = args.batch_size, args.sequence_length or min(1024, config.max_seq_len)
+    total_batch = args.total_batch_size or B * T
+    if total_batch % (B * T):
+        raise UserError(f"-d {total_batch} is not a multiple of -b {B} x -t {T} = {B * T}. HINT: -d {B * T}.")
+    micro_steps = total_batch // (B * T)
+    train_pattern = args.input_val_bin if args.overfit_single_batch else args.input_bin
+    train_loader = DataLoader(
+        train_pattern, B, T, should_shuffle=not args.overfit_single_batch, vocab_size=config.vocab_size
+    )
+    val_loader = DataLoader(args.input_val_bin, B, T, vocab_size=config.vocab_size)
+    steps = train_loader.num_tokens // total_batch if args.max_steps == -1 else args.max_steps
+    all_val_batches = val_loader.num_tokens // (B * T)
+    val_batches = all_val_batches if args.val_max_steps == -1 else args.val_max_steps
+    tokenizer, tokenizer_line = sample_tokenizer(config, args.tokenizer) if args.sample_every else (None, None)
+
+    print(device_line)
+    for line in (data_line, tokenizer_line):
+        if line:
+            print(line)
+    if resume_step is not None:
+        print(f"resuming from step {resume_step} in {args.output_dir}")
+    print(report(settings(args, B, T, total_batch)))
+    print(report(model_rows(args, config, ops, model_path, steps, val_batches)))
+    plan = gpt2.memory_plan(config, ops, B, T, args.recompute)
+    plan_bytes = sum(nbytes for *_, nbytes in plan) + ops.device.scratch_bytes()
+    print(gpt2.format_plan(plan))
+    print(f"  {'scratch of the threads':<50}{ops.device.scratch_bytes():>16,} bytes")
+    check_memory(plan_bytes, ops)
+    baseline = peak_memory()
+    print(f"batch B * T = {B} * {T} = {B * T} tokens; total batch {total_batch} => {micro_steps} micro-steps a step")
+
+    model = gpt2.GPT2(config, ops, B, T, args.recompute)
+    detectors = {"loss": OutlierDetector(), "grad_norm": OutlierDetector()}
+    if resume_step is not None:
+        load(args, resume_step, model, train_loader, detectors)
+    elif model_path:
+        from llmc.checkpoint import read_model
+
+        read_model(model_path, model.params_flat)
+    else:
+        model.init_weights(args.seed)
+
+    inputs, targets = np.empty((B, T), np.int32), np.empty((B, T), np.int32)
+    logger, interrupt = Logger(args.output_dir, resume_step), Interrupt()
+    first = resume_step or 0
+    live = sys.stdout.isatty()
+    display = Display(steps, live, first)
+    smoothed, total_ms = 0.0, 0.0
+    for step in range(first, steps + 1):
+        last = step == steps
+
+        if args.val_loss_every and (step % args.val_loss_every == 0 or last):
+            batches = all_val_batches if default_job and last else val_batches
+            val_loss = validate(model, val_loader, batches, inputs, targets)
+            display.write(f"val loss {val_loss:.6f}")
+            logger.val(step, val_loss)
+        if args.sample_every and ((step > 0 and step % args.sample_every == 0) or last):
+            display.write(sample(model, tokenizer, args))
+        due = args.checkpoint_every and ((step > 0 and step % args.checkpoint_every == 0) or last)
+        if args.output_dir and step != resume_step and (due or (interrupt.seen and step > first)):
+            save(args, step, model, train_loader, detectors)
+            display.write(f"wrote checkpoint of step {step} to {args.output_dir}")
+        if last:
+            break
+        if interrupt.seen:
+            display.close()
+            again = f" HINT: the same command with -o {args.output_dir} -y 1 continues." if args.output_dir else ""
+            raise UserError(f"interrupted after step {step} of {steps}.{again}")
+
+        timer = ops.device.timer()
+        if args.overfit_single_batch:
+            train_loader.reset()
+        loss, loss_z, grad_norm, norm_z, lr = train_step(
+            model, train_loader, args, step, steps, micro_steps, inputs, targets, detectors
+        )
+        ops.device.synchronize()
+        ms = timer()
+        rate = total_batch / ms * 1e3
+        done = step - first
+        if done == 0:
+            display.write(f"first step done {time.perf_counter() - start_time:.2f} s after the start")
+            shown = rate
+        else:
+            total_ms += ms
+            smoothed = 0.95 * smoothed + 0.05 * rate
+            shown = smoothed / (1.0 - 0.95**done)
+        line = step_line(step, steps, loss, loss_z, grad_norm, norm_z, lr, ms, None, shown)
+        display.step(line, loss, lr, shown)
+        logger.train(step, loss, lr, grad_norm, dt_ms=ms, tokens_per_second=rate)
+
+    display.close()
+    if steps - first > 1:
+        print(f"total average iteration time: {total_ms / (steps - first - 1):f} ms")
+    if default_job:
+        print(f"validation loss on all {all_val_batches * B * T} held-out tokens: {val_loss:.4f} nats per token")
+    peak = peak_memory()
+    if peak:
+        parts = f"plan {plan_bytes / 2**20:.0f} MiB + Python, NumPy and BLAS {baseline / 2**20:.0f} MiB"
+        print(f"peak memory: {peak / 2**20:.0f} MiB ({parts})")
+    if args.output_dir and args.checkpoint_every:
+        print(f'more text: python -m llmc.generate {args.output_dir} --prompt "ROMEO:"')
+    return 0
+
+
+def settings(args, B, T, total_batch):
+    """Rows of the start-up table: the flags."""
+    return [
+        ("train data pattern", args.input_bin),
+        ("val data pattern", args.input_val_bin),
+        ("output log dir", args.output_dir or "NULL"),
+        ("checkpoint_every", args.checkpoint_every),
+        ("resume", args.resume),
+        ("micro batch size B", B),
+        ("sequence length T", T),
+        ("total batch size", total_batch),
+        ("LR scheduler", args.lr_scheduler),
+        ("learning rate (LR)", f"{args.learning_rate:e}"),
+        ("warmup iterations", args.warmup_iterations),
+        ("final LR fraction", f"{args.final_learning_rate_frac:e}"),
+        ("weight decay", f"{args.weight_decay:e}"),
+        ("AdamW beta1, beta2", f"{args.beta1:g}, {args.beta2:g}"),
+        ("gradient clip", f"{args.grad_clip:g}"),
+        ("max_steps", args.max_steps),
+        ("val_loss_every", args.val_loss_every),
+        ("val_max_steps", args.val_max_steps),
+        ("sample_every", args.sample_every),
+        ("genT", args.sample_length),
+        ("overfit_single_batch", args.overfit_single_batch),
+        ("recompute", args.recompute),
+    ]
+
+
+def model_rows(args, config, ops, model_path, steps, val_batches):
+    """Rows of the start-up table: the model and what follows from it."""
+    from llmc.gpt2 import num_parameters
+
+    return [
+        ("precision", "FP32"),
+        ("weight init method", model_path or f"{args.model or TINY_SHAKESPEARE_CPU['model']}, seed {args.seed}"),
+        ("max_sequence_length T", config.max_seq_len),
+        ("vocab_size V", config.vocab_size),
+        ("padded_vocab_size Vp", config.padded_vocab_size),
+        ("num_layers L", config.num_layers),
+        ("num_heads NH", config.num_heads),
+        ("channels C", config.channels),
+        ("num_parameters", f"{num_parameters(config)}"),
+        None,
+        ("train_num_batches", steps),
+        ("val_num_batches", val_batches),
+    ]
+
+
+def peak_memory():
+    """The largest resident size of this process so far in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
