@@ -1,0 +1,33 @@
+"""`llmc COMMAND ...`, which is `python -m llmc.COMMAND ...`."""
+
+import importlib
+import sys
+
+from llmc import __version__
+
+COMMANDS = {
+    "train": "train GPT-2; with no flags: on Tiny Shakespeare",
+    "generate": "continue a text with a trained model",
+    "data": "make token shards of a text: llmc data prepare FILE.txt",
+    "plot": "draw the loss curves of runs as a PNG",
+    "test_gpt2": "compare this build with llm.c's debug state",
+}
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        return importlib.import_module(f"llmc.{argv[0]}").main(argv[1:])
+    if argv == ["--version"]:
+        print(f"llmc {__version__}")
+        return 0
+    usage = "usage: llmc COMMAND [FLAGS]   (or: python -m llmc.COMMAND [FLAGS])"
+    if argv in ([], ["-h"], ["--help"]):
+        print("\n".join([usage, "", *(f"  {name:<11}{what}" for name, what in COMMANDS.items())]))
+        return 0
+    print(f"llmc: error: unknown command {argv[0]}. HINT: one of {', '.join(COMMANDS)}.", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""Loss curves of runs as a PNG: `python -m llmc.plot runs/a runs/b -o loss.png` (pip install "llmc[plot]")."""
+
+import os
+import re
+import sys
+
+from llmc import UserError, command
+from llmc.flags import Parser
+
+
+def parse_log(path):
+    """{stream: {step: value}} of a main.log; streams are trl, tel and eval. Later lines of a step win (restarts)."""
+    streams = {"trl": {}, "tel": {}, "eval": {}}
+    try:
+        with open(path) as file:
+            for line in file:
+                match = re.match(r"s:(\d+) (trl|tel|eval):(\S+)", line)
+                if match:
+                    streams[match[2]][int(match[1])] = float(match[3])
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}. HINT: name the output folder (-o) of a run.") from error
+    if not any(streams.values()):
+        raise UserError(f"{path}: no line of a main.log in it. HINT: name the output folder (-o) of a run.")
+    return streams
+
+
+def parser():
+    p = Parser(prog="llmc.plot", description="Draw the loss curves of runs.", allow_abbrev=False)
+    p.add_argument("runs", nargs="+", metavar="RUN", help="output folders of runs, or main.log files of llm.c")
+    p.add_argument("-o", "--output", default="loss.png", help="the picture to write (loss.png)")
+    return p
+
+
+@command("llmc.plot")
+def main(argv=None):
+    args = parser().parse_args(argv)
+    logs = {run: parse_log(os.path.join(run, "main.log") if os.path.isdir(run) else run) for run in args.runs}
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError('llmc.plot draws with matplotlib. HINT: pip install "llmc[plot]"') from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    for i, (run, streams) in enumerate(logs.items()):
+        name = os.path.basename(os.path.normpath(run)) or run
+        if streams["trl"]:
+            axes.plot(*zip(*sorted(streams["trl"].items()), strict=True), color=f"C{i}", alpha=0.35, lw=1)
+        if streams["tel"]:
+            steps, losses = zip(*sorted(streams["tel"].items()), strict=True)
+            label = f"{name}: validation {losses[-1]:.4f}"
+            axes.plot(steps, losses, color=f"C{i}", marker="o", ms=4, lw=1.8, label=label)
+        elif streams["trl"]:
+            axes.plot([], [], color=f"C{i}", label=f"{name}: training")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="training (thin) and validation (dots) loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    try:
+        figure.savefig(args.output, dpi=130)
+    except (OSError, ValueError) as error:
+        raise UserError(f"-o {args.output}: {error}. HINT: name a .png in a folder you can write to.") from error
+    print(f"wrote {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
