@@ -1,6 +1,7 @@
 """llm.c's model, train-state and debug-state files, read and written byte for byte, and sets of them in a folder.
 
-Every file is little-endian and starts with 256 int32 words h[0..255]; words without a meaning are 0.
+Every file is little-endian and starts with 256 int32 words h[0..255]; words without a meaning are 0. The three formats
+and the set are one file because they share the header check, the chunked transfer and the atomic write.
 
 model (magic 20240326)          state (magic 20240527)                 debug state (magic 20240327)
 h[1]    version 3 fp32, 5 bf16  h[1]      version 1                    h[1]  version 2
@@ -278,7 +279,7 @@ def write_state(
 
     m, v, master  (S,) float32, master None without master weights; S = N, or N / num_processes under ZeRO-1
     loader_state  dict of llmc.data.DataLoader.state(), None for a loader at the start that does not shuffle
-    extra         dict that JSON can hold, stored behind everything llm.c reads; None: the file is exactly llm.c's
+    extra         dict that JSON can hold, stored behind everything llm.c reads; None: nothing is added there
     """
     loader = loader_state or dict(should_shuffle=False, current_shard_idx=0, current_sample_idx=0)
     tail = json.dumps(extra).encode() if extra is not None else b""

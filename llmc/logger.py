@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 
 from llmc import UserError
@@ -120,12 +121,14 @@ class Display:
         if live:
             from tqdm import tqdm  # only here: its import takes longer than the rest of the start
 
+            columns = shutil.get_terminal_size((0, 0)).columns  # 0: a terminal that does not know its width
             self.bar = tqdm(
                 total=total_steps,
                 initial=first_step,
                 mininterval=0.25,
                 miniters=1,
-                dynamic_ncols=True,
+                dynamic_ncols=columns > 0,
+                ncols=None if columns > 0 else 80,
                 file=sys.stdout,
                 bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
             )

@@ -2,6 +2,7 @@ import ctypes
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -194,9 +195,11 @@ def test_display_piped(capsys):
 
 def test_display_piped_needs_no_tqdm_and_flushes():
     """A pipe reads each line at once: here the process dies without flushing anything."""
-    code = "import os, sys, llmc.logger; llmc.logger.Display(3, False).write('line'); os._exit('tqdm' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("line\n", "")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    for call in ("write('line')", "step('line', 1, 1, 1)"):
+        code = f"import os, sys, llmc.logger; llmc.logger.Display(3, False).{call}; os._exit('tqdm' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "line\n", "")
 
 
 @pytest.mark.parametrize("first_step", [0, 4])
@@ -214,11 +217,12 @@ def test_display_live(monkeypatch, first_step):
     assert "loss 3.1000 | lr 3.00e-04 | 1000 tok/s]" in screen[-2]
 
 
-def test_display_on_a_terminal():
-    """A real pseudo-terminal of 100 columns: the bar keeps to one line, and what is written stays whole."""
+@pytest.mark.parametrize("columns, width", [(100, 100), (0, 80)])
+def test_display_on_a_terminal(columns, width):
+    """A real pseudo-terminal: the bar keeps to one line, and what is written stays whole. 0 columns: width unknown."""
     pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, b"\x18\0\x64\0\0\0\0\0")  # 24 x 100
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
     code = "import sys, test_logger; test_logger.show(sys.stdout.isatty())"
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     process = subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs, env=environment)
@@ -235,4 +239,4 @@ def test_display_on_a_terminal():
     assert process.wait() == 0, shown
     screen = [line.split("\r")[-1] for line in shown.decode().replace("\r\n", "\n").split("\n")]
     assert "val loss 4.500000" in screen and "ROMEO:" in screen
-    assert "10/10 [" in screen[-2] and max(map(len, screen)) <= 100
+    assert "10/10 [" in screen[-2] and width - 5 <= max(map(len, screen)) <= width

@@ -11,36 +11,37 @@ COINS = st.integers(0, 2**24 - 1).map(lambda i: i / 2**24)  # what xorshift64*'s
 LOGITS = hnp.arrays(np.float32, st.integers(1, 200), elements=st.floats(-50, 50, width=32))
 
 
-def scalar_loop(logits, coin):
-    """llm.c's loop, one token at a time, on the exponentials relative to the largest logit."""
-    exps = np.exp(logits - logits.max())
-    norm = 0.0
-    for e in exps:
+def scalar_sums(logits):
+    """The sums of llm.c's loop, one token at a time, on the exponentials relative to the largest logit."""
+    norm, cdf, sums = 0.0, np.float32(0), []
+    for e in np.exp(logits - logits.max()):
         norm += float(e)
-    coin = np.float32(coin * norm)
-    cdf = np.float32(0)
-    for i, e in enumerate(exps):
-        cdf = np.float32(cdf + e)
-        if coin < cdf:
-            return i
-    return len(exps) - 1
+        cdf += e
+        sums.append(cdf)
+    return norm, np.array(sums)
+
+
+def scalar_loop(coin, norm, sums):
+    """The token of llm.c's loop: the first whose sum exceeds the coin."""
+    above = sums > np.float32(coin * norm)
+    return int(above.argmax()) if above.any() else sums.size - 1
 
 
 @given(LOGITS, COINS)
 def test_equals_the_scalar_loop(logits, coin):
-    assert sample_softmax(logits, coin) == scalar_loop(logits, coin)
+    assert sample_softmax(logits, coin) == scalar_loop(coin, *scalar_sums(logits))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_equals_the_scalar_loop_on_a_vocabulary(seed):
-    """50257 tokens: here the order and the precision of the sums decide. The coins lie where the sums change token."""
+    """50257 tokens: here the order and the precision of the sums decide. The coins lie where the token changes."""
     rng = np.random.default_rng(seed)
     logits = (3 * rng.standard_normal(50257)).astype(np.float32)
-    exps = np.exp(logits - logits.max())
-    cdf = np.cumsum(exps, dtype=np.float32)
-    edges = cdf[rng.integers(0, cdf.size, 4)] / exps.astype(np.float64).sum()
-    for coin in (0, *np.clip(edges, 0, 1 - 2**-24), *rng.random(2), 1 - 2**-24):
-        assert sample_softmax(logits, float(coin)) == scalar_loop(logits, float(coin))
+    norm, sums = scalar_sums(logits)
+    assert sums.dtype == np.float32
+    coins = np.clip(rng.choice(sums, 100) / norm, 0, 1 - 2**-24)
+    for coin in (0.0, *coins.tolist(), *rng.random(20).tolist(), 1 - 2**-24):
+        assert sample_softmax(logits, coin) == scalar_loop(coin, norm, sums)
 
 
 def test_float32_sum_that_ends_below_the_coin():
@@ -51,7 +52,7 @@ def test_float32_sum_that_ends_below_the_coin():
     assert np.cumsum(exps)[-1] == 1
     coin = 1 - 2**-24
     assert np.float32(coin * exps.astype(np.float64).sum()) > 1
-    assert sample_softmax(logits, coin) == scalar_loop(logits, coin) == 2999
+    assert sample_softmax(logits, coin) == scalar_loop(coin, *scalar_sums(logits)) == 2999
     logits[2000:] = -np.inf  # llm.c would return 2999 still, which has no probability
     assert sample_softmax(logits, coin) == 1999
 
