@@ -130,8 +130,8 @@ class DataLoader:
         needed = self.num_processes * self.B * self.T + 1
         if header.num_tokens < needed:
             raise UserError(
-                f"{path} has {header.num_tokens} tokens, one batch needs {needed} ({self.num_processes} processes x "
-                f"batch {self.B} x length {self.T} + 1). HINT: lower -b or -t, or use a longer text"
+                f"{path} has {header.num_tokens} tokens, one batch of -b {self.B} x -t {self.T} on "
+                f"{self.num_processes} processes needs {needed}. HINT: lower -b or -t, or use a longer text"
             )
         if header.vocab_size and self.vocab_size and header.vocab_size != self.vocab_size:
             raise UserError(
@@ -212,7 +212,7 @@ class DataLoader:
         """The position, to be saved: what llm.c keeps in its train-state files, under its names.
 
         should_shuffle, num_shards, current_shard_idx (into the shuffled order), current_sample_idx (the next one);
-        when shuffling also shard_indices, intra_shard_indices (int32), shard_num_samples, shuffle_rng (2520 bytes).
+        when shuffling also shard_indices, intra_shard_indices (int32), shard_num_samples, mt19937 (2520 bytes).
         """
         state = {
             "should_shuffle": self.should_shuffle,
@@ -224,7 +224,7 @@ class DataLoader:
             state["shard_indices"] = self._shard_indices.copy()
             state["shard_num_samples"] = self.shard_num_samples
             state["intra_shard_indices"] = self._intra_shard_indices.copy()
-            state["shuffle_rng"] = self._rng.to_bytes()
+            state["mt19937"] = self._rng.to_bytes()
         return state
 
     def load_state(self, state):
@@ -246,7 +246,7 @@ class DataLoader:
                     f"{self.pattern}: the checkpoint has {order.size} shards, not {len(self.paths)}. {hint}"
                 )
             self._shard_indices = order
-            self._rng = MT19937.from_bytes(state["shuffle_rng"])
+            self._rng = MT19937.from_bytes(state["mt19937"])
         self.current_shard_idx, self.current_sample_idx = shard, sample
         self._open_shard()
         if not 0 <= sample <= self.shard_num_samples:
@@ -295,17 +295,20 @@ def cache_dir():
 
 
 def writable_cache_dir():
-    """cache_dir(), made if missing; where that is not possible, a folder of this user's for temporary files."""
+    """cache_dir(), made if missing; where that is not possible, this user's folder for temporary files."""
     folder = cache_dir()
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
-    except OSError:
+    except OSError as error:
         user = os.getuid() if hasattr(os, "getuid") else "user"
-        folder = os.path.join(tempfile.gettempdir(), f"llmc-{user}")
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        return folder
+        temporary = os.path.join(tempfile.gettempdir(), f"llmc-{user}")
+        try:
+            os.makedirs(temporary, mode=0o700, exist_ok=True)
+        except OSError:
+            raise UserError(f"cannot write to {folder} or {temporary}: {error.strerror}. HINT: set TMPDIR") from error
+        return temporary
 
 
 def _sha256(data):
@@ -508,7 +511,8 @@ def prepare(names, tokenizer="gpt2", out=None, val_fraction=None, blank_lines=Fa
                 raise UserError(f"{names[0]}: {tokens.size} tokens are too few to split. HINT: use a longer text")
             return _write_dataset(out, name, tokens[:num_train], tokens[num_train:], vocab_size, shard_size, overwrite)
     except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}. HINT: choose another folder with --out") from error
+        where = error.filename or out
+        raise UserError(f"cannot write to {where}: {error.strerror}. HINT: choose another folder with --out") from error
 
 
 def _tinyshakespeare_tokens(tokenizer):
@@ -571,18 +575,22 @@ def prepare_default(tokenizer, allow_fallback=True):
             return *paths, f"Tiny Shakespeare in {folder}"
     try:
         train, val, _ = prepare(["tinyshakespeare"], tokenizer)
-        return train, val, f"Tiny Shakespeare in {os.path.dirname(train)}"
+        what = "Tiny Shakespeare"
     except DownloadError as error:
         if not allow_fallback:
             raise
-        reason = str(error).partition(". HINT")[0]
-    text = builtin_text().encode()
-    folder = os.path.join(writable_cache_dir(), f"python-help-{_sha256(text)[:8]}-{tokenizer}")
-    os.makedirs(folder, exist_ok=True)
-    with atomic_write(os.path.join(folder, "python_help.txt")) as file:
-        file.write(text)
-    train, val, _ = prepare([os.path.join(folder, "python_help.txt")], tokenizer, out=folder, overwrite=True)
-    return train, val, f"Python's own documentation in {folder}, because of Tiny Shakespeare: {reason}"
+        text = builtin_text().encode()
+        folder = os.path.join(writable_cache_dir(), f"python-help-{_sha256(text)[:8]}-{tokenizer}")
+        os.makedirs(folder, exist_ok=True)
+        path = os.path.join(folder, "python_help.txt")
+        with atomic_write(path) as file:
+            file.write(text)
+        train, val, _ = prepare([path], tokenizer, out=folder, overwrite=True)
+        what = f"Python's own documentation, as Tiny Shakespeare cannot be had ({str(error).partition('. HINT')[0]}),"
+    where = os.path.dirname(train)
+    if not where.startswith(cache_dir()):
+        where += f" ({cache_dir()} is not writable)"
+    return train, val, f"{what} in {where}"
 
 
 # ----------------------------------------------------------------------------

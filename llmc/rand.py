@@ -3,9 +3,10 @@
 What is exact. The 32-bit draws, the uniforms, the permutations and the 2520-byte state equal llm.c's (and PyTorch's CPU
 generator) bit for bit everywhere. `normal_` gives the bits of an llm.c built with glibc >= 2.28. NumPy's own float32
 log, cos and sin differ from glibc's in the last bit in 12 to 22 % of the cases, and between processors, so logf, cosf
-and sinf are evaluated here in float64: equal to glibc 2.36 for each of the 2^24 values that a uniform can take. For
-n >= 16 PyTorch gives the same bits with ATEN_CPU_CAPABILITY=default; its AVX2 and AVX512 paths approximate log, cos and
-sin in their own way: the last bits of about a third of the values differ (by less than 3e-6 for std = 1).
+and sinf are evaluated here in float64: equal to glibc 2.36 for each of the 2^24 values that a uniform can take.
+PyTorch (n >= 16, ATEN_CPU_CAPABILITY=default) has other last digits in about 7 values of a million, because it does not
+add 1e-12 before the logarithm. Its AVX2 and AVX512 paths approximate log, cos and sin in their own way: the last digits
+of about a third of the values differ (by less than 3e-6 for std = 1).
 
 Source: llm.c llmc/rand.h (manual_seed, randint32, normal_, random_permutation) and llmc/sampler.h (random_u32). The
 coefficients of logf, sinf and cosf are those of Arm Optimized Routines (MIT licence), which glibc uses.
@@ -16,6 +17,7 @@ import numpy as np
 from llmc import UserError
 
 N = 624  # words of MT19937 state
+LOG_EPSILON = np.float32(1e-12)  # llm.c's guard against log(0)
 BLOCK = 1 << 15  # normals computed at a time: the float64 temporaries stay in cache
 
 STATE_STRUCT = np.dtype(  # llm.c's mt19937_state, as found in its train-state files: 2520 bytes
@@ -133,7 +135,7 @@ def _normal_small(out, mean, std, mt):
 
 def _box_muller(u1, u2):
     """sqrt(-2 ln(u1 + 1e-12)), cos(2 pi u2), sin(2 pi u2), each rounded to float32 where llm.c rounds."""
-    rho = np.sqrt(np.float32(-2) * _logf(u1 + np.float32(1e-12)))
+    rho = np.sqrt(np.float32(-2) * _logf(u1 + LOG_EPSILON))
     cos, sin = _cosf_sinf((2 * np.pi * u2.astype(np.float64)).astype(np.float32))
     return rho, cos, sin
 
