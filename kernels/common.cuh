@@ -82,6 +82,14 @@ template <class T> __device__ inline void store128cg(T* address, const Packed128
     __stcg(reinterpret_cast<int4*>(address), bits128(pack));
 }
 
+// Makes the compiler forget what it has computed from a pack. It then converts the 16-bit values again where they are used
+// next, instead of keeping twice the registers full of fp32 copies (and spilling them) until then.
+template <class T> __device__ inline void forget128(Packed128<T>& pack) {
+    int4 bits = bits128(pack);
+    asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w));
+    pack = unpack128<T>(bits);
+}
+
 template <class T> __device__ inline Packed128<T> zeros128() { return unpack128<T>(make_int4(0, 0, 0, 0)); }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def synchronize():
 
 
 def timer():
-    """Starts a timer on the current stream; calling what it returns waits for the work queued since and gives its ms."""
+    """Starts a timer on the current stream; calling what it returns waits for the work queued since, and gives ms."""
     cuda = module.import_cupy().cuda
     start, stop = cuda.Event(), cuda.Event()
     start.record()

@@ -5,10 +5,11 @@ does not see our headers, so a hash of kernels/*.cuh goes into the options: edit
 process compiles nothing.
 
 Options. No --use_fast_math: it turns every expf, logf, sqrtf and division into an approximation of up to some 2^-21
-relative error, more for large exponents, which would show in fp32 losses and in AdamW; these kernels wait for memory, so
-it would buy nothing. Where a fast instruction is safe the kernel says so itself (__expf, rsqrtf, ex2.approx). CuPy adds
--ftz=true; fp32 denormals do not occur in training. -lineinfo costs nothing and lets ncu show source lines.
---ptxas-options=-v makes NVRTC report registers and spills, which is also how a compilation is told from a cache hit.
+relative error, more for large exponents, which would show in fp32 losses and in AdamW; the kernels that use them wait
+for memory anyway. Where a fast instruction is safe the kernel says so itself (rsqrtf, exp2f). -ftz=true, which CuPy
+adds in any case: exp2f is then one instruction, and fp32 denormals matter nowhere in training. -lineinfo costs nothing
+and lets ncu show source lines. --ptxas-options=-v makes NVRTC report registers and spills, and tells a compilation from
+a cache hit, which writes no log.
 """
 
 import concurrent.futures
@@ -74,7 +75,7 @@ def capability():
                 f"the NVIDIA driver supports CUDA {version(driver)}, CuPy was built for CUDA {version(needed)}. "
                 'HINT: update the driver, or pip install "llmc[cuda12]"'
             ) from error
-        raise UserError(f"no usable GPU ({one_line(error)}). HINT: check nvidia-smi and CUDA_VISIBLE_DEVICES") from error
+        raise UserError(f"no usable GPU: {one_line(error)}. HINT: see nvidia-smi and CUDA_VISIBLE_DEVICES") from error
     if count == 0:
         raise UserError("no GPU is visible. HINT: check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu")
     found = int(cupy.cuda.Device().compute_capability)
@@ -99,6 +100,7 @@ def options(dtype_name, defines=(), arch=None):
     return (
         "-std=c++17",
         "-lineinfo",
+        "-ftz=true",
         "--ptxas-options=-v",
         f"-I{folder}",
         f"-D{DTYPE_DEFINE[dtype_name]}",
@@ -125,9 +127,10 @@ def resources(log):
 @functools.cache
 def load(file, dtype_name, defines=(), arch=None):
     """Compiles kernels/<file> or takes it from CuPy's cache -> (cupy.RawModule, resources)."""
-    if capability() < MIN_CAPABILITY[dtype_name]:
+    needed, found = MIN_CAPABILITY[dtype_name], capability()
+    if found < needed:
         raise UserError(
-            f"{dtype_name} needs compute capability {MIN_CAPABILITY[dtype_name] / 10}, this GPU has {capability() / 10}. "
+            f"{dtype_name} needs compute capability {needed / 10}, this GPU has {found / 10}. "
             "HINT: --dtype fp16 or --dtype fp32"
         )
     cupy, log = import_cupy(), io.StringIO()
@@ -139,7 +142,7 @@ def load(file, dtype_name, defines=(), arch=None):
         text = str(error)
         missing = re.search(r'(?:cannot|could not) open source file "([^"]+)"', text)
         if missing:
-            raise UserError(f"kernels/{file}: the CUDA header {missing.group(1)} is not installed. {INSTALL}") from error
+            raise UserError(f"kernels/{file}: CUDA header {missing.group(1)} is not installed. {INSTALL}") from error
         if "nvrtc" in text.lower() and "load" in text.lower():
             raise UserError(f"the CUDA run-time compiler is not installed ({one_line(error)}). {INSTALL}") from error
         raise
@@ -163,11 +166,12 @@ def kernel(file, name, dtype, defines=(), smem=0, arch=None, strict=False):
     if strict and name in found and (found[name][1] or found[name][2]):
         raise RuntimeError(f"kernels/{file}: {name} spills {found[name][1]} bytes, serialised wgmma: {found[name][2]}")
     if smem > 48 * 1024:  # a limit, not a reservation: the largest possible, so that calls with other sizes agree
-        device = import_cupy().cuda.Device()
-        limit = device.attributes["MaxSharedMemoryPerBlockOptin"] - function.shared_size_bytes
+        limit = import_cupy().cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"] - function.shared_size_bytes
         if smem > limit:
-            raise UserError(f"kernels/{file}: {name} needs {smem} bytes of shared memory, this GPU has {limit} per block. "
-                            "HINT: use a smaller model width or a newer GPU")
+            raise UserError(
+                f"kernels/{file}: {name} needs {smem} bytes of shared memory per block, this GPU has {limit}. "
+                "HINT: use a smaller model width or a newer GPU"
+            )
         function.max_dynamic_shared_size_bytes = limit
     return checked(function, f"kernels/{file}: {name}") if check_launches else function
 

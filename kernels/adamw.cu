@@ -1,0 +1,155 @@
+// AdamW over the flat arena of all parameters, in one launch.
+//
+//   g = scale grads;  m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  old = master, or params where there is no master
+//   new = old - lr ((m/c1) / (sqrt(v/c2) + eps) + decay old);  master = new;  params = stochastic_round(new)
+//   scale = clip/norm if clip > 0 and norm > clip else 1;  norm = sqrt(norm_squared);  c = 1 - beta^t
+//
+//   params (N,) floatX    master (N,) f32 or NULL    grads (N,) gradX    m, v (N,) f32
+//   tensor i of 16 covers [ends[i-1], ends[i]): ends i64, decays f32, seeds u32 (16,) each
+//   hyper (3,) f32 = lr, c1, c2    norm_squared (1,) f32
+//
+// gradX is floatX, or float with -DGRADS_FP32. What changes from step to step (hyper, norm_squared, seeds) is read from
+// device memory, so that a captured graph can be replayed. Where norm_squared is not finite nothing is written.
+// The rounding noise depends on (seed of the tensor, index within the tensor) alone: another launch geometry, another
+// sharding of the arena or init_from_master after a resume gives the same bits.
+//
+// version         | idea                                                          | bytes per parameter      | measured
+// adamw_update 1  | thread per element                                            | 28 (bf16, fp32 master)   | not yet
+// adamw_update 2  | thread per 16 bytes of params: all arrays in 16-byte accesses | same, 4-8x fewer accesses| not yet
+// init_from_master| thread per element; runs once per start                       | 6                        | not yet
+//
+// Source: llm.c llmc/adamw.cuh (adamw_kernel3, init_from_master_kernel); Loshchilov and Hutter 2019, arXiv:1711.05101.
+#include "common.cuh"
+
+#define TENSORS 16
+
+#if defined(GRADS_FP32)
+typedef float gradX;
+#else
+typedef floatX gradX;
+#endif
+
+// The tensor that element i belongs to: the number of ends that are <= i. Four steps of binary search.
+__device__ inline int find_tensor(const i64* ends, i64 i) {
+    int tensor = 0;
+    for (int step = TENSORS / 2; step > 0; step /= 2) {
+        if (i >= ends[tensor + step - 1]) { tensor += step; }
+    }
+    return tensor;
+}
+
+struct Adam {
+    float lr, c1, c2, beta1, to_m, beta2, to_v, eps, scale;  // to_m = 1 - beta1, to_v = 1 - beta2, rounded once
+};
+
+// The new value of one parameter; m and v are updated.
+__device__ inline float adam_step(const Adam& a, float grad, float& m, float& v, float old, float decay) {
+    float g = a.scale * grad;
+    m = fmaf(a.beta1, m, a.to_m * g);
+    v = fmaf(a.beta2, v, a.to_v * g * g);
+    return old - a.lr * ((m / a.c1) / (sqrtf(v / a.c2) + a.eps) + decay * old);
+}
+
+__device__ inline float clip_scale(float norm_squared, float clip) {
+    float norm = sqrtf(norm_squared);
+    return clip > 0.0f && norm > clip ? clip / norm : 1.0f;
+}
+
+// One thread per element. grid ceil(N / block), any block.
+extern "C" __global__ void adamw_update_kernel1(floatX* params, float* master, const gradX* grads, float* m, float* v,
+                                                const i64* ends, const float* decays, const u32* seeds,
+                                                const float* hyper, const float* norm_squared, float beta1, float to_m,
+                                                float beta2, float to_v, float eps, float clip, i64 N) {
+    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= N || !(norm_squared[0] < INFINITY)) { return; }  // NaN fails the comparison too
+    Adam a = {hyper[0], hyper[1], hyper[2], beta1, to_m, beta2, to_v, eps, clip_scale(norm_squared[0], clip)};
+    int tensor = find_tensor(ends, i);
+    i64 index = i - (tensor > 0 ? ends[tensor - 1] : 0);
+    float old = master ? master[i] : (float)params[i], new_m = m[i], new_v = v[i];
+    float value = adam_step(a, (float)grads[i], new_m, new_v, old, decays[tensor]);
+    m[i] = new_m;
+    v[i] = new_v;
+    if (master) { master[i] = value; }
+    params[i] = stochastic_round(value, noise(index, seeds[tensor]));
+}
+
+// x128::size consecutive elements at array + i, as fp32; the whole pack if `full`, else the first `count`.
+template <class T> __device__ inline void fetch(float* values, const T* array, i64 i, int count, bool full) {
+    if (full) {
+        for (int k = 0; k < x128::size; k += Packed128<T>::size) {
+            Packed128<T> pack = load128cs(array + i + k);
+            for (int e = 0; e < Packed128<T>::size; e++) { values[k + e] = (float)pack[e]; }
+        }
+    } else {
+        for (int k = 0; k < count; k++) { values[k] = (float)array[i + k]; }
+    }
+}
+
+__device__ inline void put(float* array, i64 i, const float* values, int count, bool full) {
+    if (full) {
+        for (int k = 0; k < x128::size; k += f128::size) {
+            f128 pack;
+            for (int e = 0; e < f128::size; e++) { pack[e] = values[k + e]; }
+            store128cs(array + i + k, pack);
+        }
+    } else {
+        for (int k = 0; k < count; k++) { array[i + k] = values[k]; }
+    }
+}
+
+// One thread per 16 bytes of params. A tensor may begin in the middle of a pack: the search is repeated where one ends.
+// grid ceil(N / x128::size / block), any block; all arrays start at 16 bytes.
+extern "C" __global__ void adamw_update_kernel2(floatX* params, float* master, const gradX* grads, float* m, float* v,
+                                                const i64* ends, const float* decays, const u32* seeds,
+                                                const float* hyper, const float* norm_squared, float beta1, float to_m,
+                                                float beta2, float to_v, float eps, float clip, i64 N) {
+    i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * x128::size;
+    if (i >= N || !(norm_squared[0] < INFINITY)) { return; }
+    Adam a = {hyper[0], hyper[1], hyper[2], beta1, to_m, beta2, to_v, eps, clip_scale(norm_squared[0], clip)};
+    int count = (int)min((i64)x128::size, N - i);
+    bool full = count == x128::size;
+    float grad[x128::size] = {}, old[x128::size] = {}, new_m[x128::size] = {}, new_v[x128::size] = {};
+    fetch(grad, grads, i, count, full);
+    fetch(new_m, m, i, count, full);
+    fetch(new_v, v, i, count, full);
+    if (master) {
+        fetch(old, master, i, count, full);
+    } else {
+        fetch(old, params, i, count, full);
+    }
+    i64 begin = 0, end = 0;
+    float decay = 0.0f;
+    u32 seed = 0;
+    x128 rounded = zeros128<floatX>();
+#pragma unroll
+    for (int k = 0; k < x128::size; k++) {
+        if (k >= count) { break; }
+        if (i + k >= end) {
+            int tensor = find_tensor(ends, i + k);
+            begin = tensor > 0 ? ends[tensor - 1] : 0;
+            end = ends[tensor];
+            decay = decays[tensor];
+            seed = seeds[tensor];
+        }
+        old[k] = adam_step(a, grad[k], new_m[k], new_v[k], old[k], decay);
+        rounded[k] = stochastic_round(old[k], noise(i + k - begin, seed));
+    }
+    put(m, i, new_m, count, full);
+    put(v, i, new_v, count, full);
+    if (master) { put(master, i, old, count, full); }
+    if (full) {
+        store128(params + i, rounded);
+    } else {
+        for (int k = 0; k < count; k++) { params[i + k] = rounded[k]; }
+    }
+}
+
+// params = stochastic_round(master), with the noise of adamw_update. grid ceil(N / block), any block.
+extern "C" __global__ void init_from_master_kernel(floatX* params, const float* master, const i64* ends,
+                                                   const u32* seeds, i64 N) {
+    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= N) { return; }
+    int tensor = find_tensor(ends, i);
+    i64 index = i - (tensor > 0 ? ends[tensor - 1] : 0);
+    params[i] = stochastic_round(master[i], noise(index, seeds[tensor]));
+}

@@ -1,0 +1,259 @@
+// Token and position embeddings, and the gradient that flows back into both tables.
+//
+//   forward   out[b,t,:] = wte[inp[b,t],:] + wpe[t,:]
+//   backward  dwte[v,:] += sum of dout[b,t,:] over all (b,t) with inp[b,t] = v       dwpe[t,:] += sum over b of dout[b,t,:]
+//
+//   out, dout (B,T,C) floatX    inp (B,T) i32, ids below Vp    wte, dwte (Vp,C)    wpe, dwpe (maxT,C), T <= maxT
+//   N = B*T.  Sums are fp32, in the order of positions; the += is rounded stochastically in bf16.
+//
+// The hard part is dwte: many positions hold the same token. llm.c sorts on the host; float atomics would be simple, but
+// the order of additions and so the bits would change from run to run. Here the device sorts, and no step is atomic.
+//
+// version              | idea                                                  | bytes moved                | measured
+// encoder_forward 1    | thread per element                                    | (2N + T) C                 | not yet
+// encoder_forward 2    | thread per 16 bytes                                   | same, 8x fewer accesses    | not yet
+// encoder_backward 1   | block per vocabulary row reads all N tokens           | 4 N Vp (L2) + N C          | not yet
+// encoder_backward 2   | sort positions by token, block per token that occurs  | N C, but one block sums a  | not yet
+//                      |                                                       | frequent token's rows alone|
+// encoder_backward 3   | sort, blocks sum equal pieces of the sorted list,     | N C + partials             | not yet
+//                      | then tokens that span pieces are put together         |                            |
+//
+// Source: llm.c llmc/encoder.cuh (encoder_forward_kernel3, wpe_backward_kernel, wte_backward_kernel).
+#include "common.cuh"
+
+// ---------------------------------------------------------------------------------------------------------------------
+// forward
+// ---------------------------------------------------------------------------------------------------------------------
+
+// One thread per element of out. grid ceil(N*C / block), any block.
+extern "C" __global__ void encoder_forward_kernel1(floatX* out, const int* inp, const floatX* wte, const floatX* wpe,
+                                                   int T, int C, i64 elements) {
+    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= elements) { return; }
+    i64 position = i / C;
+    int c = i % C, t = position % T;
+    out[i] = (floatX)((float)wte[(i64)inp[position] * C + c] + (float)wpe[(i64)t * C + c]);
+}
+
+// One thread per 16 bytes of out. grid ceil(packs / block), packs = N*C / x128::size < 2^31; C % x128::size == 0.
+extern "C" __global__ void encoder_forward_kernel2(floatX* out, const int* inp, const floatX* wte, const floatX* wpe,
+                                                   int T, int C, int packs) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= packs) { return; }
+    int row_packs = C / x128::size;
+    int position = i / row_packs, c = i % row_packs * x128::size, t = position % T;
+    x128 token = load128(wte + (i64)inp[position] * C + c);
+    x128 place = load128(wpe + (i64)t * C + c);
+    for (int k = 0; k < x128::size; k++) { token[k] = (floatX)((float)token[k] + (float)place[k]); }
+    store128(out + (i64)i * x128::size, token);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// backward: shared parts
+// ---------------------------------------------------------------------------------------------------------------------
+
+#define WTE 0  // the two tables round with different noise
+#define WPE 1
+
+// *address += sum, rounded with noise that depends on (seed, table, element) alone.
+__device__ inline void accumulate(floatX* table, i64 element, float sum, u32 seed) {
+    table[element] = stochastic_round((float)table[element] + sum, noise(element, seed));
+}
+
+__device__ inline void accumulate128(floatX* table, i64 element, const float* sum, u32 seed) {
+    x128 pack = load128(table + element);
+    for (int k = 0; k < x128::size; k++) {
+        pack[k] = stochastic_round((float)pack[k] + sum[k], noise(element + k, seed));
+    }
+    store128(table + element, pack);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// backward of the position table
+// ---------------------------------------------------------------------------------------------------------------------
+
+// One thread per (t, c), looping over the batch. grid ceil(T*C / block).
+extern "C" __global__ void wpe_backward_kernel1(floatX* dwpe, const floatX* dout, const u32* seed, int B, int T, int C) {
+    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= (i64)T * C) { return; }
+    float sum = 0.0f;
+    for (int b = 0; b < B; b++) { sum += (float)dout[(i64)b * T * C + i]; }
+    accumulate(dwpe, i, sum, noise(WPE, seed[0]));
+}
+
+// One thread per 16 bytes of dwpe. grid ceil(T*C / x128::size / block); C % x128::size == 0.
+extern "C" __global__ void wpe_backward_kernel2(floatX* dwpe, const floatX* dout, const u32* seed, int B, int T, int C) {
+    i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * x128::size;
+    if (i >= (i64)T * C) { return; }
+    float sum[x128::size] = {};
+    for (int b = 0; b < B; b++) {
+        x128 pack = load128(dout + (i64)b * T * C + i);
+        for (int k = 0; k < x128::size; k++) { sum[k] += (float)pack[k]; }
+    }
+    accumulate128(dwpe, i, sum, noise(WPE, seed[0]));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// backward of the token table
+// ---------------------------------------------------------------------------------------------------------------------
+
+// One block per vocabulary row, threads over its channels; each reads all N tokens. grid Vp, any block.
+extern "C" __global__ void wte_backward_kernel1(floatX* dwte, const floatX* dout, const int* inp, const u32* seed,
+                                                int N, int C) {
+    int token = blockIdx.x;
+    for (int c = threadIdx.x; c < C; c += blockDim.x) {
+        float sum = 0.0f;
+        bool found = false;
+        for (int position = 0; position < N; position++) {
+            if (inp[position] == token) {
+                sum += (float)dout[(i64)position * C + c];
+                found = true;
+            }
+        }
+        if (found) { accumulate(dwte, (i64)token * C + c, sum, noise(WTE, seed[0])); }
+    }
+}
+
+// One pass of a stable radix sort of positions by token: out = the positions of `in`, ordered by the digit
+// (token >> shift) & mask, equal digits in the order of `in` (NULL: 0, 1, 2, ...). Two passes, low digit first, sort by
+// token and keep positions ascending within a token, which fixes the order of every sum.
+// Block d owns digit d. It reads all N tokens, counts how many go before its own, and appends its own in order: no
+// histogram, no atomics, 2^digit_bits * N reads from L2. Each warp owns a contiguous run of `in`.
+// grid mask + 1, block 1024.
+extern "C" __global__ void __launch_bounds__(1024)
+sort_by_token_kernel(int* out, const int* in, const int* inp, int N, int shift, int mask) {
+    __shared__ int run_matches[32];
+    __shared__ int run_before[32];
+    int digit = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    int run = ceil_div(N, warps), begin = min(warp * run, N), end = min(begin + run, N);
+
+    int matches = 0, before = 0;  // of this warp's run: positions with our digit, and with a smaller one
+#pragma unroll 4
+    for (int i = begin; i < end; i += 32) {
+        int position = i + lane < end ? (in ? in[i + lane] : i + lane) : -1;
+        int found = position >= 0 ? (inp[position] >> shift) & mask : digit + 1;
+        matches += __popc(__ballot_sync(0xffffffffu, found == digit));
+        before += __popc(__ballot_sync(0xffffffffu, found < digit));
+    }
+    if (lane == 0) {
+        run_matches[warp] = matches;
+        run_before[warp] = before;
+    }
+    __syncthreads();
+    int place = 0;  // where this run's first match goes: after all smaller digits and the matches of earlier runs
+    for (int w = 0; w < warps; w++) { place += run_before[w] + (w < warp ? run_matches[w] : 0); }
+
+#pragma unroll 4
+    for (int i = begin; i < end; i += 32) {
+        int position = i + lane < end ? (in ? in[i + lane] : i + lane) : -1;
+        bool match = position >= 0 && ((inp[position] >> shift) & mask) == digit;
+        u32 votes = __ballot_sync(0xffffffffu, match);
+        if (match) { out[place + __popc(votes & ((1u << lane) - 1))] = position; }
+        place += __popc(votes);
+    }
+}
+
+// sorted[j] is where a token's occurrences begin if j = 0 or the entry before belongs to another token.
+__device__ inline bool begins_at(const int* sorted, const int* inp, int j) {
+    return j == 0 || inp[sorted[j]] != inp[sorted[j - 1]];
+}
+
+// Block (j, y) sums all rows of the token that begins at sorted[j], if one does, for 16 bytes of channels per thread.
+// grid (N, ceil(C / x128::size / block)); C % x128::size == 0.
+extern "C" __global__ void wte_backward_kernel2(floatX* dwte, const floatX* dout, const int* inp, const int* sorted,
+                                                const u32* seed, int N, int C) {
+    int j = blockIdx.x, c = (blockIdx.y * blockDim.x + threadIdx.x) * x128::size;
+    if (c >= C || !begins_at(sorted, inp, j)) { return; }
+    int token = inp[sorted[j]];
+    float sum[x128::size] = {};
+    for (; j < N && inp[sorted[j]] == token; j++) {
+        x128 row = load128cs(dout + (i64)sorted[j] * C + c);
+        for (int k = 0; k < x128::size; k++) { sum[k] += (float)row[k]; }
+    }
+    accumulate128(dwte, (i64)token * C + c, sum, noise(WTE, seed[0]));
+}
+
+#define PIECE 32  // entries of the sorted list that one block sums; llmc/cuda/encoder.py has the same number
+#define AHEAD 8   // rows whose loads are in flight at once
+
+__device__ inline void store_partial(float* address, const float* sum) {
+    for (int k = 0; k < x128::size; k += f128::size) {
+        f128 part;
+        for (int e = 0; e < f128::size; e++) { part[e] = sum[k + e]; }
+        store128(address + k, part);
+    }
+}
+
+__device__ inline void add_partial(float* sum, const float* address) {
+    for (int k = 0; k < x128::size; k += f128::size) {
+        f128 part = load128(address + k);
+        for (int e = 0; e < f128::size; e++) { sum[k + e] += part[e]; }
+    }
+}
+
+// Block (p, y) walks piece p of the sorted list and sums the rows of each token in it. A token that lies within the piece
+// is finished here. What continues from piece p-1 is left in partials[p][0], what begins here and goes on in piece p+1 in
+// partials[p][1]; wte_combine_kernel3 adds those up.
+// grid (ceil(N / PIECE), ceil(C / x128::size / block)); partials (pieces, 2, C) f32; C % x128::size == 0.
+extern "C" __global__ void wte_backward_kernel3(floatX* dwte, float* partials, const floatX* dout, const int* inp,
+                                                const int* sorted, const u32* seed, int N, int C) {
+    __shared__ int positions[PIECE];
+    __shared__ int tokens[PIECE + 2];  // with the neighbours on both sides; -1 past the ends of the list
+    int begin = blockIdx.x * PIECE, count = min(PIECE, N - begin);
+    for (int i = threadIdx.x; i < count + 2; i += blockDim.x) {
+        int j = begin + i - 1;
+        int position = j >= 0 && j < N ? sorted[j] : -1;
+        tokens[i] = position >= 0 ? inp[position] : -1;
+        if (i >= 1 && i <= count) { positions[i - 1] = position; }
+    }
+    __syncthreads();
+    int c = (blockIdx.y * blockDim.x + threadIdx.x) * x128::size;
+    if (c >= C) { return; }
+
+    float* partial = partials + (i64)blockIdx.x * 2 * C + c;
+    bool continued = tokens[0] == tokens[1];  // the first token here began in an earlier piece
+    u32 key = noise(WTE, seed[0]);
+    float sum[x128::size] = {};
+    for (int i = 0; i < count; i += AHEAD) {
+        x128 rows[AHEAD];
+#pragma unroll
+        for (int a = 0; a < AHEAD; a++) {
+            if (i + a < count) { rows[a] = load128cs(dout + (i64)positions[i + a] * C + c); }
+        }
+#pragma unroll
+        for (int a = 0; a < AHEAD; a++) {
+            if (i + a >= count) { break; }
+            for (int k = 0; k < x128::size; k++) { sum[k] += (float)rows[a][k]; }
+            int token = tokens[i + a + 1];
+            bool last = i + a == count - 1, goes_on = tokens[i + a + 2] == token;
+            if (goes_on && !last) { continue; }
+            if (continued) {
+                store_partial(partial, sum);
+            } else if (goes_on) {
+                store_partial(partial + C, sum);
+            } else {
+                accumulate128(dwte, (i64)token * C + c, sum, key);
+            }
+            continued = false;
+            for (int k = 0; k < x128::size; k++) { sum[k] = 0.0f; }
+        }
+    }
+}
+
+// Block (p, y) finishes the token that begins in piece p and goes on in piece p+1, if there is one: partials[p][1] and then
+// partials[q][0] for every following piece that the token reaches. Same grid and block as wte_backward_kernel3.
+extern "C" __global__ void wte_combine_kernel3(floatX* dwte, const float* partials, const int* inp, const int* sorted,
+                                               const u32* seed, int N, int C) {
+    int c = (blockIdx.y * blockDim.x + threadIdx.x) * x128::size;
+    int begin = blockIdx.x * PIECE, next = begin + PIECE;
+    if (c >= C || next >= N) { return; }
+    int token = inp[sorted[next - 1]];
+    if (inp[sorted[next]] != token) { return; }                                     // nothing goes on
+    if (inp[sorted[begin]] == token && !begins_at(sorted, inp, begin)) { return; }  // it began in an earlier piece
+    float sum[x128::size] = {};
+    add_partial(sum, partials + ((i64)blockIdx.x * 2 + 1) * C + c);
+    for (int piece = blockIdx.x + 1; piece * PIECE < N && inp[sorted[piece * PIECE]] == token; piece++) {
+        add_partial(sum, partials + (i64)piece * 2 * C + c);
+    }
+    accumulate128(dwte, (i64)token * C + c, sum, noise(WTE, seed[0]));
+}

@@ -1,0 +1,193 @@
+// Softmax, cross-entropy and their gradient, in place on the logits. The probabilities are never stored.
+//
+//   p = softmax(logits[row, :V]);  losses[row] += -log p[target];  logits[row, :V] = (p - onehot(target)) dloss
+//
+//   logits (N, Vp) floatX, N = B*T    losses (N,) f32    targets (N,) i32    1 <= V <= Vp
+//   Columns V..Vp are neither read nor written. With write_dlogits = 0 the logits are read only (validation).
+//
+// At V = 50257 this is the largest pass over memory in the whole step: 2 N V elements when the row is read once.
+//
+// version             | idea                                                          | bytes moved | measured
+// fused_classifier 1  | thread per row, three sweeps                                  | 4 NV        | not yet
+// fused_classifier 2  | block per row, three sweeps, element by element               | 4 NV        | not yet
+// fused_classifier 3  | maximum and sum in one sweep (online), 16-byte packs; the     | 3 NV        | not yet
+//                     | second sweep finds the row in L2                              |             |
+// fused_classifier 4  | the row waits in registers (768 threads, up to 9 packs each): | 2 NV        | not yet
+//                     | read once; what does not fit is read again                    |             |
+//
+// A row starts at 16 bytes only if Vp % x128::size == 0, and V need not be a multiple of a pack: every vectorised kernel
+// takes the packs in between as such and the ragged elements on both sides one by one. llm.c's kernel 5 assumes alignment,
+// and its loop bound wraps around for small V.
+//
+// Source: llm.c llmc/fused_classifier.cuh; Milakov and Gimelshein 2018 (online softmax), arXiv:1805.02867, algorithm 3.
+#include "common.cuh"
+
+// One thread per row. grid ceil(N / block), any block.
+extern "C" __global__ void fused_classifier_kernel1(floatX* logits, float* losses, const int* targets, float dloss, int N,
+                                                    int V, int Vp, int write_dlogits) {
+    int row = blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= N) { return; }
+    floatX* x = logits + (i64)row * Vp;
+    int target = targets[row];
+    float top = -INFINITY;
+    for (int v = 0; v < V; v++) { top = fmaxf(top, (float)x[v]); }
+    float sum = 0.0f;
+    for (int v = 0; v < V; v++) { sum += expf((float)x[v] - top); }
+    losses[row] += logf(sum) - ((float)x[target] - top);
+    if (!write_dlogits) { return; }
+    float scale = dloss / sum;
+    for (int v = 0; v < V; v++) {
+        x[v] = (floatX)(expf((float)x[v] - top) * scale - (v == target ? dloss : 0.0f));
+    }
+}
+
+// One block per row. grid N, block a multiple of 32 up to 1024.
+extern "C" __global__ void fused_classifier_kernel2(floatX* logits, float* losses, const int* targets, float dloss, int N,
+                                                    int V, int Vp, int write_dlogits) {
+    int row = blockIdx.x, target = targets[row];
+    floatX* x = logits + (i64)row * Vp;
+    float top = -INFINITY;
+    for (int v = threadIdx.x; v < V; v += blockDim.x) { top = fmaxf(top, (float)x[v]); }
+    top = blockReduceMax(top);
+    float sum = 0.0f;
+    for (int v = threadIdx.x; v < V; v += blockDim.x) { sum += expf((float)x[v] - top); }
+    sum = blockReduceSum(sum);
+    if (threadIdx.x == 0) { losses[row] += logf(sum) - ((float)x[target] - top); }
+    if (!write_dlogits) { return; }
+    __syncthreads();  // thread 0 has read the target's logit
+    float scale = dloss / sum;
+    for (int v = threadIdx.x; v < V; v += blockDim.x) {
+        x[v] = (floatX)(expf((float)x[v] - top) * scale - (v == target ? dloss : 0.0f));
+    }
+}
+
+// The V columns of a row as `head` elements up to the first 16-byte boundary, `packs` packs, and the rest.
+struct Row {
+    floatX* x;
+    int head, packs, ragged;  // ragged = elements in front of and behind the packs, fewer than 2 * x128::size
+
+    __device__ Row(floatX* logits, int row, int V, int Vp) {
+        i64 start = (i64)row * Vp;
+        x = logits + start;
+        head = min(V, (int)((x128::size - start % x128::size) % x128::size));
+        packs = (V - head) / x128::size;
+        ragged = V - packs * x128::size;
+    }
+    __device__ int ragged_column(int i) const { return i < head ? i : i + packs * x128::size; }
+    __device__ int column(int pack) const { return head + pack * x128::size; }
+};
+
+// exp(x - top) as 2^y: one multiplication and the hardware's own instruction. Relative error below |x - top| 2^-23.
+__device__ inline float exp_below(float x, float top) { return exp2f((x - top) * 1.4426950408889634f); }
+
+// dlogits of the pack whose first column is v.
+__device__ inline void write_pack(floatX* address, x128 logits, float top, float scale, int v, int target, float dloss) {
+    for (int k = 0; k < x128::size; k++) {
+        logits[k] = (floatX)(exp_below((float)logits[k], top) * scale - (v + k == target ? dloss : 0.0f));
+    }
+    store128(address, logits);
+}
+
+__device__ inline void write_ragged(const Row& row, float top, float scale, int target, float dloss) {
+    if (threadIdx.x < row.ragged) {
+        int v = row.ragged_column(threadIdx.x);
+        row.x[v] = (floatX)(exp_below((float)row.x[v], top) * scale - (v == target ? dloss : 0.0f));
+    }
+}
+
+// One block per row, last row first: the end of the logits, which the matmul has just written, may still be in L2.
+// grid N, block a multiple of 32 up to 1024.
+extern "C" __global__ void __launch_bounds__(1024)
+fused_classifier_kernel3(floatX* logits, float* losses, const int* targets, float dloss, int N, int V, int Vp,
+                         int write_dlogits) {
+    int r = N - 1 - blockIdx.x, target = targets[r];
+    Row row(logits, r, V, Vp);
+    // Running maximum and the sum of exp(x - maximum) of this thread's elements; a new maximum rescales the sum.
+    float top = -INFINITY, sum = 0.0f;
+    if (threadIdx.x < row.ragged) {
+        top = (float)row.x[row.ragged_column(threadIdx.x)];
+        sum = 1.0f;
+    }
+    for (int i = threadIdx.x; i < row.packs; i += blockDim.x) {
+        x128 pack = load128(row.x + row.column(i));
+        float higher = top;
+        for (int k = 0; k < x128::size; k++) { higher = fmaxf(higher, (float)pack[k]); }
+        sum *= exp_below(top, higher);
+        for (int k = 0; k < x128::size; k++) { sum += exp_below((float)pack[k], higher); }
+        top = higher;
+    }
+    float block_top = blockReduceMax(top);
+    sum = blockReduceSum(top > -INFINITY ? sum * exp_below(top, block_top) : 0.0f);
+    top = block_top;
+    if (threadIdx.x == 0) { losses[r] += logf(sum) - ((float)row.x[target] - top); }
+    if (!write_dlogits) { return; }
+    __syncthreads();  // thread 0 has read the target's logit
+    float scale = dloss / sum;
+    for (int i = threadIdx.x; i < row.packs; i += blockDim.x) {
+        int v = row.column(i);
+        write_pack(row.x + v, load128cs(row.x + v), top, scale, v, target, dloss);
+    }
+    write_ragged(row, top, scale, target, dloss);
+}
+
+#define KEPT 9  // packs that a thread keeps: 768 threads hold 55296 columns in 16 bits, 27648 in fp32
+
+// As kernel 3 with the row in registers; columns past KEPT packs per thread are read three times.
+// grid N, block a multiple of 32 up to 768: with 1024 threads there are 64 registers for each, too few on some GPUs.
+extern "C" __global__ void __launch_bounds__(768)
+fused_classifier_kernel4(floatX* logits, float* losses, const int* targets, float dloss, int N, int V, int Vp,
+                         int write_dlogits) {
+    int r = N - 1 - blockIdx.x, target = targets[r];
+    Row row(logits, r, V, Vp);
+    // this thread's packs: at x + j * stride for j * blockDim.x < left
+    floatX* x = row.x + row.column(threadIdx.x);
+    int left = row.packs - threadIdx.x, stride = blockDim.x * x128::size;
+    x128 kept[KEPT];
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+        if (j * (int)blockDim.x < left) { kept[j] = load128cs(x + j * stride); }
+    }
+    float top = threadIdx.x < row.ragged ? (float)row.x[row.ragged_column(threadIdx.x)] : -INFINITY;
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+        if (j * (int)blockDim.x < left) {
+            for (int k = 0; k < x128::size; k++) { top = fmaxf(top, (float)kept[j][k]); }
+        }
+    }
+    for (int j = KEPT; j * (int)blockDim.x < left; j++) {
+        x128 pack = load128(x + j * stride);
+        for (int k = 0; k < x128::size; k++) { top = fmaxf(top, (float)pack[k]); }
+    }
+    top = blockReduceMax(top);
+
+    float sum = threadIdx.x < row.ragged ? exp_below((float)row.x[row.ragged_column(threadIdx.x)], top) : 0.0f;
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+        if (j * (int)blockDim.x < left) {
+            forget128(kept[j]);
+            for (int k = 0; k < x128::size; k++) { sum += exp_below((float)kept[j][k], top); }
+        }
+    }
+    for (int j = KEPT; j * (int)blockDim.x < left; j++) {
+        x128 pack = load128(x + j * stride);
+        for (int k = 0; k < x128::size; k++) { sum += exp_below((float)pack[k], top); }
+    }
+    sum = blockReduceSum(sum);
+
+    if (threadIdx.x == 0) { losses[r] += logf(sum) - ((float)row.x[target] - top); }
+    if (!write_dlogits) { return; }
+    __syncthreads();  // thread 0 has read the target's logit
+    float scale = dloss / sum;
+    int column = row.column(threadIdx.x);
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+        if (j * (int)blockDim.x < left) {
+            forget128(kept[j]);
+            write_pack(x + j * stride, kept[j], top, scale, column + j * stride, target, dloss);
+        }
+    }
+    for (int j = KEPT; j * (int)blockDim.x < left; j++) {
+        write_pack(x + j * stride, load128cs(x + j * stride), top, scale, column + j * stride, target, dloss);
+    }
+    write_ragged(row, top, scale, target, dloss);
+}

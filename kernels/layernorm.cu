@@ -1,0 +1,373 @@
+// LayerNorm over the channels, the residual add before it, both in one pass, and the gradient.
+//
+//   forward   mean = sum(x)/C;  var = sum((x - mean)^2)/C;  rstd = 1/sqrt(var + 1e-5);  out = (x - mean) rstd w + b
+//   backward  dn = dout w;  xhat = (x - mean) rstd;  dx += rstd (dn - mean(dn) - xhat mean(dn xhat))
+//             dw += sum over rows of dout xhat;  db += sum over rows of dout
+//
+//   x, out, dout, dx (N,C) floatX, N = B*T    w, b, dw, db (C,) floatX    mean, rstd (N,) f32    C % 8 == 0
+//
+// The variance is two-pass: E[x^2] - E[x]^2 cancels when the mean is large. In the fused kernel the statistics are those of
+// the residual as stored, after rounding to floatX, so that backward sees the same numbers.
+//
+// version                   | idea                                                        | bytes moved | measured
+// layernorm_forward 1       | thread per row: neighbours read addresses 2C bytes apart    | 4 NC        | not yet
+// layernorm_forward 2       | warp per row, lanes read neighbouring elements              | 4 NC        | not yet
+// layernorm_forward 3       | row stays in registers as 16-byte packs: read once; one or  | 2 NC        | not yet
+//                           | more warps per row, so that any width fits                  |             |
+// fused_residual_forward 1  | residual_forward, then layernorm_forward: two launches      | 5 NC        | not yet
+// fused_residual_forward 2  | warp per row, residual written and read back                | 6 NC        | not yet
+// fused_residual_forward 3  | as layernorm_forward 3, sum of both inputs in registers     | 4 NC        | not yet
+// layernorm_backward 1      | warp per row for dx; thread per channel for dw, db          | 7 NC        | not yet
+// layernorm_backward 2      | the same dx; dw, db by many blocks, a slice of rows each,   | 7 NC        | not yet
+//                           | fp32 partial sums to scratch, added by a second kernel      |             |
+// layernorm_backward 3      | one pass: warps walk rows, dw and db accumulate in          | 4 NC        | not yet
+//                           | registers until the end of the block's slice                |             |
+// (bytes moved in units of sizeof(floatX); reads that L1 or L2 answers are counted.)
+//
+// llm.c's kernels 6 and 10 keep the row or the partial sums in shared memory, which caps C at some 10,000 and 4096. With
+// registers spread over as many warps as the row needs, nothing has to be opted into: C may be 16384 forward and 12288
+// backward in fp32, 32768 and 12288 in 16 bits.
+//
+// Source: llm.c llmc/layernorm.cuh; Ba et al. 2016, arXiv:1607.06450.
+#include "common.cuh"
+
+#define EPS 1e-5f
+
+// ---------------------------------------------------------------------------------------------------------------------
+// forward
+// ---------------------------------------------------------------------------------------------------------------------
+
+// One thread per row. grid ceil(N / block), any block.
+extern "C" __global__ void layernorm_forward_kernel1(floatX* out, float* mean, float* rstd, const floatX* inp,
+                                                     const floatX* weight, const floatX* bias, int N, int C) {
+    int row = blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= N) { return; }
+    const floatX* x = inp + (i64)row * C;
+    float sum = 0.0f;
+    for (int c = 0; c < C; c++) { sum += (float)x[c]; }
+    float m = sum / C;
+    float squares = 0.0f;
+    for (int c = 0; c < C; c++) { squares += ((float)x[c] - m) * ((float)x[c] - m); }
+    float s = rsqrtf(squares / C + EPS);
+    for (int c = 0; c < C; c++) {
+        out[(i64)row * C + c] = (floatX)(((float)x[c] - m) * s * (float)weight[c] + (float)bias[c]);
+    }
+    mean[row] = m;
+    rstd[row] = s;
+}
+
+// One warp per row, 32 neighbouring elements at a time. grid ceil(N / rows), block (32, rows).
+extern "C" __global__ void layernorm_forward_kernel2(floatX* out, float* mean, float* rstd, const floatX* inp,
+                                                     const floatX* weight, const floatX* bias, int N, int C) {
+    int row = blockIdx.x * blockDim.y + threadIdx.y, lane = threadIdx.x;
+    if (row >= N) { return; }
+    const floatX* x = inp + (i64)row * C;
+    float sum = 0.0f;
+    for (int c = lane; c < C; c += 32) { sum += (float)x[c]; }
+    float m = warpReduceSum(sum) / C;
+    float squares = 0.0f;
+    for (int c = lane; c < C; c += 32) { squares += ((float)x[c] - m) * ((float)x[c] - m); }
+    float s = rsqrtf(warpReduceSum(squares) / C + EPS);
+    for (int c = lane; c < C; c += 32) {
+        out[(i64)row * C + c] = (floatX)(((float)x[c] - m) * s * (float)weight[c] + (float)bias[c]);
+    }
+    if (lane == 0) {
+        mean[row] = m;
+        rstd[row] = s;
+    }
+}
+
+// Sum over the threads of one row: those with the same threadIdx.y, a multiple of 32. All threads of the block call it.
+__device__ inline float rowReduceSum(float value) {
+    __shared__ float partial[32];
+    value = warpReduceSum(value);
+    if (blockDim.x == 32) { return value; }
+    int warps = blockDim.x / 32, warp = threadIdx.y * warps + threadIdx.x / 32;
+    __syncthreads();  // the last call's readers are done
+    if (threadIdx.x % 32 == 0) { partial[warp] = value; }
+    __syncthreads();
+    float sum = 0.0f;
+    for (int w = 0; w < warps; w++) { sum += partial[threadIdx.y * warps + w]; }
+    return sum;
+}
+
+#define FORWARD_PACKS 4  // 16-byte packs of a row that a thread holds; llmc/cuda/layernorm.py has the same number
+
+// Statistics and output of the row whose packs this thread holds; `row` past the end takes part in the reductions only.
+__device__ inline void normalize(floatX* out, float* mean, float* rstd, const x128* x, const floatX* weight,
+                                 const floatX* bias, int row, int N, int C) {
+    int packs = C / x128::size;
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < FORWARD_PACKS; i++) {
+        if (i * blockDim.x + threadIdx.x < packs) {
+            for (int k = 0; k < x128::size; k++) { sum += (float)x[i][k]; }
+        }
+    }
+    float m = rowReduceSum(sum) / C;
+    float squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < FORWARD_PACKS; i++) {
+        if (i * blockDim.x + threadIdx.x < packs) {
+            for (int k = 0; k < x128::size; k++) { squares += ((float)x[i][k] - m) * ((float)x[i][k] - m); }
+        }
+    }
+    float s = rsqrtf(rowReduceSum(squares) / C + EPS);
+    if (row >= N) { return; }
+#pragma unroll
+    for (int i = 0; i < FORWARD_PACKS; i++) {
+        int pack = i * blockDim.x + threadIdx.x;
+        if (pack < packs) {
+            x128 w = load128(weight + pack * x128::size), b = load128(bias + pack * x128::size), normed;
+            for (int k = 0; k < x128::size; k++) {
+                normed[k] = (floatX)(((float)x[i][k] - m) * s * (float)w[k] + (float)b[k]);
+            }
+            store128(out + (i64)row * C + pack * x128::size, normed);
+        }
+    }
+    if (threadIdx.x == 0) {
+        mean[row] = m;
+        rstd[row] = s;
+    }
+}
+
+// blockDim.x threads per row, blockDim.y rows per block, each row held in registers.
+// grid ceil(N / blockDim.y); blockDim.x a multiple of 32 with blockDim.x * FORWARD_PACKS >= C / x128::size.
+extern "C" __global__ void __launch_bounds__(1024)
+layernorm_forward_kernel3(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
+                          const floatX* bias, int N, int C) {
+    int row = blockIdx.x * blockDim.y + threadIdx.y, packs = C / x128::size;
+    x128 x[FORWARD_PACKS];
+#pragma unroll
+    for (int i = 0; i < FORWARD_PACKS; i++) {
+        int pack = i * blockDim.x + threadIdx.x;
+        x[i] = row < N && pack < packs ? load128cs(inp + (i64)row * C + pack * x128::size) : zeros128<floatX>();
+    }
+    normalize(out, mean, rstd, x, weight, bias, row, N, C);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// residual add
+// ---------------------------------------------------------------------------------------------------------------------
+
+// One thread per element. grid ceil(elements / block), any block.
+extern "C" __global__ void residual_forward_kernel1(floatX* out, const floatX* inp1, const floatX* inp2, i64 elements) {
+    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < elements) { out[i] = (floatX)((float)inp1[i] + (float)inp2[i]); }
+}
+
+// One thread per 16 bytes. grid ceil(elements / x128::size / block); elements % x128::size == 0.
+extern "C" __global__ void residual_forward_kernel2(floatX* out, const floatX* inp1, const floatX* inp2, i64 elements) {
+    i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * x128::size;
+    if (i >= elements) { return; }
+    x128 a = load128cs(inp1 + i), b = load128cs(inp2 + i);
+    for (int k = 0; k < x128::size; k++) { a[k] = (floatX)((float)a[k] + (float)b[k]); }
+    store128(out + i, a);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// residual add and LayerNorm in one pass
+// ---------------------------------------------------------------------------------------------------------------------
+
+// One warp per row. grid ceil(N / rows), block (32, rows). A lane reads back only what it wrote itself.
+extern "C" __global__ void fused_residual_forward_kernel2(floatX* residual, floatX* normed, float* mean, float* rstd,
+                                                          const floatX* inp1, const floatX* inp2, const floatX* weight,
+                                                          const floatX* bias, int N, int C) {
+    int row = blockIdx.x * blockDim.y + threadIdx.y, lane = threadIdx.x;
+    if (row >= N) { return; }
+    floatX* x = residual + (i64)row * C;
+    float sum = 0.0f;
+    for (int c = lane; c < C; c += 32) {
+        x[c] = (floatX)((float)inp1[(i64)row * C + c] + (float)inp2[(i64)row * C + c]);
+        sum += (float)x[c];
+    }
+    float m = warpReduceSum(sum) / C;
+    float squares = 0.0f;
+    for (int c = lane; c < C; c += 32) { squares += ((float)x[c] - m) * ((float)x[c] - m); }
+    float s = rsqrtf(warpReduceSum(squares) / C + EPS);
+    for (int c = lane; c < C; c += 32) {
+        normed[(i64)row * C + c] = (floatX)(((float)x[c] - m) * s * (float)weight[c] + (float)bias[c]);
+    }
+    if (lane == 0) {
+        mean[row] = m;
+        rstd[row] = s;
+    }
+}
+
+// As layernorm_forward_kernel3; both inputs are read once and the residual is written once.
+extern "C" __global__ void __launch_bounds__(1024)
+fused_residual_forward_kernel3(floatX* residual, floatX* normed, float* mean, float* rstd, const floatX* inp1,
+                               const floatX* inp2, const floatX* weight, const floatX* bias, int N, int C) {
+    int row = blockIdx.x * blockDim.y + threadIdx.y, packs = C / x128::size;
+    x128 x[FORWARD_PACKS];
+#pragma unroll
+    for (int i = 0; i < FORWARD_PACKS; i++) {
+        int pack = i * blockDim.x + threadIdx.x;
+        x[i] = zeros128<floatX>();
+        if (row < N && pack < packs) {
+            i64 offset = (i64)row * C + pack * x128::size;
+            x128 a = load128cs(inp1 + offset), b = load128cs(inp2 + offset);
+            for (int k = 0; k < x128::size; k++) { x[i][k] = (floatX)((float)a[k] + (float)b[k]); }
+            store128cs(residual + offset, x[i]);
+        }
+    }
+    normalize(normed, mean, rstd, x, weight, bias, row, N, C);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// backward
+// ---------------------------------------------------------------------------------------------------------------------
+
+// dinp of one row per warp. grid ceil(N / rows), block (32, rows).
+extern "C" __global__ void layernorm_backward_dinp_kernel1(floatX* dinp, const floatX* dout, const floatX* inp,
+                                                           const floatX* weight, const float* mean, const float* rstd,
+                                                           int N, int C) {
+    int row = blockIdx.x * blockDim.y + threadIdx.y, lane = threadIdx.x;
+    if (row >= N) { return; }
+    i64 start = (i64)row * C;
+    float m = mean[row], s = rstd[row], sum = 0.0f, sum_xhat = 0.0f;
+    for (int c = lane; c < C; c += 32) {
+        float dn = (float)dout[start + c] * (float)weight[c];
+        sum += dn;
+        sum_xhat += dn * ((float)inp[start + c] - m) * s;
+    }
+    float dn_mean = warpReduceSum(sum) / C, dn_xhat_mean = warpReduceSum(sum_xhat) / C;
+    for (int c = lane; c < C; c += 32) {
+        float dn = (float)dout[start + c] * (float)weight[c], xhat = ((float)inp[start + c] - m) * s;
+        dinp[start + c] = (floatX)((float)dinp[start + c] + (dn - dn_mean - xhat * dn_xhat_mean) * s);
+    }
+}
+
+// dweight, dbias of one channel per thread, down all rows. grid ceil(C / block), any block.
+extern "C" __global__ void layernorm_backward_dweight_kernel1(floatX* dweight, floatX* dbias, const floatX* dout,
+                                                              const floatX* inp, const float* mean, const float* rstd,
+                                                              int N, int C) {
+    int c = blockIdx.x * blockDim.x + threadIdx.x;
+    if (c >= C) { return; }
+    float dw = 0.0f, db = 0.0f;
+    for (int row = 0; row < N; row++) {
+        float d = (float)dout[(i64)row * C + c];
+        dw += d * ((float)inp[(i64)row * C + c] - mean[row]) * rstd[row];
+        db += d;
+    }
+    dweight[c] = (floatX)((float)dweight[c] + dw);
+    dbias[c] = (floatX)((float)dbias[c] + db);
+}
+
+// partials[slice] = dweight, dbias of a slice of rows; one channel per thread. partials (slices, 2, C) f32.
+// grid (ceil(C / block), slices), any block; slice_rows * slices >= N.
+extern "C" __global__ void layernorm_backward_dweight_kernel2(float* partials, const floatX* dout, const floatX* inp,
+                                                              const float* mean, const float* rstd, int slice_rows,
+                                                              int N, int C) {
+    int c = blockIdx.x * blockDim.x + threadIdx.x, begin = blockIdx.y * slice_rows;
+    if (c >= C) { return; }
+    float dw = 0.0f, db = 0.0f;
+    for (int row = begin; row < min(begin + slice_rows, N); row++) {
+        float d = (float)dout[(i64)row * C + c];
+        dw += d * ((float)inp[(i64)row * C + c] - mean[row]) * rstd[row];
+        db += d;
+    }
+    partials[(i64)blockIdx.y * 2 * C + c] = dw;
+    partials[(i64)blockIdx.y * 2 * C + C + c] = db;
+}
+
+// dweight += sum over slices of partials[:,0], dbias += sum of partials[:,1]; one of the 2C sums per threadIdx.x, its
+// slices dealt to the threadIdx.y. grid ceil(2*C / 32), block (32, 32).
+extern "C" __global__ void __launch_bounds__(1024)
+layernorm_backward_combine_kernel(floatX* dweight, floatX* dbias, const float* partials, int slices, int C) {
+    __shared__ float sums[32][33];  // 33: a column's entries lie in different banks
+    int column = blockIdx.x * 32 + threadIdx.x;
+    float sum = 0.0f;
+    if (column < 2 * C) {
+        for (int slice = threadIdx.y; slice < slices; slice += 32) { sum += partials[(i64)slice * 2 * C + column]; }
+    }
+    sums[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    float total = warpReduceSum(sums[threadIdx.x][threadIdx.y]);  // transposed: warp y adds up column y of the block
+    column = blockIdx.x * 32 + threadIdx.y;
+    if (threadIdx.x == 0 && column < 2 * C) {
+        floatX* target = column < C ? dweight + column : dbias + column - C;
+        *target = (floatX)((float)*target + total);
+    }
+}
+
+// target = before + values, x128::size of them; no `before` means zeros.
+__device__ inline void add_sums(float* target, const float* before, const float* values) {
+    for (int k = 0; k < x128::size; k += f128::size) {
+        f128 sum = before ? load128(before + k) : zeros128<float>();
+        for (int e = 0; e < f128::size; e++) { sum[e] += values[k + e]; }
+        store128(target + k, sum);
+    }
+}
+
+#define BACKWARD_PACKS (24 / x128::size)  // packs of a row that a thread holds: 24 elements, so 48 fp32 sums
+
+// Everything in one pass. blockDim.x threads per row, blockDim.y rows at a time, over a slice of slice_rows rows.
+// grid slices, slice_rows * slices >= N, slice_rows % blockDim.y == 0; block (x, y) of at most 512 threads, x a multiple
+// of 32 with x * BACKWARD_PACKS >= C / x128::size; dynamic shared memory 2*C floats if y > 1; partials (slices, 2, C) f32.
+extern "C" __global__ void __launch_bounds__(512)
+layernorm_backward_kernel3(floatX* dinp, float* partials, const floatX* dout, const floatX* inp, const floatX* weight,
+                           const float* mean, const float* rstd, int slice_rows, int N, int C) {
+    extern __shared__ __align__(16) float sums[];
+    int packs = C / x128::size;
+    float dw[BACKWARD_PACKS][x128::size] = {}, db[BACKWARD_PACKS][x128::size] = {};
+    int begin = blockIdx.x * slice_rows, end = min(begin + slice_rows, N);
+    for (int first = begin; first < end; first += blockDim.y) {
+        int row = first + threadIdx.y;
+        i64 start = (i64)row * C;
+        float m = row < end ? mean[row] : 0.0f, s = row < end ? rstd[row] : 0.0f, sum = 0.0f, sum_xhat = 0.0f;
+        x128 d[BACKWARD_PACKS], x[BACKWARD_PACKS];
+#pragma unroll
+        for (int i = 0; i < BACKWARD_PACKS; i++) {
+            int pack = i * blockDim.x + threadIdx.x;
+            if (row < end && pack < packs) {
+                d[i] = load128cs(dout + start + pack * x128::size);
+                x[i] = load128cs(inp + start + pack * x128::size);
+                x128 w = load128(weight + pack * x128::size);
+                for (int k = 0; k < x128::size; k++) {
+                    float dn = (float)d[i][k] * (float)w[k], xhat = ((float)x[i][k] - m) * s;
+                    sum += dn;
+                    sum_xhat += dn * xhat;
+                    dw[i][k] += (float)d[i][k] * xhat;
+                    db[i][k] += (float)d[i][k];
+                }
+            }
+        }
+        float dn_mean = rowReduceSum(sum) / C, dn_xhat_mean = rowReduceSum(sum_xhat) / C;
+#pragma unroll
+        for (int i = 0; i < BACKWARD_PACKS; i++) {
+            int pack = i * blockDim.x + threadIdx.x;
+            if (row < end && pack < packs) {
+                if (sizeof(floatX) == 4) {  // these rows and the sums do not both fit the registers: once more, from L1
+                    d[i] = load128(dout + start + pack * x128::size);
+                    x[i] = load128(inp + start + pack * x128::size);
+                }
+                forget128(d[i]);
+                forget128(x[i]);
+                x128 w = load128(weight + pack * x128::size), dx = load128(dinp + start + pack * x128::size);
+                for (int k = 0; k < x128::size; k++) {
+                    float dn = (float)d[i][k] * (float)w[k], xhat = ((float)x[i][k] - m) * s;
+                    dx[k] = (floatX)((float)dx[k] + (dn - dn_mean - xhat * dn_xhat_mean) * s);
+                }
+                store128(dinp + start + pack * x128::size, dx);
+            }
+        }
+    }
+    // add up the block's rows, one threadIdx.y after the other so that the order of additions is fixed; the last of them
+    // goes to scratch
+    float* partial = partials + (i64)blockIdx.x * 2 * C;
+    for (int y = 0; y < blockDim.y; y++) {
+        if (threadIdx.y == y) {
+            float* target = y == blockDim.y - 1 ? partial : sums;
+#pragma unroll
+            for (int i = 0; i < BACKWARD_PACKS; i++) {
+                int pack = i * blockDim.x + threadIdx.x, c = pack * x128::size;
+                if (pack < packs) {
+                    add_sums(target + c, y > 0 ? sums + c : NULL, dw[i]);
+                    add_sums(target + C + c, y > 0 ? sums + C + c : NULL, db[i]);
+                }
+            }
+        }
+        __syncthreads();
+    }
+}

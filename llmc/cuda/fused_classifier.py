@@ -1,0 +1,57 @@
+"""Softmax, cross-entropy and their gradient: kernels/fused_classifier.cu (llm.c: llmc/fused_classifier.cuh)."""
+
+import numpy as np
+
+from . import module
+
+
+def check(logits, losses, targets, V):
+    B, T, Vp = logits.shape
+    assert losses.shape == targets.shape == (B, T) and 0 < V <= Vp, (logits.shape, losses.shape, targets.shape, V)
+    assert losses.dtype == np.float32 and targets.dtype == np.int32, (losses.dtype, targets.dtype)
+    return B * T, Vp
+
+
+def block_per_row(number, max_block, logits, losses, dloss, targets, V, write_dlogits):
+    """Kernel `number`, with as many warps in a block as the row has packs for."""
+    N, Vp = check(logits, losses, targets, V)
+    block = max(32, min(max_block, -(-V * logits.itemsize // (16 * 32)) * 32))
+    kernel = module.kernel("fused_classifier.cu", f"fused_classifier_kernel{number}", logits.dtype)
+    dims = (np.int32(N), np.int32(V), np.int32(Vp), np.int32(bool(write_dlogits)))
+    kernel((N,), (block,), (logits, losses, targets, np.float32(dloss), *dims))
+
+
+def fused_classifier1(logits, losses, dloss, targets, V, write_dlogits=True):
+    """p = softmax(logits[..., :V]);  losses += -log p[target];  logits[..., :V] = (p - onehot(target)) * dloss.
+
+    logits  (B, T, Vp) floatX; first V columns overwritten (=) if write_dlogits, else untouched; columns V..Vp are never
+            read or written
+    losses  (B, T) f32 accumulated (+=), nats      targets (B, T) i32, each < V (the loader has checked)
+    dloss   float: 1/(B*T*micro-steps), times the loss scale in fp16
+    Any V >= 1 and any Vp >= V. All arrays C-contiguous.
+    Cost: 2*B*T*V*itemsize bytes, half of that without write_dlogits.
+    Errors: AssertionError on shape or dtype mismatch.
+    Source: llm.c llmc/fused_classifier.cuh fused_classifier.
+    """
+    N, Vp = check(logits, losses, targets, V)
+    kernel = module.kernel("fused_classifier.cu", "fused_classifier_kernel1", logits.dtype)
+    dims = (np.int32(N), np.int32(V), np.int32(Vp), np.int32(bool(write_dlogits)))
+    kernel((-(-N // 32),), (32,), (logits, losses, targets, np.float32(dloss), *dims))
+
+
+def fused_classifier2(logits, losses, dloss, targets, V, write_dlogits=True):
+    """fused_classifier1 with a block per row."""
+    block_per_row(2, 1024, logits, losses, dloss, targets, V, write_dlogits)
+
+
+def fused_classifier3(logits, losses, dloss, targets, V, write_dlogits=True):
+    """fused_classifier1 in two sweeps of 16-byte accesses."""
+    block_per_row(3, 1024, logits, losses, dloss, targets, V, write_dlogits)
+
+
+def fused_classifier4(logits, losses, dloss, targets, V, write_dlogits=True):
+    """fused_classifier1 with the row kept in registers: read once up to V = 55296 (fp32: 27648)."""
+    block_per_row(4, 768, logits, losses, dloss, targets, V, write_dlogits)
+
+
+fused_classifier = fused_classifier4  # one read and one write of the logits
