@@ -4,12 +4,16 @@ import ctypes
 import functools
 import hashlib
 import json
+import mmap
 import os
 import re
 import stat
 import subprocess
 import tempfile
 import threading
+import warnings
+import weakref
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,21 +21,46 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[1] / "kernels"
 DTYPE_DEFINE = {"float32": "ENABLE_FP32", "float16": "ENABLE_FP16", "bfloat16": "ENABLE_BF16"}
-ORDERS = ("forward", "reverse", "random")
-COMMON_FLAGS = ("-std=c++17", "-fPIC", "-g1", "-ffp-contract=off", "-fno-exceptions", "-fno-strict-aliasing", "-w")
-FAST_FLAGS = ("-O2",)
+ALL_ORDERS = ("forward", "reverse", "random")
+COMMON_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-g", "-ffp-contract=off", "-fno-exceptions", "-fno-rtti", "-fno-strict-aliasing", "-w")
+FAST_FLAGS = ()
+CHECKED_FLAGS = (
+    "-fno-tree-sra",  # keeps a 16-byte access one access
+    "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0",
+    "-fsanitize=alignment,bounds,integer-divide-by-zero,return,shift,signed-integer-overflow,unreachable",
+    "-fno-sanitize-recover=all",
+)  # fmt: skip
+RUNTIME_FLAGS = ("-std=c++17", "-O3", "-march=native", "-g", "-fPIC", "-ffp-contract=off", "-fno-exceptions")
+LINK_FLAGS = ("-Wl,--wrap=memcpy,--wrap=memmove,--wrap=memset", "-Wl,-Bsymbolic")
+TIMEOUT = 300.0  # seconds of CPU time for one run of a launch
+
+fast = False  # launches without any check, straight on the arrays
+orders = ALL_ORDERS  # thread orders that each checked launch runs under
 lock = threading.Lock()  # the runtime's state is global
 
 
-class KernelFault(Exception):
-    """What a launch did wrong.
+@contextmanager
+def mode(**settings):
+    """`with simt.mode(fast=True)` or `with simt.mode(orders=("forward",))`: settings of the launches inside."""
+    before = {name: globals()[name] for name in settings}
+    globals().update(settings)
+    try:
+        yield
+    finally:
+        globals().update(before)
 
-    kernel, kind, file, line, block, thread, array, index, orders are attributes; the message is one paragraph.
-    """
+
+class FloatAtomicWarning(UserWarning):
+    """A kernel used a floating-point atomic: its results may depend on timing."""
+
+
+class KernelFault(Exception):
+    """What a launch did wrong: one paragraph, and as attributes kernel, kind, file, line, block and thread (tuples of 3 or
+    None), array (argument or shared variable) and index (element of it, or None), other_line (a race's other side)."""
 
     def __init__(self, message, **attributes):
         super().__init__(message)
-        for name in ("kernel", "kind", "file", "line", "block", "thread", "array", "index"):
+        for name in ("kernel", "kind", "file", "line", "block", "thread", "array", "index", "other_line"):
             setattr(self, name, attributes.get(name))
 
 
@@ -62,6 +91,12 @@ def gxx_version():
     return gxx("--version").splitlines()[0]
 
 
+@functools.cache
+def cpu_flags():
+    """What -march=native depends on: a cache in a shared folder must not hand one machine's code to another."""
+    return gxx("-march=native", "-Q", "--help=target")
+
+
 def key_of(*parts):
     digest = hashlib.sha256(gxx_version().encode())
     for part in parts:
@@ -69,21 +104,29 @@ def key_of(*parts):
     return digest.hexdigest()[:20]
 
 
-def build(target, *arguments, text=None):
-    """Compiles to `target` unless it exists. Written beside it first, so that a second process never sees half a file."""
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    gxx(*arguments, "-shared", "-o", partial, text=text)
-    os.replace(partial, target)
+def build(target, *arguments, link=(), text=None):
+    """Compiles to the shared library `target`. Written beside it first: a second process never sees half a file. Linked in
+    a step of its own, because g++ -fsanitize=thread would add libtsan."""
+    stem = f"{target.name}.{os.getpid()}"
+    object_, partial = target.with_name(f"{stem}.o"), target.with_name(f"{stem}.partial")
+    try:
+        gxx("-c", "-o", object_, *arguments, text=text)
+        gxx("-shared", "-o", partial, object_, *link)
+        os.replace(partial, target)
+    finally:
+        object_.unlink(missing_ok=True)
 
 
 @functools.cache
 def runtime():
     source = HERE / "runtime.cpp"
-    path = cache_dir() / f"runtime-{key_of(source.read_bytes())}.so"
+    path = cache_dir() / f"runtime-{key_of(source.read_bytes(), RUNTIME_FLAGS, cpu_flags())}.so"
     if not path.exists():
-        build(path, "-std=c++17", "-O3", "-g1", "-fPIC", "-ffp-contract=off", "-fno-exceptions", source)
+        build(path, *RUNTIME_FLAGS, source)
     library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     library.path = path
+    for name in ("simt_memory", "simt_writers", "simt_arena_size", "simt_memory_size"):
+        getattr(library, name).restype = ctypes.c_size_t
     return library
 
 
@@ -123,7 +166,7 @@ def take_alignas(text):
 
 
 def rewrite_shared(text):
-    """`__shared__ T name[N];` becomes a reference into the block's arena, `extern __shared__ T name[];` a pointer to its
+    """(text, alignment of dynamic shared memory): `__shared__ T name[N];` becomes a reference into the block's arena, `extern __shared__ T name[];` a pointer to its
     dynamic part. The number of lines stays."""
     dynamic_align = 16
     for match in SHARED.finditer(text):
@@ -147,11 +190,11 @@ def rewrite_shared(text):
                 out += (
                     f"static unsigned long long simt_key_{name}; typedef {type_} simt_type_{name}{dims};"
                     f"simt_type_{name}& {name} = *(simt_type_{name}*)simt::simt_shared(&simt_key_{name}, "
-                    f'sizeof(simt_type_{name}), simt::largest({align}), "{name}", __builtin_FILE(), __builtin_LINE());'
+                    f'sizeof(simt_type_{name}), simt::largest({align}), simt::Element<simt_type_{name}>::size, "{name}", __builtin_FILE(), __builtin_LINE());'
                 )
         return out.replace("\n", " ") + "\n" * match[0].count("\n")
 
-    return SHARED.sub(replace, text)
+    return SHARED.sub(replace, text), dynamic_align
 
 
 def find_kernels(text):
@@ -184,27 +227,139 @@ extern "C" int simt_bound_{name}() {{ return {bound}; }}
 
 @functools.cache
 def load(file, dtype_name, defines, fast):
-    """Compiles a kernel file, or finds it compiled -> (library, {kernel: parameter names})."""
+    """Compiles a kernel file, or finds it compiled -> (library, {kernel: parameter names}, dynamic shared alignment)."""
     path = KERNELS / file
     folders = [path.parent, KERNELS, HERE / "include"]
     headers = [h for f in dict.fromkeys(folders) if f.is_dir() for p in ("*.cuh", "*.h") for h in sorted(f.glob(p))]
     options = [f"-D{DTYPE_DEFINE[dtype_name]}", "-DLLMC_SIMT", *(d if d.startswith("-") else f"-D{d}" for d in defines)]
-    flags = [*COMMON_FLAGS, *FAST_FLAGS]
-    key = key_of(path.read_bytes(), options, flags, str(runtime().path), str(path), (HERE / "__init__.py").read_bytes(),
+    flags = [*COMMON_FLAGS, *(FAST_FLAGS if fast else CHECKED_FLAGS)]
+    key = key_of(path.read_bytes(), options, flags, str(runtime().path), str(path), Path(__file__).read_bytes(),
                  *(h.read_bytes() for h in headers))  # fmt: skip
     target = cache_dir() / f"{path.stem}-{dtype_name}-{'fast' if fast else 'checked'}-{key}.so"
     described = target.with_suffix(".json")
     if not target.exists() or not described.exists():
         text = gxx("-E", "-x", "c++", "-std=c++17", *(f"-I{f}" for f in folders), *options, "-include", "simt_cuda.h", path)
-        text, kernels = find_kernels(rewrite_shared(text))
+        text, dynamic_align = rewrite_shared(text)
+        text, kernels = find_kernels(text)
         for name, (_, bound) in kernels.items():
             text += TRAMPOLINE.format(name=name, bound=bound or 1024)
         partial = described.with_name(f"{described.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps({name: names for name, (names, _) in kernels.items()}))
-        build(target, *flags, "-x", "c++-cpp-output", "-", "-x", "none", runtime().path, text=text)
+        partial.write_text(json.dumps([{name: names for name, (names, _) in kernels.items()}, dynamic_align]))
+        build(target, *flags, "-x", "c++-cpp-output", "-", link=(runtime().path, *(() if fast else LINK_FLAGS)), text=text)
         os.replace(partial, described)
-    runtime()
-    return ctypes.CDLL(str(target)), json.loads(described.read_text())
+    return ctypes.CDLL(str(target)), *json.loads(described.read_text())
+
+
+def source_lines(library, offset):
+    """Source positions of a return address, innermost first, without the executor's own headers."""
+    done = subprocess.run(["addr2line", "-i", "-e", library, hex(offset - 1)], capture_output=True, text=True)
+    found = re.findall(r"^(.*):(\d+)", done.stdout, re.M)
+    return [(file, int(line)) for file, line in found if Path(file).parent != HERE / "include"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+# ----------------------------------------------------------------------------------------------------------------------
+
+NEVER_WRITTEN = 0xFFFFFFFE
+poisoned = {}  # address: (end, mask per 2 bytes, of what nothing has written)
+
+
+def poison(array):
+    """From now on the array counts as never written: a kernel that reads an element before a kernel wrote it is at fault.
+    Writes from Python are not seen: `unpoison` afterwards."""
+    begin, end = np.lib.array_utils.byte_bounds(array)
+    unpoison(array)
+    poisoned[begin] = (end, np.ones((end - begin + 1) // 2, bool))
+    weakref.finalize(owner(array), poisoned.pop, begin, None)
+
+
+def unpoison(array):
+    """The array counts as written."""
+    begin, end = np.lib.array_utils.byte_bounds(array)
+    for at, (stop, mask) in list(poisoned.items()):
+        if at < end and begin < stop:
+            mask[max(0, begin - at) // 2 : max(0, end - at + 1) // 2] = False
+            if not mask.any():
+                del poisoned[at]
+
+
+def alloc(nbytes):
+    """Zeroed bytes at a multiple of 256, like device memory: what the fixture gives llmc.cuda.device.alloc."""
+    return np.frombuffer(mmap.mmap(-1, max(1, nbytes)), np.uint8)[:nbytes]
+
+
+def owner(array):
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+def memory_at(address, nbytes, dtype=np.uint8):
+    return np.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype)
+
+
+class Group:
+    """Arrays of one launch that overlap. They are copied to one place in the runtime's memory, far from all others, so
+    that a step past the end of a view is seen even if the next view begins there."""
+
+    def __init__(self, begin, end, array, read_only):
+        self.begin, self.end, self.read_only = begin, end, read_only
+        self.arrays = []  # (number of the argument, name, array, begin, end)
+        # Distance to a multiple of 256: of the address, or of the offset in the owner, which CuPy would align so.
+        offsets = (begin % 256, (begin - owner(array).ctypes.data) % 256)
+        self.alignment = max(offsets, key=lambda n: n & -n or 256)
+
+    def place(self, cursor):
+        """Chooses the copy's address at or after `cursor` -> the next cursor."""
+        self.at = -(-cursor // 256) * 256 + self.alignment
+        nbytes = self.end - self.begin
+        self.host, self.device = memory_at(self.begin, nbytes), memory_at(self.at, nbytes)
+        return self.at + nbytes + min(max(nbytes, 4096), 1 << 20)
+
+    def shadow(self, begin, end):
+        """The writer records of host addresses [begin, end), one per 2 bytes."""
+        offset = begin - self.begin + self.at - runtime().simt_memory()
+        return memory_at(runtime().simt_writers() + offset // 2 * 4, (end - begin + 1) // 2 * 4, np.uint32)
+
+    def poisoned_parts(self):
+        for at, (stop, mask) in poisoned.items():
+            begin, end = max(at, self.begin), min(stop, self.end)
+            if begin < end:
+                yield self.shadow(begin, end), mask[(begin - at) // 2 : (end - at + 1) // 2]
+
+    def fill(self, again):
+        """Copies the arrays in, unless they cannot have changed since the last run; marks what nothing has written."""
+        if not (again and self.read_only):
+            self.device[:] = self.host
+        for shadow, mask in self.poisoned_parts():
+            shadow[mask] = NEVER_WRITTEN
+
+    def written(self):
+        """Takes over what the kernels wrote."""
+        for shadow, mask in self.poisoned_parts():
+            mask &= shadow == NEVER_WRITTEN
+        if not self.read_only:
+            self.host[:] = self.device
+
+
+def group_arrays(arrays):
+    """[(number, name, array, read_only)] -> groups of overlapping ones, placed."""
+    spans = sorted((*np.lib.array_utils.byte_bounds(a), i, n, a, ro) for i, n, a, ro in arrays if a.size)
+    groups = []
+    for begin, end, number, name, array, read_only in sorted(spans, key=lambda s: (s[0], -s[1])):
+        if not groups or begin >= groups[-1].end:
+            groups.append(Group(begin, end, array, read_only))
+        group = groups[-1]
+        group.end = max(group.end, end)
+        group.read_only &= read_only
+        group.arrays.append((number, name, array, begin, end))
+    cursor = runtime().simt_memory() + runtime().simt_arena_size()
+    for group in groups:
+        cursor = group.place(cursor)
+    if cursor > runtime().simt_memory() + runtime().simt_memory_size():
+        raise MemoryError("the launch's arrays exceed the executor's memory. HINT: smaller shapes, or simt.mode(fast=True)")
+    return groups
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -216,90 +371,198 @@ class Param(ctypes.Structure):
     _fields_ = [(n, ctypes.c_int) for n in ("kind", "size", "pointee", "pointee_size", "constant")]
 
 
+class Access(ctypes.Structure):
+    _fields_ = [("time", ctypes.c_uint32), ("tid", ctypes.c_uint32), ("write", ctypes.c_int), ("granule", ctypes.c_uint64)]
+
+
 class Fault(ctypes.Structure):
     _fields_ = [
         ("kind", ctypes.c_char * 40), ("text", ctypes.c_char * 1000), ("file", ctypes.c_char * 400), ("line", ctypes.c_int),
-        ("has_thread", ctypes.c_int), ("block", ctypes.c_uint32 * 3), ("thread", ctypes.c_uint32 * 3),
-        ("pc", ctypes.c_void_p), ("address", ctypes.c_void_p),
+        ("has_thread", ctypes.c_int), ("block", ctypes.c_uint32 * 3), ("thread", ctypes.c_uint32 * 3), ("pc", ctypes.c_uint64),
+        ("array", ctypes.c_char * 80), ("index", ctypes.c_longlong), ("other", Access), ("other_pc", ctypes.c_uint64),
     ]  # fmt: skip
+
+
+class Region(ctypes.Structure):
+    _fields_ = [("begin", ctypes.c_uint64), ("end", ctypes.c_uint64), ("name", ctypes.c_char * 64), ("item_size", ctypes.c_int),
+                ("read_only", ctypes.c_int)]  # fmt: skip
 
 
 class Launch(ctypes.Structure):
     _fields_ = [
         ("entry", ctypes.c_void_p), ("args", ctypes.c_void_p), ("grid", ctypes.c_uint32 * 3), ("block", ctypes.c_uint32 * 3),
-        ("dynamic_bytes", ctypes.c_uint64), ("order", ctypes.c_int), ("seed", ctypes.c_uint32), ("checked", ctypes.c_int),
+        ("dynamic_bytes", ctypes.c_uint64), ("dynamic_align", ctypes.c_uint64), ("order", ctypes.c_int), ("seed", ctypes.c_uint32),
+        ("checked", ctypes.c_int), ("timeout", ctypes.c_double), ("watching", ctypes.c_int), ("watched", Access),
+        ("regions", ctypes.c_void_p), ("region_count", ctypes.c_int),
     ]  # fmt: skip
 
 
-class Kernel:
-    """One kernel of one compiled file; called like a CuPy RawKernel."""
+class Compiled:
+    """One kernel in one compiled library."""
 
-    def __init__(self, library, name, parameter_names, smem):
-        self.name, self.smem = name, smem
+    def __init__(self, file, name, dtype_name, defines, fast):
+        library, kernels, self.dynamic_align = load(file, dtype_name, defines, fast)
+        if name not in kernels:
+            raise KeyError(f"{file} has no kernel {name}. HINT: it has {', '.join(kernels)}")
+        self.path, self.names = library._name, kernels[name]
         self.entry = ctypes.cast(getattr(library, f"simt_entry_{name}"), ctypes.c_void_p)
         self.params = (Param * (getattr(library, f"simt_count_{name}")() + 1))()
         getattr(library, f"simt_describe_{name}")(self.params)
-        self.names = parameter_names
         self.bound = getattr(library, f"simt_bound_{name}")()
+
+
+class Kernel:
+    """One kernel of one file and dtype; called like a CuPy RawKernel. Compiled on the first launch in each mode."""
+
+    def __init__(self, file, name, dtype_name, defines, smem):
+        self.file, self.name, self.dtype_name, self.defines, self.smem = file, name, dtype_name, defines, smem
+        self.compiled = {}
 
     def fault(self, kind, text, **attributes):
         return KernelFault(f"{self.name}: {kind}: {text}", kernel=self.name, kind=kind, **attributes)
 
-    def pack(self, args):
-        """The launch's arguments as bytes, after a check of each against the kernel's signature."""
-        if len(args) != len(self.names):
-            raise self.fault("argument count", f"{len(args)} arguments for {len(self.names)} parameters ({', '.join(self.names)})")
-        return [self.pack_one(p, n, a) for p, n, a in zip(self.params, self.names, args, strict=False)]
+    def __call__(self, grid, block, args, shared_mem=0):
+        if fast not in self.compiled:
+            self.compiled[fast] = Compiled(self.file, self.name, self.dtype_name, self.defines, fast)
+        code = self.compiled[fast]
+        grid, block = ([*(max(1, int(n)) for n in dims), 1, 1][:3] for dims in (grid, block))
+        self.check_launch(code, grid, block, shared_mem)
+        values, arrays = self.pack(code, args)
+        pointers = (ctypes.c_void_p * (len(values) + 1))()
+        for i, value in enumerate(values):
+            pointers[i] = value.ctypes.data
+        launch = Launch(code.entry, ctypes.addressof(pointers), tuple(grid), tuple(block), int(shared_mem), code.dynamic_align, 0, 1,
+                        not fast, TIMEOUT)  # fmt: skip
+        with lock:
+            if fast:
+                for i, _, array, _ in arrays:
+                    values[i][0] = array.ctypes.data
+                self.run(code, launch, "forward")
+            else:
+                self.run_checked(code, launch, values, arrays)
 
-    def pack_one(self, param, name, arg):
-        kind = chr(param.kind)
-        if kind == "P":
-            if arg is None:
-                return np.uint64(0)
-            if isinstance(arg, np.ndarray):
-                pointee = chr(param.pointee)
-                raw = pointee in "vSb" or param.pointee_size == 1 or arg.dtype.kind == "V" or arg.dtype == np.uint8
-                if not raw and type_name(pointee, param.pointee_size) != arg.dtype.name:
-                    raise self.mismatch(name, f"{type_name(pointee, param.pointee_size)}*", f"array of {arg.dtype.name}")
-                return np.uint64(arg.ctypes.data)
-            raise self.mismatch(name, "an array", f"{type(arg).__name__} {arg!r}")
+    def check_launch(self, code, grid, block, shared_mem):
+        threads, most = block[0] * block[1] * block[2], min(1024, code.bound)
+        if threads > most or block[2] > 64:
+            raise self.fault("launch", f"block {tuple(block)} has {threads} threads; the limit is {most}")
+        if grid[0] >= 2**31 or max(grid[1:]) > 65535:
+            raise self.fault("launch", f"grid {tuple(grid)} exceeds (2147483647, 65535, 65535)")
+        most = 48 * 1024 if self.smem <= 48 * 1024 else 227 * 1024
+        if shared_mem > most:
+            raise self.fault("launch", f"{shared_mem} bytes of dynamic shared memory; the limit is {most}. HINT: kernel(..., smem=)")
+
+    def pack(self, code, args):
+        """(argument values as arrays of one element, [(number, name, array, read only)]), each checked against the
+        kernel's signature. CuPy checks nothing: a Python int arrives as 8 bytes whatever the kernel declares."""
+        if len(args) != len(code.names):
+            raise self.fault("argument count", f"{len(args)} arguments for {len(code.names)} parameters ({', '.join(code.names)})")
+        values, arrays = [], []
+        for i, (param, name, arg) in enumerate(zip(code.params, code.names, args, strict=False)):
+            kind = chr(param.kind)
+            if kind == "P":
+                self.check_pointer(param, name, arg)
+                if arg is not None:
+                    arrays.append((i, name, arg, bool(param.constant) or not arg.flags.writeable))
+                values.append(np.zeros(1, np.uint64))
+            elif kind == "S" and getattr(arg, "nbytes", 0) == param.size and np.asarray(arg).dtype.kind == "V":
+                values.append(np.array(arg).reshape(1))
+            else:
+                values.append(self.scalar(type_name(kind, param.size), name, arg))
+        return values, arrays
+
+    def check_pointer(self, param, name, arg):
+        if arg is None:
+            return
+        if not isinstance(arg, np.ndarray):
+            raise self.mismatch(name, "a pointer", f"{type(arg).__name__} {arg!r}")
+        pointee = chr(param.pointee)
+        raw = pointee in "vSPb" or param.pointee_size == 1 or arg.dtype.kind == "V" or arg.dtype.itemsize == 1
+        if not raw and type_name(pointee, param.pointee_size) != arg.dtype.name:
+            raise self.mismatch(name, f"{type_name(pointee, param.pointee_size)}*", f"an array of {arg.dtype.name}")
+
+    def scalar(self, expected, name, arg):
         value = np.int64(arg) if type(arg) is int else np.float64(arg) if type(arg) is float else arg
-        if kind == "S" and isinstance(value, np.ndarray | np.void) and value.dtype.kind == "V" and value.nbytes == param.size:
-            return value
-        if not isinstance(value, np.generic | bool) or np.dtype(type(value)).name != type_name(kind, param.size):
-            given = value.dtype.name if isinstance(value, np.generic | np.ndarray) else type(arg).__name__
-            given += " array" if isinstance(value, np.ndarray) else f" {arg!r}"
-            raise self.mismatch(name, type_name(kind, param.size), given)
-        return np.bool_(value) if isinstance(value, bool) else value
+        value = np.bool_(value) if isinstance(value, bool) else value
+        if not isinstance(value, np.generic) or value.dtype.name != expected:
+            given = f"an array of {value.dtype.name}" if isinstance(value, np.ndarray) else f"{np.asarray(value).dtype.name} {arg!r}"
+            raise self.mismatch(name, expected, given)
+        return np.array([value])
 
     def mismatch(self, name, expected, given):
         return self.fault("argument type", f"parameter `{name}` is {expected}, given {given}", array=name)
 
-    def __call__(self, grid, block, args, shared_mem=0):
-        grid, block = ([*(max(1, int(n)) for n in dims), 1, 1][:3] for dims in (grid, block))
-        threads = block[0] * block[1] * block[2]
-        if threads > min(1024, self.bound) or block[2] > 64:
-            raise self.fault("launch", f"block {block} has {threads} threads; the limit is {min(1024, self.bound)}")
-        if grid[0] >= 2**31 or max(grid[1:]) > 65535:
-            raise self.fault("launch", f"grid {grid} exceeds (2^31-1, 65535, 65535)")
-        if shared_mem > max(48 * 1024, self.smem):
-            raise self.fault("launch", f"{shared_mem} bytes of dynamic shared memory; the limit is {max(48 * 1024, self.smem)}")
-        values = self.pack(args)
-        pointers = (ctypes.c_void_p * (len(values) + 1))()
-        holders = [np.atleast_1d(v).copy() for v in values]
-        for i, h in enumerate(holders):
-            pointers[i] = h.ctypes.data
-        with lock:
-            self.run(pointers, grid, block, shared_mem, 0)
+    def run_checked(self, code, launch, values, arrays):
+        """Runs the launch under each thread order, each time on fresh copies of the arrays, and compares every byte."""
+        groups = group_arrays(arrays)
+        regions = (Region * (len(arrays) + 1))()
+        count = 0
+        for group in groups:
+            for i, name, array, begin, end in group.arrays:
+                values[i][0] = begin - group.begin + group.at
+                regions[count] = Region(int(values[i][0]), int(values[i][0]) + end - begin, name.encode()[:63], array.itemsize,
+                                        group.read_only)  # fmt: skip
+                count += 1
+        for i, _, array, _ in arrays:
+            if array.size == 0:
+                values[i][0] = 64  # no element may be touched
+        launch.regions, launch.region_count = ctypes.addressof(regions), count
+        first = None
+        for n, order in enumerate(orders):
+            self.prepare(groups, regions, count, n > 0)
+            self.run(code, launch, order, lambda: self.prepare(groups, regions, count, True))
+            if n == 0 and len(orders) > 1:
+                first = [None if g.read_only else g.device.copy() for g in groups]
+            elif n > 0:
+                self.compare(groups, first, orders[0], order)
+        for group in groups:
+            group.written()
 
-    def run(self, pointers, grid, block, shared_mem, order):
-        fault = Fault()
-        what = Launch(self.entry, ctypes.addressof(pointers), tuple(grid), tuple(block), shared_mem, order, 1, 0)
-        if runtime().simt_launch(ctypes.byref(what), ctypes.byref(fault)):
-            file, line = fault.file.decode(), fault.line
-            where = f" at {Path(file).name}:{line}" if file else ""
-            raise self.fault(fault.kind.decode(), f"{fault.text.decode()}{where} [block {tuple(fault.block)}]", file=file, line=line,
-                             block=tuple(fault.block), thread=tuple(fault.thread) if fault.has_thread else None)  # fmt: skip
+    def prepare(self, groups, regions, count, again):
+        runtime().simt_prepare(ctypes.byref(regions), count)
+        for group in groups:
+            group.fill(again)
+
+    def compare(self, groups, first, first_order, order):
+        for group, expected in zip(groups, first, strict=True):
+            if expected is None or np.array_equal(expected, group.device):
+                continue
+            byte = int(np.argmax(expected != group.device))
+            _, name, array, begin, _ = next(a for a in group.arrays if a[3] <= group.begin + byte < a[4])
+            index = (group.begin + byte - begin) // array.itemsize
+            start = byte - (group.begin + byte - begin) % array.itemsize
+            one, two = (b[start : start + array.itemsize].copy().view(array.dtype)[0] for b in (expected, group.device))
+            raise self.fault("order-dependent result", f"element {index} of `{name}` is {one!r} with threads in {first_order} order "
+                             f"and {two!r} in {order} order", array=name, index=index)  # fmt: skip
+
+    def run(self, code, launch, order, prepare_again=None):
+        launch.order = ALL_ORDERS.index(order)
+        fault, float_atomic = Fault(), ctypes.c_uint64()
+        launch.watching = 0
+        failed = runtime().simt_launch(ctypes.byref(launch), ctypes.byref(fault), ctypes.byref(float_atomic))
+        if float_atomic.value:
+            file, line = (source_lines(code.path, float_atomic.value) or [("?", 0)])[0]
+            warnings.warn(f"{self.name}: floating-point atomic at {Path(file).name}:{line}", FloatAtomicWarning, stacklevel=4)
+        if not failed:
+            return
+        other = ""
+        where = [(fault.file.decode(), fault.line)] if fault.line else source_lines(code.path, fault.pc) if fault.pc else []
+        other_line = None
+        if fault.kind.startswith(b"race"):  # the same run again, watching for the other side
+            launch.watching, launch.watched = 1, fault.other
+            prepare_again()
+            again = Fault()
+            runtime().simt_launch(ctypes.byref(launch), ctypes.byref(again), ctypes.byref(float_atomic))
+            if again.other_pc and (lines := source_lines(code.path, again.other_pc)):
+                other, other_line = f"; the other access is at {describe_lines(lines)}", lines[0][1]
+        file, line = where[0] if where else (None, None)
+        text = f"{fault.text.decode()} at {describe_lines(where)}{other} (block {tuple(fault.block)}, {order} order)"
+        raise self.fault(fault.kind.decode(), text, file=file, line=line, other_line=other_line, array=fault.array.decode() or None,
+                         block=tuple(fault.block), thread=tuple(fault.thread) if fault.has_thread else None,
+                         index=fault.index if fault.array else None)  # fmt: skip
+
+
+def describe_lines(lines):
+    return ", called from ".join(f"{Path(file).name}:{line}" for file, line in lines) or "an unknown line"
 
 
 def type_name(kind, size):
@@ -308,9 +571,7 @@ def type_name(kind, size):
 
 
 @functools.cache
-def kernel(file, name, dtype, defines=(), smem=0, fast=True, **ignored):
-    """The kernel `name` of kernels/<file>, compiled for `dtype` -> callable(grid, block, args, shared_mem=0)."""
-    library, kernels = load(str(file), getattr(dtype, "name", dtype), tuple(defines), fast)
-    if name not in kernels:
-        raise KeyError(f"{file} has no kernel {name}. HINT: it has {', '.join(kernels)}")
-    return Kernel(library, name, kernels[name], smem)
+def kernel(file, name, dtype, defines=(), smem=0, **ignored):
+    """The kernel `name` of kernels/<file>, compiled for `dtype` -> callable(grid, block, args, shared_mem=0).
+    Mirrors llmc.cuda.module.kernel; `file` may also be an absolute path."""
+    return Kernel(str(file), name, getattr(dtype, "name", dtype), tuple(defines), smem)

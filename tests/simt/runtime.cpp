@@ -1,7 +1,13 @@
 // Runs one kernel launch on the CPU. A block's threads are fibers of one OS thread: each runs until it waits at a barrier
 // or a warp function, and the last one to arrive releases the others. Blocks run one after another.
 //
-// Sections: fibers, faults, barriers and warp functions, tensor cores, launch.
+// In checked mode the kernel was compiled with -fsanitize=thread and -fsanitize=undefined, but without their libraries:
+// g++ emits a call before every load and store (__tsan_read4, __tsan_write16 ...) and at every undefined operation
+// (__ubsan_handle_...), and this file defines them.
+//
+// Sections: fibers, faults, shadow memory, hooks, barriers and warp functions, tensor cores, cp.async, shared memory and
+// atomics, launch.
+#include <algorithm>
 #include <csetjmp>
 #include <csignal>
 #include <cstdarg>
@@ -9,20 +15,34 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
+#include <dlfcn.h>
+#include <link.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <ucontext.h>
+#include <unistd.h>
+#include <unordered_map>
 #include <utility>
 #include <vector>
-#if !defined(__x86_64__)
-#include <ucontext.h>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
 #endif
 
 typedef uint32_t u32;
 typedef uint64_t u64;
+#define RETURN_ADDRESS __builtin_return_address(0)
+#define unlikely(x) __builtin_expect(!!(x), 0)
 
 struct At { const char* file; int line; };
 struct uint3 { u32 x, y, z; };
 
-// Filled by the Python layer, read by it after a fault. Keep in step with the ctypes structures in __init__.py.
+// Exchanged with the Python layer. Keep in step with the ctypes structures in __init__.py.
+struct Access {  // one of the two sides of a race
+    u32 time, tid;
+    int write;
+    u64 granule;
+};
 struct Fault {
     char kind[40];
     char text[1000];
@@ -30,26 +50,50 @@ struct Fault {
     int line;
     int has_thread;
     u32 block[3], thread[3];
-    void* pc;        // otherwise: the return address of the hook
-    void* address;
+    u64 pc;          // otherwise: the hook's return address, relative to the kernel library
+    char array[80];
+    long long index; // element of `array`, -1 if unknown
+    Access other;    // of a race: what to watch for in a second run to find its line
+    u64 other_pc;    // filled by that run
+};
+struct Region {      // one array argument
+    u64 begin, end;  // addresses
+    char name[64];
+    int item_size;
+    int read_only;
 };
 struct Launch {
     void (*entry)(void**);
     void** args;
     u32 grid[3], block[3];
-    u64 dynamic_bytes;
-    int order;  // 0 forward, 1 reverse, 2 random
+    u64 dynamic_bytes, dynamic_align;
+    int order;       // 0 forward, 1 reverse, 2 random
     u32 seed;
     int checked;
+    double timeout;  // seconds of CPU time
+    int watching;
+    Access watched;
+    const Region* regions;
+    int region_count;
 };
 
 static const size_t MAX_THREADS = 1024, STACK = 128 * 1024, SHARED_LIMIT = 227 * 1024, STATIC_LIMIT = 48 * 1024;
+
+// All memory a kernel may touch: the block's shared memory first, then copies of the launch's arrays with gaps between.
+static const size_t ARENA = 1 << 20, STATICS = 1 << 19, MEMORY = (size_t)8 << 30;
+static char* memory;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Fibers
 // ---------------------------------------------------------------------------------------------------------------------
 
 enum State { READY, AT_BARRIER, IN_WARP, EXITED };
+
+struct Copy {
+    void *to, *pc;
+    int group;
+    char bytes[16];
+};
 
 struct Fiber {
 #if defined(__x86_64__)
@@ -68,16 +112,25 @@ struct Fiber {
     u64 value;       // operand, then result
     int operand;
     void* pointers[4];
+    void* pc;
+    std::vector<Copy> copies;  // cp.async under way
+    int group;                 // the cp.async group being filled
 };
 
 static Fiber fibers[MAX_THREADS], scheduler;
 static Fiber* self;           // the running fiber
+static u32 me;                // its number in the block
+static uintptr_t stack_begin; // its stack
 static u32 thread_count;
 static std::vector<Fiber*> ready;  // the next to run is at the back, or anywhere if the order is random
 static Launch launch;
 static uint3 block_index;
 static Fault fault;
 static bool faulted;
+
+static inline void become(Fiber* f) {
+    self = f, me = f->tid, stack_begin = (uintptr_t)f->stack;
+}
 
 #if defined(__x86_64__)
 // Saves the callee-saved registers on the old stack and takes them from the new one.
@@ -104,12 +157,12 @@ simt_switch:
 )");
 extern "C" void simt_switch(void** from, void** to);
 static inline void switch_to(Fiber* from, Fiber* to) {
-    self = to;
+    become(to);
     simt_switch(&from->sp, &to->sp);
 }
 #else
 static inline void switch_to(Fiber* from, Fiber* to) {
-    self = to;
+    become(to);
     swapcontext(&from->context, &to->context);
 }
 #endif
@@ -156,6 +209,8 @@ static void make_fiber(Fiber& f) {
     makecontext(&f.context, fiber_main, 0);
 #endif
     f.state = READY;
+    f.copies.clear();
+    f.group = 0;
 }
 
 // Makes the fibers of `lanes` runnable such that they are taken in the launch's order.
@@ -180,45 +235,12 @@ static void push_all_ready() {
 // Faults
 // ---------------------------------------------------------------------------------------------------------------------
 
-static void describe_fault(const char* kind, const Fiber* f, At at, const char* format, va_list list) {
-    if (faulted) { return; }
-    faulted = true;
-    memset(&fault, 0, sizeof fault);
-    snprintf(fault.kind, sizeof fault.kind, "%s", kind);
-    vsnprintf(fault.text, sizeof fault.text, format, list);
-    snprintf(fault.file, sizeof fault.file, "%s", at.file ? at.file : "");
-    fault.line = at.line;
-    fault.block[0] = block_index.x, fault.block[1] = block_index.y, fault.block[2] = block_index.z;
-    if (f) {
-        fault.has_thread = 1;
-        fault.thread[0] = f->index.x, fault.thread[1] = f->index.y, fault.thread[2] = f->index.z;
-    }
-}
-
-// Ends the launch from inside a fiber; the other fibers are abandoned where they stand.
-__attribute__((noreturn, format(printf, 3, 4))) static void fail(const char* kind, At at, const char* format, ...) {
-    va_list list;
-    va_start(list, format);
-    describe_fault(kind, self, at, format, list);
-    va_end(list);
-    Fiber dead;
-    switch_to(&dead, &scheduler);
-    abort();
-}
-
-__attribute__((format(printf, 4, 5))) static void report(const char* kind, const Fiber* f, At at, const char* format, ...) {
-    va_list list;
-    va_start(list, format);
-    describe_fault(kind, f, at, format, list);
-    va_end(list);
-}
-
 static const char* base_name(const char* path) {
     const char* slash = path ? strrchr(path, '/') : nullptr;
     return slash ? slash + 1 : path ? path : "?";
 }
 
-// "thread (3,0,0)" of a 1-D block reads better as "thread 3".
+// "thread (3,0,0)" of a 1-D block reads better as "thread 3". Valid until the fourth next call.
 static const char* name_of(const Fiber* f) {
     static char text[4][48];
     static int next;
@@ -230,6 +252,431 @@ static const char* name_of(const Fiber* f) {
     }
     return out;
 }
+
+static uintptr_t image_begin, image_end;  // the kernel library: its constants may be read
+
+static void describe_fault(const char* kind, const Fiber* f, At at, const char* format, va_list list) {
+    if (faulted) { return; }
+    faulted = true;
+    Access other = fault.other;  // set by the caller
+    fault = Fault{};
+    fault.other = other, fault.index = -1;
+    snprintf(fault.kind, sizeof fault.kind, "%s", kind);
+    vsnprintf(fault.text, sizeof fault.text, format, list);
+    snprintf(fault.file, sizeof fault.file, "%s", at.file ? at.file : "");
+    fault.line = at.line;
+    fault.block[0] = block_index.x, fault.block[1] = block_index.y, fault.block[2] = block_index.z;
+    if (f && f != &scheduler) {
+        fault.has_thread = 1;
+        fault.thread[0] = f->index.x, fault.thread[1] = f->index.y, fault.thread[2] = f->index.z;
+    }
+}
+
+// Notes a fault of thread `f` and goes on: for code that then returns to the scheduler by itself.
+__attribute__((format(printf, 4, 5))) static void report(const char* kind, const Fiber* f, At at, const char* format, ...) {
+    va_list list;
+    va_start(list, format);
+    describe_fault(kind, f, at, format, list);
+    va_end(list);
+}
+
+// Ends the launch; the fibers are abandoned where they stand.
+__attribute__((noreturn)) static void leave() {
+    static Fiber abandoned;
+    switch_to(&abandoned, &scheduler);
+    abort();
+}
+
+__attribute__((noreturn, format(printf, 3, 4))) static void fail(const char* kind, At at, const char* format, ...) {
+    va_list list;
+    va_start(list, format);
+    describe_fault(kind, self, at, format, list);
+    va_end(list);
+    leave();
+}
+
+struct SharedVariable {
+    size_t offset, size;
+    int item_size;
+    const char* name;
+};
+static std::vector<SharedVariable> shared_variables;
+
+// "`out`[12]", "the shared array `tile`[3]" or, outside of everything, the nearest array and the distance to it.
+static const char* describe_address(uintptr_t a, char* array, long long* index) {
+    static char text[400];
+    size_t offset = a - (uintptr_t)memory;
+    if (a < 4096) {
+        snprintf(text, sizeof text, "a null pointer (address %zu)", (size_t)a);
+    } else if (offset < ARENA) {
+        const SharedVariable* nearest = nullptr;
+        for (const SharedVariable& v : shared_variables) {
+            if (!nearest || (offset >= v.offset && v.offset >= nearest->offset)) { nearest = &v; }
+        }
+        if (!nearest) {
+            snprintf(text, sizeof text, "shared memory, of which this launch has none");
+            return text;
+        }
+        long long bytes = (long long)offset - (long long)nearest->offset, item = bytes / nearest->item_size;
+        if (bytes < 0 && bytes % nearest->item_size) { --item; }
+        snprintf(array, 80, "%s", nearest->name);
+        *index = item;
+        snprintf(text, sizeof text, "element %lld of the shared `%s`, which has %zu of %d bytes", item, nearest->name,
+                 nearest->size / nearest->item_size, nearest->item_size);
+    } else if (offset < MEMORY && launch.region_count > 0) {
+        const Region* nearest = nullptr;
+        u64 best = ~0ull;
+        for (int i = 0; i < launch.region_count; ++i) {
+            const Region& r = launch.regions[i];
+            u64 distance = a < r.begin ? r.begin - a : a >= r.end ? a - r.end + 1 : 0;
+            if (distance < best) { best = distance, nearest = &r; }
+        }
+        long long bytes = (long long)(a - nearest->begin), item = bytes / nearest->item_size;
+        if (bytes < 0 && bytes % nearest->item_size) { --item; }
+        snprintf(array, 80, "%s", nearest->name);
+        *index = item;
+        snprintf(text, sizeof text, "element %lld of `%s`, which has %llu of %d bytes", item, nearest->name,
+                 (unsigned long long)(nearest->end - nearest->begin) / nearest->item_size, nearest->item_size);
+    } else {
+        snprintf(text, sizeof text, "address %p, which is no array of this launch", (void*)a);
+        for (u32 i = 0; i < thread_count; ++i) {
+            if (a - (uintptr_t)fibers[i].stack < STACK) {
+                snprintf(text, sizeof text, "a local variable of %s", name_of(&fibers[i]));
+            }
+        }
+    }
+    return text;
+}
+
+// A fault of the running thread at an address; `format` gets the address's description.
+__attribute__((noreturn)) static void fail_at(const char* kind, uintptr_t a, void* pc, const char* before, const char* after) {
+    char array[80] = "";
+    long long index = -1;
+    const char* where = describe_address(a, array, &index);
+    report(kind, self, At{}, "%s %s%s", before, where, after);
+    memcpy(fault.array, array, sizeof array);
+    fault.index = index;
+    fault.pc = pc ? (uintptr_t)pc - image_begin : 0;
+    leave();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Shadow memory: who touched each 2 bytes last
+// ---------------------------------------------------------------------------------------------------------------------
+//
+// A record is time << 12 | flags << 10 | thread. Time counts synchronisations (barriers, __syncwarp, starts of blocks and
+// launches), so two records of one block are ordered if a barrier's time lies between them. Flags: 0 a whole granule, 1
+// its low byte, 2 its high byte, 3 an atomic. For each granule: the last writer, the last reader, and the last reader that
+// was another thread than that one (an approximation; several thread orders make up for it).
+
+static const u32 TID = 0x3ff, LOW_BYTE = 1 << 10, HIGH_BYTE = 2 << 10, ATOMIC = 3 << 10, FLAGS = 3 << 10;
+// States instead of a writer. Fresh pages are 0.
+static const u32 UNALLOCATED = 0, INITIALISED = 1, IN_FLIGHT = 0xfffffffc, READ_ONLY = 0xfffffffd, NEVER_WRITTEN = 0xfffffffe;
+static const u32 TIME_END = 0xffff0, TIME_SWEEP = 0xc0000;
+
+static u32 *writers, *readers, *other_readers;
+static size_t high_water = ARENA;  // no array has lain beyond
+static u32 now = 2;          // the present time
+static u32 launch_record;    // records below are from earlier launches: no matter
+static u32 block_record;     // records below are from other blocks of this launch
+static u32 limit_record;     // records up to this one happened before this block's last barrier
+static u32 known[MAX_THREADS][32];  // what lane j did until known[i][j] happened before what thread i does now (__syncwarp)
+static std::vector<u32> block_starts;      // times, in order of execution
+static std::vector<uint3> block_indices;   // and which block it was
+static unsigned char unfenced[MAX_THREADS];  // has written global memory since its last __threadfence
+static u32 fence_time[MAX_THREADS];
+
+// Atomics on a counter order blocks. An arrival says: what block `block` did up to `base`, and its thread `tid` up to
+// `time`, happened before this atomic, provided that it was fenced.
+struct Arrival { u32 block, base, time, tid; bool fenced; };
+struct Counter { std::vector<Arrival> arrivals; u32 reader_block; size_t read; };
+static std::unordered_map<uintptr_t, Counter> counters;
+static std::vector<std::vector<Arrival>> acquired;  // by this block, indexed by the other block
+static std::vector<u32> acquired_list;
+
+static void fill(size_t begin, size_t end, u32 value) {
+    std::fill(writers + begin / 2, writers + (end + 1) / 2, value);
+}
+
+static void tick() {
+    if (++now >= TIME_END) { fail("executor limit", At{}, "more than %u synchronisations in one block", TIME_END - TIME_SWEEP); }
+}
+
+// Starts time anew before it runs out: records of this launch become "some earlier block", older ones vanish.
+static void sweep() {
+    auto squash = [](u32& r, u32 none) {
+        if (r >= (TIME_END << 12) || r <= INITIALISED) { return; }
+        r = r >= launch_record ? 2u << 12 | (r & (FLAGS | TID)) : none;
+    };
+    for (size_t g = 0; g < high_water / 2; ++g) {
+        squash(writers[g], INITIALISED);
+        squash(readers[g], 0);
+        squash(other_readers[g], 0);
+    }
+    memset(known, 0, sizeof known);
+    memset(fence_time, 0, sizeof fence_time);
+    block_starts.clear();
+    block_indices.clear();
+    launch_record = 2u << 12;
+    now = 3;
+}
+
+static const Arrival* arrival_of(u32 block, u32 time, u32 tid) {
+    const Arrival* unfenced_one = nullptr;
+    if (block < acquired.size()) {
+        for (const Arrival& a : acquired[block]) {
+            if (time <= a.base || (tid == a.tid && time <= a.time)) {
+                if (a.fenced) { return &a; }
+                unfenced_one = &a;
+            }
+        }
+    }
+    return unfenced_one;
+}
+
+// Did what the record says happen before what the running thread does now? If not, `why` may say more.
+static bool happened_before(u32 record, const char** why) {
+    u32 time = record >> 12, tid = record & TID;
+    if (record < launch_record) { return true; }
+    if (record < block_record) {
+        size_t block = std::upper_bound(block_starts.begin(), block_starts.end(), time) - block_starts.begin();
+        if (block == 0) { return !acquired_list.empty(); }  // swept: which block is forgotten
+        const Arrival* a = arrival_of((u32)block - 1, time, tid);
+        if (a && !a->fenced) { *why = ": an atomic counter orders the two, but no __threadfence() stands between the write and it"; }
+        return a && a->fenced;
+    }
+    return record <= limit_record || tid == me || (tid / 32 == me / 32 && known[me][tid & 31] >= time);
+}
+
+static bool watching;
+static u64 watched_pc;
+
+__attribute__((noinline)) static void watch(size_t offset, int size, bool write, void* pc) {
+    const Access& w = launch.watched;
+    if (w.granule >= offset / 2 && w.granule <= (offset + size - 1) / 2 && w.tid == me && w.write == write &&
+        w.time == now - (launch_record >> 12)) {
+        watched_pc = (uintptr_t)pc - image_begin;
+    }
+}
+
+__attribute__((noreturn, noinline)) static void fail_race(uintptr_t a, void* pc, bool write, u32 record, bool other_wrote, size_t granule,
+                                                         const char* why) {
+    u32 time = record >> 12, tid = record & TID;
+    fault.other = Access{time - (launch_record >> 12), tid, other_wrote, granule};
+    char before[200], after[400];
+    Fiber other;
+    other.index = fibers[tid].index;
+    snprintf(before, sizeof before, "%s %s", name_of(self), write ? "writes" : "reads");
+    if (record >= block_record) {
+        snprintf(after, sizeof after, ", which %s %s with no barrier between%s%s", name_of(&other), other_wrote ? "wrote" : "read",
+                 tid / 32 == me / 32 ? " (same warp: __syncwarp is missing; shuffles do not order memory)" : "", why);
+        fail_at("race", a, pc, before, after);
+    }
+    size_t block = std::upper_bound(block_starts.begin(), block_starts.end(), time) - block_starts.begin();
+    uint3 b = block ? block_indices[block - 1] : uint3{};
+    char name[64] = "another block";
+    if (block) { snprintf(name, sizeof name, "block (%u,%u,%u)", b.x, b.y, b.z); }
+    snprintf(after, sizeof after, ", which %s of %s %s in the same launch%s", name_of(&other), name, other_wrote ? "wrote" : "read", why);
+    fail_at("race between blocks", a, pc, before, after);
+}
+
+static const char* size_name(int size, bool write) {
+    static char text[60];
+    snprintf(text, sizeof text, "%d-byte %s of", size, write ? "write" : "read");
+    return text;
+}
+
+// The whole truth about one access; the fast path comes here whenever something is not obviously right.
+__attribute__((noinline)) static void examine(uintptr_t a, int size, bool write, u32 flags, void* pc) {
+    size_t first = (a - (uintptr_t)memory) / 2, last = (a + size - 1 - (uintptr_t)memory) / 2;
+    for (size_t g = first; g <= last; ++g) {
+        uintptr_t at = std::max(a, (uintptr_t)memory + 2 * g);
+        bool shared = 2 * g < ARENA;
+        u32 w = writers[g];
+        if (w == UNALLOCATED) { fail_at(shared ? "out of bounds, shared" : "out of bounds", at, pc, size_name(size, write), ""); }
+        if (w == READ_ONLY) {
+            if (!write) { continue; }
+            fail_at("write to const", at, pc, size_name(size, write), ", which the kernel takes as a pointer to const");
+        }
+        if (w == IN_FLIGHT) { fail_at("cp.async in flight", at, pc, size_name(size, write), ": its cp.async has not been waited for"); }
+        if (w == NEVER_WRITTEN) {
+            if (!write) { fail_at("uninitialised read", at, pc, size_name(size, write), shared ? ": nothing in this block wrote it" : ": nothing wrote it"); }
+            continue;
+        }
+        auto conflict = [&](u32 record, bool other_wrote) {
+            u32 theirs = record & FLAGS;
+            if (theirs == ATOMIC && flags == ATOMIC) { return; }
+            if ((theirs == LOW_BYTE && flags == HIGH_BYTE) || (theirs == HIGH_BYTE && flags == LOW_BYTE)) { return; }
+            const char* why = "";
+            if (!happened_before(record, &why)) { fail_race(at, pc, write, record, other_wrote, g, why); }
+        };
+        if (w > INITIALISED) { conflict(w, true); }
+        if (write) {
+            conflict(readers[g], false);
+            conflict(other_readers[g], false);
+        }
+    }
+}
+
+__attribute__((noinline)) static void outside(uintptr_t a, int size, bool write, void* pc) {
+    if (a >= image_begin && a < image_end) { return; }  // constants, tables, literals
+    fail_at("out of bounds", a, pc, size_name(size, write), "");
+}
+
+// One access of SIZE bytes inside `memory`, naturally aligned.
+template <int SIZE, bool WRITE> static inline __attribute__((always_inline)) void touch(uintptr_t a, size_t offset, u32 flags, void* pc) {
+    constexpr int N = SIZE > 1 ? SIZE / 2 : 1;
+    size_t g = offset / 2;
+    u32 *w = writers + g, *r = readers + g, *o = other_readers + g;
+    if (unlikely(watching)) { watch(offset, SIZE, WRITE, pc); }
+    if (!WRITE) {
+        u32 constant = ~0u;
+        for (int i = 0; i < N; ++i) { constant &= (u32)-(w[i] == READ_ONLY); }
+        if (constant) { return; }
+    }
+    const u32 stamp = now << 12 | flags | me, newest = stamp | 0xfff, lo = launch_record, span = block_record - launch_record;
+    const u32 limit = limit_record, tid = me;
+    u32 bad = 0;
+    for (int i = 0; i < N; ++i) {
+        u32 v = w[i];
+        bad |= (u32)(v - 1 >= newest) | (u32)(v - lo < span) | ((u32)(v > limit) & (u32)((v & TID) != tid));
+        if (WRITE) {
+            u32 x = r[i], y = o[i];
+            bad |= (u32)(x - lo < span) | ((u32)(x > limit) & (u32)((x & TID) != tid));
+            bad |= (u32)(y - lo < span) | ((u32)(y > limit) & (u32)((y & TID) != tid));
+        }
+    }
+    if (unlikely(bad)) { examine(a, SIZE, WRITE, flags, pc); }
+    for (int i = 0; i < N; ++i) {
+        if (WRITE) {
+            w[i] = stamp;
+        } else {
+            u32 last = r[i];
+            bool own = (last & TID) == tid && last >= block_record;
+            o[i] = own ? o[i] : last;
+            r[i] = stamp;
+        }
+    }
+    if (WRITE) { unfenced[tid] |= (unsigned char)(offset >= ARENA); }
+}
+
+template <int SIZE, bool WRITE> static inline __attribute__((always_inline)) void hook(void* p, void* pc) {
+    uintptr_t a = (uintptr_t)p;
+    size_t offset = a - (uintptr_t)memory;
+    if (unlikely(offset >= MEMORY)) {
+        if (a - stack_begin >= STACK) { outside(a, SIZE, WRITE, pc); }
+        return;
+    }
+    if (SIZE > 1 && unlikely(a & (SIZE - 1))) {
+        fail_at("misaligned access", a, pc, size_name(SIZE, WRITE), SIZE == 16 ? ": its address is no multiple of 16" : ": its address is no multiple of its size");
+    }
+    touch<SIZE, WRITE>(a, offset, SIZE == 1 ? (a & 1 ? HIGH_BYTE : LOW_BYTE) : 0, pc);
+}
+
+// Any number of bytes at any address: memcpy, structs, fields of packed structs.
+static void hook_range(const void* p, size_t size, bool write, void* pc) {
+    for (uintptr_t a = (uintptr_t)p, end = a + size; a < end;) {
+        bool pair = !(a & 1) && a + 2 <= end;
+        if (pair) {
+            write ? hook<2, true>((void*)a, pc) : hook<2, false>((void*)a, pc);
+        } else {
+            write ? hook<1, true>((void*)a, pc) : hook<1, false>((void*)a, pc);
+        }
+        a += pair ? 2 : 1;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Hooks that g++ calls
+// ---------------------------------------------------------------------------------------------------------------------
+
+extern "C" {
+#define HOOKS(N)                                                                                                        \
+    void __tsan_read##N(void* p) { hook<N, false>(p, RETURN_ADDRESS); }                                                 \
+    void __tsan_write##N(void* p) { hook<N, true>(p, RETURN_ADDRESS); }                                                 \
+    void __tsan_unaligned_read##N(void* p) { hook_range(p, N, false, RETURN_ADDRESS); }                                 \
+    void __tsan_unaligned_write##N(void* p) { hook_range(p, N, true, RETURN_ADDRESS); }
+HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16)
+void __tsan_read_range(void* p, size_t size) { hook_range(p, size, false, RETURN_ADDRESS); }
+void __tsan_write_range(void* p, size_t size) { hook_range(p, size, true, RETURN_ADDRESS); }
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_update(void**, void*) {}
+
+// Calls that g++ did not expand; the kernel library is linked with --wrap.
+void* __wrap_memcpy(void* to, const void* from, size_t size) {
+    hook_range(from, size, false, RETURN_ADDRESS);
+    hook_range(to, size, true, RETURN_ADDRESS);
+    return memcpy(to, from, size);
+}
+void* __wrap_memmove(void* to, const void* from, size_t size) {
+    hook_range(from, size, false, RETURN_ADDRESS);
+    hook_range(to, size, true, RETURN_ADDRESS);
+    return memmove(to, from, size);
+}
+void* __wrap_memset(void* to, int value, size_t size) {
+    hook_range(to, size, true, RETURN_ADDRESS);
+    return memset(to, value, size);
+}
+
+// Undefined behaviour. The layouts are those of g++'s -fsanitize=undefined; every record starts with the position.
+struct UbLocation { const char* file; u32 line, column; };
+struct UbType { uint16_t kind, info; char name[1]; };
+struct UbRecord { UbLocation at; const UbType *type, *other; };
+struct UbMismatch { UbLocation at; const UbType* type; unsigned char log_alignment, check; };
+
+static const char* ub_value(const UbType* type, u64 value) {
+    static char text[2][40];
+    static int next;
+    char* out = text[next++ & 1];
+    int bits = 1 << (type->info >> 1);
+    if (type->info & 1) {
+        snprintf(out, 40, "%lld", bits >= 64 ? (long long)value : (long long)(value << (64 - bits)) >> (64 - bits));
+    } else {
+        snprintf(out, 40, "%llu", (unsigned long long)value);
+    }
+    return out;
+}
+static const char UB[] = "undefined behaviour";
+#define UB_BINARY(operation, sign)                                                                                      \
+    void __ubsan_handle_##operation##_overflow_abort(UbRecord* r, u64 a, u64 b) {                                            \
+        fail(UB, At{r->at.file, (int)r->at.line}, "%s %s %s overflows %s", ub_value(r->type, a), sign,                  \
+             ub_value(r->type, b), r->type->name);                                                                      \
+    }
+UB_BINARY(add, "+") UB_BINARY(sub, "-") UB_BINARY(mul, "*") UB_BINARY(divrem, "/ or %")
+void __ubsan_handle_negate_overflow_abort(UbRecord* r, u64 a) {
+    fail(UB, At{r->at.file, (int)r->at.line}, "-(%s) overflows %s", ub_value(r->type, a), r->type->name);
+}
+void __ubsan_handle_shift_out_of_bounds_abort(UbRecord* r, u64 a, u64 b) {
+    fail(UB, At{r->at.file, (int)r->at.line}, "shift of %s (%s) by %s", ub_value(r->type, a), r->type->name, ub_value(r->other, b));
+}
+void __ubsan_handle_out_of_bounds_abort(UbRecord* r, u64 index) {
+    fail("out of bounds, array", At{r->at.file, (int)r->at.line}, "index %s of an array %s", ub_value(r->other, index), r->type->name);
+}
+void __ubsan_handle_type_mismatch_v1_abort(UbMismatch* r, uintptr_t a) {
+    At at{r->at.file, (int)r->at.line};
+    char array[80] = "";
+    long long index = -1;
+    const char* where = describe_address(a, array, &index);
+    if (a & (((uintptr_t)1 << r->log_alignment) - 1)) {
+        report("misaligned access", self, at, "access as %s, which needs %u-byte alignment, to %s", r->type->name, 1u << r->log_alignment, where);
+    } else {
+        report("out of bounds", self, at, "access as %s to %s", r->type->name, where);
+    }
+    memcpy(fault.array, array, sizeof array);
+    fault.index = index;
+    leave();
+}
+#define UB_PLAIN(name, text) \
+    void __ubsan_handle_##name(UbRecord* r) { fail(UB, At{r->at.file, (int)r->at.line}, text); }
+UB_PLAIN(builtin_unreachable, "unreachable code is reached")
+UB_PLAIN(missing_return, "a function that has a result ends without return")
+UB_PLAIN(vla_bound_not_positive_abort, "array of no positive size")
+UB_PLAIN(invalid_builtin_abort, "count of leading or trailing zeros of 0")
+UB_PLAIN(load_invalid_value_abort, "a bool or enum holds an invalid value")
+UB_PLAIN(float_cast_overflow_abort, "float to integer conversion out of range")
+}  // extern "C"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Barriers and warp functions: the last to arrive computes the results of all and releases them
@@ -258,6 +705,8 @@ static void finish_barrier() {
     u64 result = vote == VOTE_OR ? any : vote == VOTE_AND ? all : vote == VOTE_COUNT ? count : 0;
     for (u32 i = 0; i < thread_count; ++i) { fibers[i].value = result; }
     barrier_arrived = 0;
+    limit_record = now << 12 | 0xfff;
+    tick();
 }
 
 extern "C" int simt_barrier(int vote, int value, At at) {
@@ -302,7 +751,26 @@ static u64 shuffle_source(const Fiber& f, Fiber* lanes) {
 static void finish_ldmatrix(Fiber* lanes);
 static void finish_mma(Fiber* lanes);
 
+// What each lane of the mask did, or knew to have happened, now happened before what the others do next.
+static void finish_syncwarp(Fiber* lanes, u32 mask) {
+    u32(*rows)[32] = known + lanes[0].tid;
+    u32 merged[32] = {};
+    for (u32 i = 0; i < 32; ++i) {
+        for (u32 j = 0; j < 32 && (mask >> i & 1u); ++j) { merged[j] = std::max(merged[j], rows[i][j]); }
+    }
+    for (u32 i = 0; i < 32; ++i) {
+        if (mask >> i & 1u) { merged[i] = now; }
+    }
+    for (u32 i = 0; i < 32; ++i) {
+        if (mask >> i & 1u) { memcpy(rows[i], merged, sizeof merged); }
+    }
+    tick();
+}
+
 static void finish_warp(Fiber* lanes, const Gathering& g) {
+    if (g.op == SYNCWARP) { return finish_syncwarp(lanes, g.mask); }
+    if (g.op == LDMATRIX) { return finish_ldmatrix(lanes); }
+    if (g.op == MMA) { return finish_mma(lanes); }
     u64 results[32], any = 0;
     u32 sum = 0, low_u = ~0u, high_u = 0, conjunction = ~0u, disjunction = 0, parity = 0, all_equal = g.mask;
     int low_s = INT32_MAX, high_s = INT32_MIN;
@@ -341,8 +809,6 @@ static void finish_warp(Fiber* lanes, const Gathering& g) {
         }
         results[i] = r;
     }
-    if (g.op == LDMATRIX) { finish_ldmatrix(lanes); }
-    if (g.op == MMA) { finish_mma(lanes); }
     for (u32 i = 0; i < 32; ++i) {
         if (g.mask >> i & 1u) { lanes[i].value = results[i]; }
     }
@@ -369,7 +835,7 @@ static u64 gather(int op, u32 mask, int width, At at) {
         waiting.pop_back();
         Fiber* lanes = f - f->lane;
         finish_warp(lanes, done);
-        if (faulted) { fail("", at, "%s", ""); }
+        if (faulted) { leave(); }
         push_ready(lanes, mask);
     }
     run_next();
@@ -508,9 +974,13 @@ static void finish_mma(Fiber* lanes) {
     }
 }
 
+static void check_shared(void* p, void* pc) {
+    if ((size_t)((char*)p - memory) >= ARENA) { fail_at("out of bounds", (uintptr_t)p, pc, "shared-memory access to", ""); }
+}
+
 extern "C" void simt_ldmatrix(u32* r, const void* row, int matrices, int transposed, At at) {
     self->operand = matrices * 2 + transposed;
-    self->pointers[0] = r, self->pointers[1] = (void*)row;
+    self->pointers[0] = r, self->pointers[1] = (void*)row, self->pc = RETURN_ADDRESS;
     gather(LDMATRIX, ~0u, 32, at);
 }
 
@@ -523,6 +993,15 @@ static void finish_ldmatrix(Fiber* lanes) {
             return;
         }
     }
+    if (launch.checked) {
+        Fiber* running = self;
+        for (int lane = 0; lane < 8 * matrices; ++lane) {
+            become(&lanes[lane]);
+            check_shared(lanes[lane].pointers[1], lanes[lane].pc);
+            hook<16, false>(lanes[lane].pointers[1], lanes[lane].pc);
+        }
+        become(running);
+    }
     for (int i = 0; i < matrices; ++i) {
         uint16_t M[8][8];
         for (int row = 0; row < 8; ++row) { memcpy(M[row], lanes[8 * i + row].pointers[1], 16); }
@@ -534,55 +1013,140 @@ static void finish_ldmatrix(Fiber* lanes) {
     }
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// cp.async: the bytes are read at the call and land when the thread waits for their group
+// ---------------------------------------------------------------------------------------------------------------------
+
 extern "C" void simt_cp_async(void* shared, const void* global, int pred, At) {
-    if (pred) {
-        memcpy(shared, global, 16);
-    } else {
-        memset(shared, 0, 16);
+    Copy copy{shared, RETURN_ADDRESS, self->group, {}};
+    if (!launch.checked) {
+        if (pred) { memcpy(copy.bytes, global, 16); }
+        memcpy(shared, copy.bytes, 16);
+        return;
     }
+    if (pred) {
+        hook<16, false>((void*)global, copy.pc);
+        memcpy(copy.bytes, global, 16);
+    }
+    check_shared(shared, copy.pc);
+    hook<16, true>(shared, copy.pc);
+    size_t offset = (char*)shared - memory;
+    fill(offset, offset + 16, IN_FLIGHT);
+    self->copies.push_back(copy);
 }
-extern "C" void simt_cp_async_commit() {}
-extern "C" void simt_cp_async_wait(int) {}
+
+extern "C" void simt_cp_async_commit() { ++self->group; }
+
+extern "C" void simt_cp_async_wait(int pending) {
+    size_t kept = 0;
+    for (const Copy& copy : self->copies) {
+        if (copy.group >= self->group - pending) {
+            self->copies[kept++] = copy;
+            continue;
+        }
+        size_t offset = (char*)copy.to - memory;
+        memcpy(copy.to, copy.bytes, 16);
+        fill(offset, offset + 16, now << 12 | me);
+        if (watching) { watch(offset, 16, true, copy.pc); }
+    }
+    self->copies.resize(kept);
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Shared memory, atomics, built-in variables
 // ---------------------------------------------------------------------------------------------------------------------
 
-// One arena: dynamic shared memory first, static variables from the middle on.
-static const size_t ARENA = 1 << 20, STATICS = 1 << 19;
-alignas(4096) static char arena[ARENA];
+// Dynamic shared memory lies at the start of the arena, static variables from its middle on, with gaps between them.
 static size_t statics_end, statics_bytes;
-static u64 shared_launch;  // a static's key says where it lies: launch << 20 | offset
+static u64 launch_number;  // a static's key says where it lies: launch_number << 20 | offset
 
+// No more aligned than the kernel asked for, so that reliance on luck shows.
 extern "C" void* simt_dynamic_shared(size_t align) {
-    // No more aligned than the kernel asked for, so that reliance on luck shows.
-    return arena + (align < 16 ? 16 : align);
+    return memory + align;
 }
 
-extern "C" void* simt_shared(u64* key, size_t size, size_t align, const char* name, const char* file, int line) {
-    if (*key >> 20 != shared_launch) {
+extern "C" void* simt_shared(u64* key, size_t size, size_t align, int item_size, const char* name, const char* file, int line) {
+    if (*key >> 20 != launch_number) {
         statics_end = (statics_end + align - 1) / align * align;
-        *key = shared_launch << 20 | statics_end;
-        statics_end += size + 16;
         statics_bytes += size;
-        if (statics_bytes > STATIC_LIMIT) {
-            fail("shared memory size", At{file, line}, "static shared memory is %zu bytes with `%s`; the limit is %zu", statics_bytes,
-                 name, STATIC_LIMIT);
+        if (statics_bytes > STATIC_LIMIT || statics_bytes + launch.dynamic_bytes > SHARED_LIMIT) {
+            fail("shared memory size", At{file, line}, "%zu bytes of static shared memory with `%s` and %zu of dynamic; the limits are %zu and %zu in all",
+                 statics_bytes, name, (size_t)launch.dynamic_bytes, STATIC_LIMIT, SHARED_LIMIT);
         }
+        *key = launch_number << 20 | statics_end;
+        shared_variables.push_back({statics_end, size, item_size, name});
+        if (launch.checked) { fill(statics_end, statics_end + size, NEVER_WRITTEN); }
+        statics_end += size + 64;
     }
-    return arena + (*key & 0xfffff);
+    return memory + (*key & 0xfffff);
 }
 
-extern "C" u32 simt_shared_address(const void* p, At) { return (u32)((const char*)p - arena); }
+extern "C" u32 simt_shared_address(const void* p, At) {
+    if (launch.checked) { check_shared((void*)p, RETURN_ADDRESS); }
+    return (u32)((const char*)p - memory);
+}
 
-extern "C" u64 simt_atomic(void* p, int size, u64 a, u64 b, u64 (*change)(u64, u64, u64), int, At) {
+// A counter in global memory orders blocks: what was fenced before an atomic on it happened before what follows a later
+// atomic on it.
+static void synchronise(uintptr_t a) {
+    u32 block = (u32)block_starts.size();  // this block's number + 1
+    Counter& c = counters[a];
+    if (c.reader_block != block) { c.reader_block = block, c.read = 0; }
+    for (; c.read < c.arrivals.size(); ++c.read) {
+        const Arrival& arrival = c.arrivals[c.read];
+        if (arrival.block + 1 == block) { continue; }
+        if (acquired.size() <= arrival.block) { acquired.resize(arrival.block + 1); }
+        if (acquired[arrival.block].empty()) { acquired_list.push_back(arrival.block); }
+        acquired[arrival.block].push_back(arrival);
+    }
+    if (block == 0) { return; }
+    bool fenced = memchr(unfenced, 1, thread_count) == nullptr || fence_time[me] << 12 > limit_record;
+    Arrival mine{block - 1, limit_record >> 12, now, me, fenced};
+    if (!c.arrivals.empty()) {
+        const Arrival& last = c.arrivals.back();
+        if (last.block == mine.block && last.base == mine.base && last.time == now && last.tid == me && last.fenced == fenced) { return; }
+    }
+    c.arrivals.push_back(mine);
+    for (u32 b : acquired_list) {  // what this block has learnt through other counters it passes on
+        if (c.arrivals.size() < 100000) { c.arrivals.push_back(acquired[b].back()); }
+    }
+    c.read = c.arrivals.size();
+}
+
+static int float_atomics;
+static u64 float_atomic_pc;
+
+template <int SIZE> static void check_atomic(void* p, void* pc) {
+    uintptr_t a = (uintptr_t)p;
+    size_t offset = a - (uintptr_t)memory;
+    if (offset >= MEMORY) { fail_at("out of bounds", a, pc, "atomic access to", ""); }
+    if (a & (SIZE - 1)) { fail_at("misaligned access", a, pc, "atomic access to", ""); }
+    // Read, then write: both sides see other threads' plain accesses; atomics do not conflict with each other.
+    unsigned char before = unfenced[me];
+    examine(a, SIZE, false, ATOMIC, pc);
+    touch<SIZE, true>(a, offset, ATOMIC, pc);
+    unfenced[me] = before;  // an atomic needs no fence itself
+    if (offset >= ARENA) { synchronise(a); }
+}
+
+extern "C" u64 simt_atomic(void* p, int size, u64 a, u64 b, u64 (*change)(u64, u64, u64), int is_float, At) {
+    if (launch.checked) {
+        if (is_float && !float_atomics++) { float_atomic_pc = (uintptr_t)RETURN_ADDRESS - image_begin; }
+        if (size == 8) { check_atomic<8>(p, RETURN_ADDRESS); }
+        if (size == 4) { check_atomic<4>(p, RETURN_ADDRESS); }
+        if (size == 2) { check_atomic<2>(p, RETURN_ADDRESS); }
+    }
     u64 old = 0;
     memcpy(&old, p, size);
-    u64 now = change(old, a, b);
-    memcpy(p, &now, size);
+    u64 changed = change(old, a, b);
+    memcpy(p, &changed, size);
     return old;
 }
-extern "C" void simt_fence() {}
+
+extern "C" void simt_fence() {
+    unfenced[me] = 0;
+    fence_time[me] = now;
+}
 
 extern "C" uint3 simt_thread_idx() { return self->index; }
 extern "C" uint3 simt_block_idx() { return block_index; }
@@ -596,21 +1160,35 @@ extern "C" u32 simt_lane() { return self->lane; }
 
 static sigjmp_buf escape;
 
-// A wild access in fast mode, an overflowing stack or an integer division by zero ends the launch, not the process.
+// A wild access in fast mode, an overflowing stack, an integer division by zero or an endless loop ends the launch, not
+// the process.
 static void on_signal(int number, siginfo_t* info, void* context) {
-    report("crash", self == &scheduler ? nullptr : self, At{}, "signal %d (%s) at address %p", number, strsignal(number), info->si_addr);
+    if (number == SIGRTMIN + 4) {
+        report("timeout", self, At{}, "more than %.0f seconds", launch.timeout);
+    } else {
+        report("crash", self, At{}, "%s at address %p", strsignal(number), info->si_addr);
+    }
 #if defined(__x86_64__)
-    fault.pc = (void*)((ucontext_t*)context)->uc_mcontext.gregs[REG_RIP];
+    uintptr_t pc = (uintptr_t)((ucontext_t*)context)->uc_mcontext.gregs[REG_RIP];
+    if (pc >= image_begin && pc < image_end) { fault.pc = pc + 1 - image_begin; }
 #else
     (void)context;
 #endif
     siglongjmp(escape, 1);
 }
 
-static void set_up() {
-    char* stacks = (char*)mmap(nullptr, MAX_THREADS * STACK, PROT_READ | PROT_WRITE,
-                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (stacks == MAP_FAILED) { abort(); }
+__attribute__((constructor)) static void set_up() {
+    auto reserve = [](size_t bytes) {
+        void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (p == MAP_FAILED) {
+            fprintf(stderr, "simt: cannot reserve %zu bytes of address space\n", bytes);
+            abort();
+        }
+        return p;
+    };
+    memory = (char*)reserve(MEMORY);
+    writers = (u32*)reserve(MEMORY * 2), readers = (u32*)reserve(MEMORY * 2), other_readers = (u32*)reserve(MEMORY * 2);
+    char* stacks = (char*)reserve(MAX_THREADS * STACK);
     for (size_t i = 0; i < MAX_THREADS; ++i) {
         fibers[i].stack = stacks + i * STACK;
         fibers[i].tid = i, fibers[i].warp = i / 32, fibers[i].lane = i % 32;
@@ -618,13 +1196,32 @@ static void set_up() {
     }
 }
 
+static int find_image(dl_phdr_info* info, size_t, void*) {
+    for (int i = 0; info->dlpi_addr == image_begin && i < info->dlpi_phnum; ++i) {
+        const auto& segment = info->dlpi_phdr[i];
+        if (segment.p_type == PT_LOAD) { image_end = std::max(image_end, (uintptr_t)(image_begin + segment.p_vaddr + segment.p_memsz)); }
+    }
+    return 0;
+}
+
 static void run_block() {
     barrier_arrived = 0;
     for (auto& waiting : gatherings) { waiting.clear(); }
     ready.clear();
+    if (launch.checked) {
+        if (now > TIME_SWEEP) { sweep(); }
+        tick();
+        block_record = now << 12, limit_record = block_record - 1;
+        block_starts.push_back(now);
+        block_indices.push_back(block_index);
+        memset(unfenced, 0, sizeof unfenced);
+        for (u32 b : acquired_list) { acquired[b].clear(); }
+        acquired_list.clear();
+        for (const SharedVariable& v : shared_variables) { fill(v.offset, v.offset + v.size, NEVER_WRITTEN); }
+    }
     for (u32 i = 0; i < thread_count; ++i) { make_fiber(fibers[i]); }
     push_all_ready();
-    self = &scheduler;
+    become(&scheduler);
     run_next();
     if (faulted) { return; }
     for (u32 i = 0; i < thread_count; ++i) {
@@ -645,10 +1242,35 @@ static void run_blocks() {
     }
 }
 
-// Returns 0, or 1 with the fault filled in.
-extern "C" int simt_launch(const Launch* what, Fault* out) {
-    static bool ready_to_run = (set_up(), true);
-    (void)ready_to_run;
+static void start_checks(const Region* old_regions, int old_count) {
+    for (int i = 0; i < old_count; ++i) {
+        fill(old_regions[i].begin - (uintptr_t)memory, old_regions[i].end - (uintptr_t)memory, UNALLOCATED);
+    }
+    for (const SharedVariable& v : shared_variables) { fill(v.offset, v.offset + v.size, UNALLOCATED); }
+    shared_variables.clear();
+    for (int i = 0; i < launch.region_count; ++i) {
+        const Region& r = launch.regions[i];
+        fill(r.begin - (uintptr_t)memory, r.end - (uintptr_t)memory, r.read_only ? READ_ONLY : INITIALISED);
+        high_water = std::max(high_water, (size_t)(r.end - (uintptr_t)memory + 1));
+    }
+}
+
+extern "C" char* simt_memory() { return memory; }
+extern "C" u32* simt_writers() { return writers; }
+extern "C" u64 simt_arena_size() { return ARENA; }
+extern "C" u64 simt_memory_size() { return MEMORY; }
+
+// Makes the arrays of a launch accessible and everything else inaccessible. The Python layer then fills them, and may mark
+// parts as never written.
+extern "C" void simt_prepare(const Region* regions, int count) {
+    static std::vector<Region> current;
+    launch.regions = regions, launch.region_count = count;
+    start_checks(current.data(), (int)current.size());
+    current.assign(regions, regions + count);
+}
+
+// Returns 0, or 1 with the fault filled in. `float_atomic` gets the position of a floating-point atomic, or 0.
+extern "C" int simt_launch(const Launch* what, Fault* out, u64* float_atomic) {
     launch = *what;
     thread_count = launch.block[0] * launch.block[1] * launch.block[2];
     for (u32 i = 0; i < thread_count; ++i) {
@@ -656,21 +1278,59 @@ extern "C" int simt_launch(const Launch* what, Fault* out) {
     }
     random_state = launch.seed * 2654435761u | 1u;
     faulted = false;
-    shared_launch += 1;
+    fault = Fault{};
+    watching = launch.watching, watched_pc = 0;
+    float_atomics = 0, float_atomic_pc = 0;
+    launch_number += 1;
     statics_end = STATICS, statics_bytes = 0;
+    Dl_info info;
+    dladdr((void*)launch.entry, &info);
+    image_begin = (uintptr_t)info.dli_fbase, image_end = image_begin;
+    dl_iterate_phdr(find_image, nullptr);
+
+    if (launch.checked) {
+        launch_record = (TIME_END + 1) << 12;  // all records are old
+        if (now > TIME_SWEEP / 2) { sweep(); }
+        now += 1;
+        launch_record = now << 12;
+        block_starts.clear(), block_indices.clear(), counters.clear(), acquired.clear(), acquired_list.clear();
+        if (launch.dynamic_bytes) {
+            shared_variables.push_back({launch.dynamic_align, launch.dynamic_bytes, 1, "dynamic shared memory"});
+        }
+    }
 
     static char signal_stack[64 * 1024];
     stack_t alternate = {}, old_stack;
     alternate.ss_sp = signal_stack, alternate.ss_size = sizeof signal_stack;
     sigaltstack(&alternate, &old_stack);
-    struct sigaction action = {}, old[4];
-    const int signals[4] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
+    struct sigaction action = {}, old[5];
+    const int signals[5] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGRTMIN + 4};
     action.sa_sigaction = on_signal;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-    for (int i = 0; i < 4; ++i) { sigaction(signals[i], &action, &old[i]); }
+    for (int i = 0; i < 5; ++i) { sigaction(signals[i], &action, &old[i]); }
+    sigevent event = {};
+    event.sigev_notify = SIGEV_THREAD_ID, event.sigev_signo = SIGRTMIN + 4;
+    event._sigev_un._tid = (pid_t)syscall(SYS_gettid);
+    timer_t timer;
+    bool timed = launch.timeout > 0 && timer_create(CLOCK_THREAD_CPUTIME_ID, &event, &timer) == 0;
+    if (timed) {
+        itimerspec when = {};
+        when.it_value.tv_sec = (time_t)launch.timeout, when.it_value.tv_nsec = (long)((launch.timeout - (time_t)launch.timeout) * 1e9);
+        timer_settime(timer, 0, &when, nullptr);
+    }
+#if defined(__x86_64__)
+    u32 control = _mm_getcsr();
+    _mm_setcsr(control | 0x8040);  // denormals are zero, in and out: CuPy compiles with -ftz=true
+#endif
     if (!sigsetjmp(escape, 1)) { run_blocks(); }
-    for (int i = 0; i < 4; ++i) { sigaction(signals[i], &old[i], nullptr); }
+#if defined(__x86_64__)
+    _mm_setcsr(control);
+#endif
+    if (timed) { timer_delete(timer); }
+    for (int i = 0; i < 5; ++i) { sigaction(signals[i], &old[i], nullptr); }
     sigaltstack(&old_stack, nullptr);
-    if (faulted) { *out = fault; }
+    fault.other_pc = watched_pc;
+    *out = fault;
+    *float_atomic = float_atomic_pc;
     return faulted;
 }

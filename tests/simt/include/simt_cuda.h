@@ -106,7 +106,7 @@ unsigned long long simt_atomic(void* p, int size, unsigned long long a, unsigned
 void simt_fence();
 
 // The block's storage of one __shared__ variable; `key` is a static of the declaration (one per template instance).
-void* simt_shared(unsigned long long* key, size_t size, size_t align, const char* name, const char* file, int line);
+void* simt_shared(unsigned long long* key, size_t size, size_t align, int item_size, const char* name, const char* file, int line);
 void* simt_dynamic_shared(size_t align);
 unsigned simt_shared_address(const void* p, At at);
 }
@@ -145,19 +145,25 @@ template <class T> struct Describe<T*> {
     static constexpr Param value = {'P', sizeof(T*), Kind<Base>::value, size_of<Base>, is_const<T>};
 };
 
+template <class T> struct Element { static constexpr int size = sizeof(T); };
+template <class T, size_t N> struct Element<T[N]> : Element<T> {};
+
+#define SIMT_UNCHECKED __attribute__((no_sanitize("thread", "undefined")))
 template <int... I> struct Indices {};
 template <int N, int... I> struct MakeIndices : MakeIndices<N - 1, N - 1, I...> {};
 template <int... I> struct MakeIndices<0, I...> { typedef Indices<I...> type; };
 
 template <class... P> constexpr int count(void (*)(P...)) { return sizeof...(P); }
-template <class... P> void describe(void (*)(P...), Param* out) {
+template <class... P> SIMT_UNCHECKED inline void describe(void (*)(P...), Param* out) {
     Param all[] = {Describe<typename Bare<P>::type>::value..., Param{}};
     for (unsigned i = 0; i < sizeof...(P); ++i) { out[i] = all[i]; }
 }
-template <class... P, int... I> inline void call(void (*kernel)(P...), void** args, Indices<I...>) {
+template <class... P, int... I>
+SIMT_UNCHECKED inline void call(void (*kernel)(P...), void** args, Indices<I...>) {
     kernel(*(typename Bare<P>::type*)args[I]...);
 }
-template <class... P> inline void call(void (*kernel)(P...), void** args) {
+template <class... P>
+SIMT_UNCHECKED inline void call(void (*kernel)(P...), void** args) {
     call(kernel, args, typename MakeIndices<sizeof...(P)>::type());
 }
 
