@@ -13,7 +13,7 @@ import numpy as np
 class TensorSpec(NamedTuple):
     """One row of a buffer. Its array has shape (layers, *shape), or shape alone where layers is 0.
 
-    ``dtype`` is "X" (the model's precision), "f32", "i32" or "u32". ``layers`` is 0 for a tensor of the whole model,
+    ``dtype`` is "X" (the model's precision), "f32", "i32", "u32" or "i64". ``layers`` is 0 for a tensor of the whole model,
     the number of layers for one of each layer, and 1 for one that all layers share (that is how recomputation saves
     memory: one number in the table). ``init`` ("normal", "residual", "zeros", "ones") and ``decay`` are for parameters.
     """
@@ -35,18 +35,18 @@ class TensorSpec(NamedTuple):
 
 def dtypes(model_dtype):
     """The NumPy dtype of each dtype letter of a table; model_dtype is the one "X" stands for."""
-    letters = {"X": model_dtype, "f32": np.float32, "i32": np.int32, "u32": np.uint32}
+    letters = {"X": model_dtype, "f32": np.float32, "i32": np.int32, "u32": np.uint32, "i64": np.int64}
     return {letter: np.dtype(kind) for letter, kind in letters.items()}
 
 
 def offsets(specs, model_dtype, align=1):
     """Byte offset of each row, and the total number of bytes; rows start at multiples of align."""
-    sizes, at, kinds = [], 0, dtypes(model_dtype)
+    starts, at, kinds = [], 0, dtypes(model_dtype)
     for spec in specs:
         at = -(-at // align) * align
-        sizes.append(at)
+        starts.append(at)
         at += spec.size * kinds[spec.dtype].itemsize
-    return sizes, -(-at // align) * align
+    return starts, -(-at // align) * align
 
 
 def carve(flat, specs, num_layers, model_dtype, align=1):

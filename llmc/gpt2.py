@@ -57,7 +57,7 @@ def config_from_descriptor(descriptor, vocab_size=50257, tiny_seq_len=None):
     vocab_size is the tokenizer's; it is padded to a multiple of 128 as 50257 is to 50304. maxT is 1024
     for gpt2, 2048 for gpt3, and tiny_seq_len or 256 for tiny. Source: llm.c train_gpt2.cu gpt_build_from_descriptor.
     """
-    match = re.fullmatch(r"(?:gpt2:)?(d)(\d+)|gpt3:(c)(\d+)|tiny:(d)(\d+)", descriptor)
+    match = re.fullmatch(r"(?:gpt2:)?(d)(\d{1,6})|gpt3:(c)(\d{1,6})|tiny:(d)(\d{1,6})", descriptor)
     n = int(next(filter(str.isdigit, filter(None, match.groups())))) if match else -1
     if match and match[1] and n in GPT2_CHANNELS:
         L, C = n, GPT2_CHANNELS[n]
@@ -153,6 +153,7 @@ def scratch_specs(config, ops, B, T):
         TensorSpec("i32", (ops.encoder_scratch_size(B, T, C, Vp),), "i32"),
         TensorSpec("norm_squared", (1,), "f32"),
         TensorSpec("hyper", (3,), "f32"),  # learning rate, 1 - beta1^t, 1 - beta2^t
+        TensorSpec("ends", (16,), "i64"),  # where each of the 16 tensors ends in the flat parameters
         TensorSpec("decays", (16,), "f32"),
         TensorSpec("seeds", (16,), "u32"),
         TensorSpec("encoder_seed", (1,), "u32"),
@@ -173,10 +174,11 @@ def memory_plan(config, ops, B, T, recompute=1, dtype="float32", training=True):
     """[(title, specs, bytes)] for each buffer that GPT2(...) allocates with the same arguments."""
     parameters, activations = parameter_specs(config), activation_specs(config, B, T, recompute)
     scratch = scratch_specs(config, ops, B, T)
-    moments = [TensorSpec(name, (num_parameters(config),), "f32") for name in ("m", "v")]
+    state = ("m", "v") if np.dtype(dtype) == np.float32 else ("m", "v", "master")  # fp32 weights are their own master
+    optimizer = [TensorSpec(name, (num_parameters(config),), "f32") for name in state]
     plans = [("parameters", parameters, 1)]
     if training:
-        plans += [("gradients", parameters, 1), ("optimizer", moments, 1)]
+        plans += [("gradients", parameters, 1), ("optimizer", optimizer, 1)]
     plans += [("activations", activations, ALIGN), ("scratch", scratch, ALIGN)]
     return [(title, specs, align, offsets(specs, dtype, align)[1]) for title, specs, align in plans]
 
@@ -195,13 +197,17 @@ def format_plan(plans, dtype="float32"):
 
 
 class GPT2:
-    """Buffers and the three passes. Nothing is allocated after __init__."""
+    """Buffers and the three passes. Nothing is allocated on the device after __init__.
 
-    def __init__(self, config, ops, B, T, recompute=1, training=True):
+    dtype is the precision of parameters, activations and gradients: float32, or on a GPU also float16 and bfloat16.
+    training=False leaves out gradients and optimizer state.
+    """
+
+    def __init__(self, config, ops, B, T, recompute=1, training=True, dtype="float32"):
         if not 0 < T <= config.max_seq_len:
             raise UserError(f"-t {T}: the model has positions for 1 to {config.max_seq_len} tokens. HINT: lower -t.")
         self.config, self.ops, self.B, self.T, self.recompute = config, ops, B, T, recompute
-        self.dtype = np.dtype(np.float32)
+        self.dtype = np.dtype(dtype)
         L = config.num_layers
         buffers = {}
         for title, specs, align, nbytes in memory_plan(config, ops, B, T, recompute, self.dtype, training):
@@ -214,16 +220,16 @@ class GPT2:
         self.params, self.params_flat = views("parameters"), buffers["parameters"][0].view(self.dtype)
         if training:
             self.grads, self.grads_flat = views("gradients"), buffers["gradients"][0].view(self.dtype)
-            self.m, self.v = views("optimizer").m, views("optimizer").v
+            optimizer = views("optimizer")
+            self.m, self.v, self.master = optimizer.m, optimizer.v, getattr(optimizer, "master", None)
         self.acts_flat = buffers["activations"][0]
         self.scratch = views("scratch")
         self.views = {}  # (b, t) -> activation views; smaller batches (validation tails, sampling) use the same memory
         self.acts = self.activations(B, T)
-        self.ends = np.cumsum([spec.size for spec in parameter_specs(config)], dtype=np.int64)
-        self.master = None  # fp32 master weights: the parameters themselves are fp32 here
+        ends = np.cumsum([spec.size for spec in parameter_specs(config)], dtype=np.int64)
+        ops.device.upload(self.scratch.ends, ends)
         self.rng_state = 13371337  # of the stochastic-rounding seeds, as in llm.c (plus the rank)
         self.rng_state_last_update = self.rng_state
-        self.loss_is_zeroed = False
 
     def activations(self, b, t):
         """Views of the activations for a batch of b rows of t tokens, b*t <= B*T and t <= T."""
@@ -232,19 +238,35 @@ class GPT2:
             self.views[b, t] = carve(self.acts_flat, specs, self.config.num_layers, self.dtype, ALIGN)
         return self.views[b, t]
 
+    def host_parameters(self):
+        """A flat fp32 NumPy array to put weights into, for load_parameters; on a CPU the parameters themselves."""
+        on_host = isinstance(self.params_flat, np.ndarray) and self.dtype == np.float32
+        return self.params_flat if on_host else np.zeros(self.params_flat.size, np.float32)
+
+    def load_parameters(self, host):
+        """Parameters = host (N,) fp32, rounded to nearest in low precision; master weights = the rounded values."""
+        if host is self.params_flat:
+            return
+        rounded = host.astype(self.dtype)
+        self.ops.device.upload(self.params_flat, rounded)
+        if self.master is not None:
+            self.ops.device.upload(self.master, rounded.astype(np.float32))
+
     def init_weights(self, seed=42):
         """Fresh weights, the same bits as llm.c for a seed: wte, wpe, then layer by layer, drawn from one MT19937."""
-        config, mt = self.config, rand.MT19937(seed)
-        std = {"normal": 0.02, "residual": 0.02 / math.sqrt(2.0 * config.num_layers)}
-        specs = parameter_specs(config)
+        config, mt, f32 = self.config, rand.MT19937(seed), np.float32  # std too is llm.c's float, to the last bit
+        std = {"normal": f32(0.02), "residual": f32(0.02) * (f32(1) / np.sqrt(f32(2 * config.num_layers)))}
+        specs, host = parameter_specs(config), self.host_parameters()
+        params = carve(host.view(np.uint8), specs, config.num_layers, np.float32)
         for spec in specs:
-            getattr(self.params, spec.name).fill(1.0 if spec.init == "ones" else 0.0)
-        rand.normal_(self.params.wte[: config.vocab_size].reshape(-1), 0.0, std["normal"], mt)
-        rand.normal_(self.params.wpe.reshape(-1), 0.0, std["normal"], mt)
-        for w in self.params.h:
+            getattr(params, spec.name).fill(1.0 if spec.init == "ones" else 0.0)
+        rand.normal_(params.wte[: config.vocab_size].reshape(-1), 0.0, std["normal"], mt)
+        rand.normal_(params.wpe.reshape(-1), 0.0, std["normal"], mt)
+        for w in params.h:
             for spec in specs:
                 if spec.layers and spec.init in std:
                     rand.normal_(getattr(w, spec.name).reshape(-1), 0.0, std[spec.init], mt)
+        self.load_parameters(host)
 
     def forward(self, inputs):
         """Logits acts.output (b, t, Vp) for token ids inputs (b, t) i32 on the host. Returns the activations used."""
@@ -348,5 +370,5 @@ class GPT2:
         ops.device.upload(scratch.decays, np.array(decays, np.float32))
         ops.device.upload(scratch.hyper, np.array([learning_rate, 1.0 - beta1**t, 1.0 - beta2**t], np.float32))
         arenas = (self.params_flat, self.master, self.grads_flat, self.m, self.v)
-        tables = (self.ends, scratch.decays, scratch.seeds, scratch.hyper, scratch.norm_squared)
+        tables = (scratch.ends, scratch.decays, scratch.seeds, scratch.hyper, scratch.norm_squared)
         ops.adamw_update(*arenas, *tables, beta1, beta2, eps, grad_clip)
