@@ -13,7 +13,7 @@ import numpy as np
 class TensorSpec(NamedTuple):
     """One row of a buffer. Its array has shape (layers, *shape), or shape alone where layers is 0.
 
-    ``dtype`` is "X" (the model's precision), "f32", "i32", "u32" or "i64". ``layers`` is 0 for a tensor of the whole model,
+    ``dtype`` is "X" (the model's precision), "f32", "i32", "u32" or "i64". ``layers`` is 0 for one of the whole model,
     the number of layers for one of each layer, and 1 for one that all layers share (that is how recomputation saves
     memory: one number in the table). ``init`` ("normal", "residual", "zeros", "ones") and ``decay`` are for parameters.
     """
