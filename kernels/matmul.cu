@@ -387,7 +387,7 @@ template <int OP> __device__ inline void product5(const Product& p, int tile, in
 //   kernel 2      grid (ceil(N / 16), ceil(M / 16)), block 256
 //   kernel 3      grid (ceil(N / 128), ceil(M / 128)), block 256
 //   kernel 4      grid (ceil(N / 128), ceil(M / 128)), block 128, dynamic shared memory 18432 bytes
-//   kernel 5      grid ceil(N / 128) * ceil(M / 128) (wgrad: times splits), block 128, dynamic shared memory 49152 bytes
+//   kernel 5      grid ceil(N / 128) * ceil(M / 128) (wgrad: times splits), block 128, dynamic shared memory 49152
 // forward: M = BT, N = OC, K = C; bias, pre_gelu may be null.  dgrad: M = BT, N = C, K = OC; pre_gelu may be null.
 // wgrad: M = OC, N = C, K = BT; with splits > 1, kernel 5 writes splits x (OC, C) sums into partials for
 // matmul_wgrad_reduce_kernel5, and neither reads nor writes dweight.
@@ -407,8 +407,7 @@ __device__ inline Product wgrad_product(floatX* dweight, const floatX* dout, con
 }
 
 extern "C" __global__ void __launch_bounds__(256) matmul_forward_kernel1(
-    floatX* out, floatX* pre_gelu, const floatX* inp, const floatX* weight, const floatX* bias, int M, int N,
-    int K) {
+    floatX* out, floatX* pre_gelu, const floatX* inp, const floatX* weight, const floatX* bias, int M, int N, int K) {
     product1<FORWARD>(forward_product(out, pre_gelu, inp, weight, bias, M, N, K));
 }
 extern "C" __global__ void __launch_bounds__(256) matmul_dgrad_kernel1(
@@ -421,8 +420,7 @@ extern "C" __global__ void __launch_bounds__(256) matmul_wgrad_kernel1(
 }
 
 extern "C" __global__ void __launch_bounds__(256) matmul_forward_kernel2(
-    floatX* out, floatX* pre_gelu, const floatX* inp, const floatX* weight, const floatX* bias, int M, int N,
-    int K) {
+    floatX* out, floatX* pre_gelu, const floatX* inp, const floatX* weight, const floatX* bias, int M, int N, int K) {
     product2<FORWARD>(forward_product(out, pre_gelu, inp, weight, bias, M, N, K));
 }
 extern "C" __global__ void __launch_bounds__(256) matmul_dgrad_kernel2(
@@ -435,8 +433,7 @@ extern "C" __global__ void __launch_bounds__(256) matmul_wgrad_kernel2(
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2) matmul_forward_kernel3(
-    floatX* out, floatX* pre_gelu, const floatX* inp, const floatX* weight, const floatX* bias, int M, int N,
-    int K) {
+    floatX* out, floatX* pre_gelu, const floatX* inp, const floatX* weight, const floatX* bias, int M, int N, int K) {
     product3<FORWARD>(forward_product(out, pre_gelu, inp, weight, bias, M, N, K));
 }
 extern "C" __global__ void __launch_bounds__(256, 2) matmul_dgrad_kernel3(
@@ -451,8 +448,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) matmul_wgrad_kernel3(
 #ifdef TENSOR_CORES
 
 extern "C" __global__ void __launch_bounds__(128, 2) matmul_forward_kernel4(
-    floatX* out, floatX* pre_gelu, const floatX* inp, const floatX* weight, const floatX* bias, int M, int N,
-    int K) {
+    floatX* out, floatX* pre_gelu, const floatX* inp, const floatX* weight, const floatX* bias, int M, int N, int K) {
     product4<FORWARD>(forward_product(out, pre_gelu, inp, weight, bias, M, N, K));
 }
 extern "C" __global__ void __launch_bounds__(128, 2) matmul_dgrad_kernel4(
@@ -465,8 +461,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) matmul_wgrad_kernel4(
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2) matmul_forward_kernel5(
-    floatX* out, floatX* pre_gelu, const floatX* inp, const floatX* weight, const floatX* bias, int M, int N,
-    int K) {
+    floatX* out, floatX* pre_gelu, const floatX* inp, const floatX* weight, const floatX* bias, int M, int N, int K) {
     product5<FORWARD>(forward_product(out, pre_gelu, inp, weight, bias, M, N, K), blockIdx.x, 0, K);
 }
 extern "C" __global__ void __launch_bounds__(128, 2) matmul_dgrad_kernel5(

@@ -1,15 +1,15 @@
 // The tensor-core and asynchronous-copy instructions that CUDA C++ has no function for: one inline function each.
 // All inline assembly of the project is in this file.
 //
-// Fragments (PTX ISA, "Matrix Fragments for mma.m16n8k16"). Lane l, group g = l / 4, t = l % 4. Each register of a and b
-// holds two 16-bit values, the lower k in the lower half; d = a @ b + c in fp32.
+// Fragments (PTX ISA, "Matrix Fragments for mma.m16n8k16"). Lane l, group g = l / 4, t = l % 4. Each register of a and
+// b holds two 16-bit values, the lower k in the lower half; d = a @ b + c in fp32.
 //   a (16 x 16): a[0] row g, k 2t..2t+1 | a[1] row g+8, same k | a[2] row g, k 2t+8..2t+9 | a[3] row g+8, same k
 //   b (16 x 8):  b[0] column g, k 2t..2t+1 | b[1] column g, k 2t+8..2t+9
 //   c, d (16 x 8): [0], [1] row g, columns 2t, 2t+1 | [2], [3] row g+8, same columns
 //   m16n8k8 f16: the first k half of the above (a[0], a[1], b[0]).
 //   m16n8k8 tf32: a[0] row g, k t | a[1] row g+8, k t | a[2] row g, k t+4 | a[3] row g+8, k t+4; b[0] k t | b[1] k t+4
-// ldmatrix: lane 8i + r gives the address of row r (16 bytes = 8 values) of the 8 x 8 matrix i. Result register i: lane l
-// receives row l/4, columns 2t, 2t+1 of matrix i; with _trans, rows 2t, 2t+1 of column l/4.
+// ldmatrix: lane 8i + r gives the address of row r (16 bytes = 8 values) of the 8 x 8 matrix i. Result register i: lane
+// l receives row l/4, columns 2t, 2t+1 of matrix i; with _trans, rows 2t, 2t+1 of column l/4.
 //
 // sm_75 has neither m16n8k16 nor cp.async: two m16n8k8 and a plain 16-byte copy stand in, so that the fp16 kernels run
 // there unchanged. bf16 needs sm_80.
@@ -145,6 +145,12 @@ __device__ inline u32 pack2(float low, float high) {
     memcpy(&packed, pair, 4);
     return packed;
 #endif
+}
+
+__device__ inline void unpack2(float (&values)[2], u32 packed) {
+    floatX pair[2];
+    memcpy(pair, &packed, 4);
+    values[0] = (float)pair[0], values[1] = (float)pair[1];
 }
 
 #endif  // TENSOR_CORES

@@ -1,23 +1,23 @@
 """The linear layers: kernels/matmul.cu has the math, the layouts and the table of versions.
 
 matmul_forward1 .. 5 and matmul_backward1 .. 5 have the whole contract of the public functions, which choose the version
-for the dtype: 5 (tensor cores) for bf16 and fp16, 3 (FFMA) for fp32. Scalars are wrapped because CuPy passes a Python
-int as 64 bits, and a null pointer is a 64-bit zero because CuPy passes None as a wild pointer (cupy issue 9046).
+for the dtype: 5 (tensor cores) for bf16 and fp16, 3 (FFMA) for fp32.
 """
 
+import numpy as np
 from numpy import int32 as i32
 from numpy import int64 as i64
 
 from . import module
 
-NULL = i64(0)
 TILE = 128  # kernels 3, 4, 5: outputs of a block, in both directions
 STAGES = {4: 1, 5: 3}  # kernels 4, 5: tiles in flight
+SIXTEEN_BIT = (4, 5)  # versions for bf16 and fp16 alone
 BIAS_PARTS = 128  # most row ranges of the bias gradient
-# Weight gradient: as many token ranges as bring output tiles x ranges near this number, of 256 tokens or more each. It
+# Weight gradient: as many token ranges as bring output tiles x ranges near this number, of 128 tokens or more each. It
 # fills GPUs of 108 to 132 SMs with two blocks each three times over; a constant, so that results do not depend on the
 # device. The partial sums then take at most 792 * 64 KiB.
-WGRAD_BLOCKS, MIN_TOKENS = 792, 256
+WGRAD_BLOCKS, MIN_TOKENS = 792, 128
 
 
 def ceil_div(a, b):
@@ -50,10 +50,10 @@ def launch(name, version, dtype, M, N, args, repeat=1):
     elif version == 3:
         grid, block, smem = (ceil_div(N, TILE), ceil_div(M, TILE)), 256, 0
     else:
+        assert dtype != np.float32, (name, version, dtype)
         grid, block, smem = (ceil_div(N, TILE), ceil_div(M, TILE)), 128, max(STAGES[version] * 16384, 18432)
     if version == 5:
         grid = (grid[0] * grid[1] * repeat,)
-    args = tuple(NULL if x is None else x for x in args)
     module.kernel("matmul.cu", kernel_name, dtype, smem=smem)(grid, (block,), args, shared_mem=smem)
 
 
@@ -155,7 +155,7 @@ def matmul_forward(out, inp, weight, bias=None, pre_gelu=None):
     Errors: AssertionError on shape or dtype mismatch; never copies, casts, allocates or synchronises.
     Source: llm.c llmc/matmul.cuh matmul_forward_cublaslt.
     """
-    forward(3 if out.dtype == "float32" else 5, out, inp, weight, bias, pre_gelu)
+    forward(3 if out.dtype == np.float32 else 5, out, inp, weight, bias, pre_gelu)
 
 
 def matmul_backward(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
@@ -170,5 +170,5 @@ def matmul_backward(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=N
     Errors: AssertionError on shape or dtype mismatch; never copies, casts, allocates or synchronises.
     Source: llm.c llmc/matmul.cuh matmul_backward.
     """
-    version = 3 if dinp.dtype == "float32" else 5
+    version = 3 if dinp.dtype == np.float32 else 5
     backward(version, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)

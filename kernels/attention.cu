@@ -1,0 +1,788 @@
+// Causal self-attention on packed queries, keys and values; no T x T matrix is ever stored.
+//
+//   forward   s[i, j] = scale * q[i] . k[j] for j <= i, scale = 1 / sqrt(HS);  att[i] = log sum_j exp(s[i, j])
+//             out[i] = sum_j exp(s[i, j] - att[i]) * v[j]
+//   backward  p[i, j] = exp(s[i, j] - att[i]);  D[i] = dout[i] . out[i];  ds[i, j] = p[i, j] * (dout[i] . v[j] - D[i])
+//             dv[j] = sum_i p[i, j] dout[i];  dk[j] = scale * sum_i ds[i, j] q[i];  dq[i] = scale * sum_j ds[i, j] k[j]
+//
+//   qkvr, dqkvr (B, T, 3C) = (B, T, 3, NH, HS): the row of token t holds q, k, v of all heads, so a head's q, k or v is
+//   a (T, HS) matrix with row stride 3C, read and written in place: no permutes.
+//   out, dout (B, T, C) = (B, T, NH, HS)    att, D (B, NH, T) fp32    statistics and sums in fp32
+//
+// HEAD_SIZE is a -D option: HS is a compile-time number, any multiple of 8 (kernels 2, 3: up to 128). T is arbitrary.
+// Exponentials are taken in base 2 with log2(e) folded into the scale: one FMA and one ex2 per score.
+//
+// Backward has no atomics: dk and dv of a key tile are summed by the one block that owns it, over the query tiles at or
+// below it, and dq likewise in a second kernel, which computes p and ds again (7 products instead of 5).
+//
+// version | idea                                                                    | expected      | measured
+//       1 | one thread per query (backward: per query and per key), running softmax | <1 % of peak  | not measured yet
+//       2 | tiles in shared memory, 4 x 4 scores per thread, FFMA.                  | 40-60 % of    | not measured yet
+//         | fp32: production                                                        | the FFMA peak |
+//       3 | tensor cores: 64-key tiles by cp.async, double-buffered; q, scores and  | 200-300       | not measured yet
+//         | output in registers. bf16, fp16: production                             | TFLOP/s, H200 |
+//
+// Source: llm.c dev/cuda/attention_forward.cu, attention_backward.cu, llmc/attention.cuh; Milakov and Gimelshein 2018
+// (arXiv:1805.02867) for the running softmax; Dao et al. 2022, 2023 (FlashAttention, arXiv:2205.14135, 2307.08691).
+#include "common.cuh"
+#include "ptx.cuh"
+
+#ifndef HEAD_SIZE
+#define HEAD_SIZE 64
+#endif
+
+constexpr int HS = HEAD_SIZE;
+constexpr float LOG2E = 1.4426950408889634f;
+
+static_assert(HS % 8 == 0 && HS > 0, "HEAD_SIZE must be a multiple of 8");
+
+// One head: pointers to token 0, and the distance between tokens.
+struct Head {
+    const floatX *q, *k, *v;
+    size_t qkv_stride, out_stride, out_start;
+    size_t stats_start;  // of att and D
+
+    __device__ Head(const floatX* qkvr, int head, int T, int NH) {  // head counts over (B, NH)
+        size_t b = head / NH, h = head % NH, C = (size_t)NH * HS;
+        qkv_stride = 3 * C, out_stride = C;
+        q = qkvr + b * T * qkv_stride + h * HS, k = q + C, v = k + C;
+        out_start = b * T * C + h * HS;
+        stats_start = (size_t)head * T;
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// kernel 1: one thread per query, or per key. Grid ceil(B*NH*T / 128), block 128.
+// ---------------------------------------------------------------------------------------------------------------------
+
+__device__ inline float dot(const floatX* a, const floatX* b) {
+    float sum = 0.0f;
+    for (int d = 0; d < HS; d++) { sum += (float)a[d] * (float)b[d]; }
+    return sum;
+}
+
+extern "C" __global__ void __launch_bounds__(128) attention_forward_kernel1(
+    floatX* out, float* att, const floatX* qkvr, float scale, int B, int T, int NH) {
+    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= (i64)B * NH * T) { return; }
+    int head = i / T, t = i % T;
+    Head x(qkvr, head, T, NH);
+    float o[HS] = {}, top = -INFINITY, sum = 0.0f;
+    for (int j = 0; j <= t; j++) {
+        float s = scale * dot(x.q + t * x.qkv_stride, x.k + j * x.qkv_stride);
+        float old = top;
+        top = fmaxf(top, s);
+        float keep = expf(old - top), p = expf(s - top);
+        sum = sum * keep + p;
+        for (int d = 0; d < HS; d++) { o[d] = o[d] * keep + p * (float)x.v[j * x.qkv_stride + d]; }
+    }
+    for (int d = 0; d < HS; d++) { out[x.out_start + t * x.out_stride + d] = (floatX)(o[d] / sum); }
+    att[i] = top + logf(sum);
+}
+
+// D (B, NH, T) = dout . out. Grid ceil(B*NH*T / 128), block 128.
+extern "C" __global__ void __launch_bounds__(128) attention_backward_dot_kernel1(
+    float* D, const floatX* dout, const floatX* out, int B, int T, int NH) {
+    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= (i64)B * NH * T) { return; }
+    int head = i / T, t = i % T;
+    size_t at = (((size_t)(head / NH) * T + t) * NH + head % NH) * HS;
+    float sum = 0.0f;
+#pragma unroll
+    for (int d = 0; d < HS; d += x128::size) {
+        x128 a = load128(dout + at + d), b = load128(out + at + d);
+#pragma unroll
+        for (int e = 0; e < x128::size; e++) { sum += (float)a[e] * (float)b[e]; }
+    }
+    D[i] = sum;
+}
+
+extern "C" __global__ void __launch_bounds__(128) attention_backward_dq_kernel1(
+    floatX* dqkvr, const float* D, const floatX* dout, const floatX* qkvr, const float* att, float scale, int B, int T,
+    int NH) {
+    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= (i64)B * NH * T) { return; }
+    int head = i / T, t = i % T;
+    Head x(qkvr, head, T, NH);
+    const floatX *q = x.q + t * x.qkv_stride, *dout_t = dout + x.out_start + t * x.out_stride;
+    float dq[HS] = {};
+    for (int j = 0; j <= t; j++) {
+        const floatX *k = x.k + j * x.qkv_stride, *v = x.v + j * x.qkv_stride;
+        float p = expf(scale * dot(q, k) - att[i]), ds = p * (dot(dout_t, v) - D[i]);
+        for (int d = 0; d < HS; d++) { dq[d] += ds * (float)k[d]; }
+    }
+    floatX* at = dqkvr + (q - qkvr);
+    for (int d = 0; d < HS; d++) { at[d] = (floatX)(scale * dq[d]); }
+}
+
+extern "C" __global__ void __launch_bounds__(128) attention_backward_dkv_kernel1(
+    floatX* dqkvr, const float* D, const floatX* dout, const floatX* qkvr, const float* att, float scale, int B, int T,
+    int NH) {
+    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= (i64)B * NH * T) { return; }
+    int head = i / T, j = i % T;
+    Head x(qkvr, head, T, NH);
+    const floatX *k = x.k + j * x.qkv_stride, *v = x.v + j * x.qkv_stride;
+    float dk[HS] = {}, dv[HS] = {};
+    for (int t = j; t < T; t++) {
+        const floatX *q = x.q + t * x.qkv_stride, *dout_t = dout + x.out_start + t * x.out_stride;
+        float p = expf(scale * dot(q, k) - att[x.stats_start + t]);
+        float ds = p * (dot(dout_t, v) - D[x.stats_start + t]);
+        for (int d = 0; d < HS; d++) { dv[d] += p * (float)dout_t[d], dk[d] += ds * (float)q[d]; }
+    }
+    floatX *dk_at = dqkvr + (k - qkvr), *dv_at = dqkvr + (v - qkvr);
+    for (int d = 0; d < HS; d++) { dk_at[d] = (floatX)(scale * dk[d]), dv_at[d] = (floatX)dv[d]; }
+}
+
+#if HEAD_SIZE <= 128
+
+// Which tile of which head a block works on. Tile 0 has the most work and should start first, so that the short tiles
+// fill the gaps at the end; but all tiles of a head read the same keys and values, which should still be in L2. So:
+// groups of 32 heads (a few MB), and within a group tile by tile.
+__device__ inline void choose_work(int tiles, int heads, int& tile, int& head) {
+    constexpr int GROUP = 32;
+    int group = blockIdx.x / (GROUP * tiles), rest = blockIdx.x % (GROUP * tiles);
+    int size = min(GROUP, heads - group * GROUP);
+    tile = rest / size, head = group * GROUP + rest % size;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// kernel 2: shared-memory tiles, FFMA
+//
+// A block owns ROWS rows (queries, or keys for dk and dv) and walks over tiles of 32 columns. Thread (y, x), x < 8, has
+// the 4 x 4 scores of rows y + Y*i and columns x + 8*j, and of a result row the elements 4x .. 4x+3 of every 32. A row
+// is shared by 8 lanes of one warp: row statistics are shuffles, and probabilities pass between lanes with __syncwarp.
+// All tiles hold fp32. Their row stride, HS + 4, is 4 times an odd number for every HS: any 8 rows then lie in
+// different 16-byte columns of the banks.
+// Grid ceil(T / ROWS) * B*NH, block ROWS / 4 * 8, dynamic shared memory as in llmc/cuda/attention.py.
+// ---------------------------------------------------------------------------------------------------------------------
+
+constexpr int COLUMNS2 = 32, STRIDE2 = HS + 4, P_STRIDE2 = COLUMNS2 + 4;
+constexpr int Y_FORWARD = 16, Y_BACKWARD = HS <= 96 ? 16 : 8;  // ROWS = 4 * Y; backward: what 99 KiB can hold
+constexpr int PARTS2 = ceil_div(HS, 32);                       // float4s of a result row per thread
+
+// Rows row0 .. row0 + ROWS - 1 of a (T, HS) matrix; zeros from T on.
+template <int ROWS, int Y>
+__device__ inline void load_rows2(float* tile, const floatX* matrix, size_t stride, int row0, int T) {
+    constexpr int PACKS = HS / x128::size;
+    for (int i = threadIdx.x; i < ROWS * PACKS; i += Y * 8) {
+        int row = i / PACKS, d = i % PACKS * x128::size;
+        x128 pack = row0 + row < T ? load128(matrix + (row0 + row) * stride + d) : zeros128<floatX>();
+#pragma unroll
+        for (int e = 0; e < x128::size; e += 4) {
+            *(float4*)(tile + row * STRIDE2 + d + e) =
+                make_float4((float)pack[e], (float)pack[e + 1], (float)pack[e + 2], (float)pack[e + 3]);
+        }
+    }
+}
+
+// s[i][j] = row (y + Y*i) of a . row (x + 8*j) of b.
+template <int Y> __device__ inline void dots2(float (&s)[4][4], const float* a, const float* b) {
+    int y = threadIdx.x / 8, x = threadIdx.x % 8;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) { s[i][j] = 0.0f; }
+    }
+#pragma unroll 4
+    for (int d = 0; d < HS; d += 4) {
+        float4 u[4], w[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) { u[i] = *(const float4*)(a + (y + Y * i) * STRIDE2 + d); }
+#pragma unroll
+        for (int j = 0; j < 4; j++) { w[j] = *(const float4*)(b + (x + 8 * j) * STRIDE2 + d); }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                s[i][j] += u[i].x * w[j].x + u[i].y * w[j].y + u[i].z * w[j].z + u[i].w * w[j].w;
+            }
+        }
+    }
+}
+
+// result[i] += sum over the 32 columns c of p[i][c] * row c of m. p goes through p_tile, which only this warp uses.
+template <int Y>
+__device__ inline void accumulate2(float (&result)[4][PARTS2][4], const float (&p)[4][4], float* p_tile,
+                                   const float* m) {
+    int y = threadIdx.x / 8, x = threadIdx.x % 8;
+    __syncwarp();  // the previous use is over
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) { p_tile[(y + Y * i) * P_STRIDE2 + x + 8 * j] = p[i][j]; }
+    }
+    __syncwarp();
+#pragma unroll 2
+    for (int c = 0; c < COLUMNS2; c += 4) {
+        float w[4][4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float4 four = *(const float4*)(p_tile + (y + Y * i) * P_STRIDE2 + c);
+            w[i][0] = four.x, w[i][1] = four.y, w[i][2] = four.z, w[i][3] = four.w;
+        }
+#pragma unroll
+        for (int part = 0; part < PARTS2; part++) {
+            if (HS % 32 != 0 && part * 32 + x * 4 >= HS) { continue; }
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                float4 four = *(const float4*)(m + (c + e) * STRIDE2 + part * 32 + x * 4);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    result[i][part][0] += w[i][e] * four.x, result[i][part][1] += w[i][e] * four.y;
+                    result[i][part][2] += w[i][e] * four.z, result[i][part][3] += w[i][e] * four.w;
+                }
+            }
+        }
+    }
+}
+
+// Row `at` of a (T, HS) matrix = this thread's elements of a result row, times a factor.
+__device__ inline void store_row2(floatX* at, const float (&result)[PARTS2][4], float factor) {
+#pragma unroll
+    for (int part = 0; part < PARTS2; part++) {
+        int d = part * 32 + threadIdx.x % 8 * 4;
+        if (d < HS) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) { at[d + e] = (floatX)(result[part][e] * factor); }
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(Y_FORWARD * 8) attention_forward_kernel2(
+    floatX* out, float* att, const floatX* qkvr, float scale, int B, int T, int NH) {
+    constexpr int Y = Y_FORWARD, ROWS = 4 * Y;
+    extern __shared__ int4 dynamic_shared[];
+    float *q_tile = (float*)dynamic_shared, *k_tile = q_tile + ROWS * STRIDE2, *v_tile = k_tile + COLUMNS2 * STRIDE2;
+    float* p_tile = v_tile + COLUMNS2 * STRIDE2;
+    int tiles = ceil_div(T, ROWS), tile, head, y = threadIdx.x / 8, x = threadIdx.x % 8;
+    choose_work(tiles, B * NH, tile, head);
+    int t0 = (tiles - 1 - tile) * ROWS;  // the last queries see the most keys
+    Head in(qkvr, head, T, NH);
+    float to_base2 = scale * LOG2E, top[4], sum[4], o[4][PARTS2][4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; i++) { top[i] = -INFINITY, sum[i] = 0.0f; }
+
+    load_rows2<ROWS, Y>(q_tile, in.q, in.qkv_stride, t0, T);
+    for (int k0 = 0; k0 < min(T, t0 + ROWS); k0 += COLUMNS2) {
+        __syncthreads();
+        load_rows2<COLUMNS2, Y>(k_tile, in.k, in.qkv_stride, k0, T);
+        load_rows2<COLUMNS2, Y>(v_tile, in.v, in.qkv_stride, k0, T);
+        __syncthreads();
+        float s[4][4];
+        dots2<Y>(s, q_tile, k_tile);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int row = t0 + y + Y * i;
+            float old = top[i], tile_sum = 0.0f;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                if (k0 + x + 8 * j > row) { s[i][j] = -INFINITY; }
+                top[i] = fmaxf(top[i], s[i][j]);
+            }
+#pragma unroll
+            for (int lanes = 4; lanes > 0; lanes /= 2) { top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], lanes)); }
+            // top is finite from the first tile on: it contains key 0
+            float keep = exp2f((old - top[i]) * to_base2);
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                s[i][j] = exp2f(fmaf(s[i][j], to_base2, -top[i] * to_base2));
+                tile_sum += s[i][j];
+            }
+            sum[i] = sum[i] * keep + tile_sum;  // of this lane's columns
+#pragma unroll
+            for (int part = 0; part < PARTS2; part++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) { o[i][part][e] *= keep; }
+            }
+        }
+        accumulate2<Y>(o, s, p_tile, v_tile);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        int row = t0 + y + Y * i;
+#pragma unroll
+        for (int lanes = 4; lanes > 0; lanes /= 2) { sum[i] += __shfl_xor_sync(~0u, sum[i], lanes); }
+        if (row < T) {
+            store_row2(out + in.out_start + row * in.out_stride, o[i], 1.0f / sum[i]);
+            if (x == 0) { att[in.stats_start + row] = top[i] * scale + logf(sum[i]); }
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(Y_BACKWARD * 8) attention_backward_dq_kernel2(
+    floatX* dqkvr, const float* D, const floatX* dout, const floatX* qkvr, const float* att, float scale, int B, int T,
+    int NH) {
+    constexpr int Y = Y_BACKWARD, ROWS = 4 * Y;
+    extern __shared__ int4 dynamic_shared[];
+    float *q_tile = (float*)dynamic_shared, *dout_tile = q_tile + ROWS * STRIDE2, *k_tile = dout_tile + ROWS * STRIDE2;
+    float *v_tile = k_tile + COLUMNS2 * STRIDE2, *p_tile = v_tile + COLUMNS2 * STRIDE2;
+    int tiles = ceil_div(T, ROWS), tile, head, y = threadIdx.x / 8, x = threadIdx.x % 8;
+    choose_work(tiles, B * NH, tile, head);
+    int t0 = (tiles - 1 - tile) * ROWS;
+    Head in(qkvr, head, T, NH);
+    float to_base2 = scale * LOG2E, lse[4], D_row[4], dq[4][PARTS2][4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        int row = t0 + y + Y * i;
+        lse[i] = row < T ? att[in.stats_start + row] * LOG2E : INFINITY;
+        D_row[i] = row < T ? D[in.stats_start + row] : 0.0f;
+    }
+
+    load_rows2<ROWS, Y>(q_tile, in.q, in.qkv_stride, t0, T);
+    load_rows2<ROWS, Y>(dout_tile, dout + in.out_start, in.out_stride, t0, T);
+    for (int k0 = 0; k0 < min(T, t0 + ROWS); k0 += COLUMNS2) {
+        __syncthreads();
+        load_rows2<COLUMNS2, Y>(k_tile, in.k, in.qkv_stride, k0, T);
+        load_rows2<COLUMNS2, Y>(v_tile, in.v, in.qkv_stride, k0, T);
+        __syncthreads();
+        float s[4][4], dp[4][4];
+        dots2<Y>(s, q_tile, k_tile);
+        dots2<Y>(dp, dout_tile, v_tile);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                bool hidden = k0 + x + 8 * j > t0 + y + Y * i;
+                float p = hidden ? 0.0f : exp2f(fmaf(s[i][j], to_base2, -lse[i]));
+                s[i][j] = p * (dp[i][j] - D_row[i]);
+            }
+        }
+        accumulate2<Y>(dq, s, p_tile, k_tile);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        int row = t0 + y + Y * i;
+        if (row < T) { store_row2(dqkvr + (in.q - qkvr) + row * in.qkv_stride, dq[i], scale); }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(Y_BACKWARD * 8) attention_backward_dkv_kernel2(
+    floatX* dqkvr, const float* D, const floatX* dout, const floatX* qkvr, const float* att, float scale, int B, int T,
+    int NH) {
+    constexpr int Y = Y_BACKWARD, ROWS = 4 * Y;
+    extern __shared__ int4 dynamic_shared[];
+    float *k_tile = (float*)dynamic_shared, *v_tile = k_tile + ROWS * STRIDE2, *q_tile = v_tile + ROWS * STRIDE2;
+    float *dout_tile = q_tile + COLUMNS2 * STRIDE2, *p_tile = dout_tile + COLUMNS2 * STRIDE2;
+    int tiles = ceil_div(T, ROWS), tile, head, y = threadIdx.x / 8, x = threadIdx.x % 8;
+    choose_work(tiles, B * NH, tile, head);
+    int j0 = tile * ROWS;  // the first keys are seen by the most queries
+    Head in(qkvr, head, T, NH);
+    float to_base2 = scale * LOG2E, dk[4][PARTS2][4] = {}, dv[4][PARTS2][4] = {};
+
+    load_rows2<ROWS, Y>(k_tile, in.k, in.qkv_stride, j0, T);
+    load_rows2<ROWS, Y>(v_tile, in.v, in.qkv_stride, j0, T);
+    for (int t0 = j0; t0 < T; t0 += COLUMNS2) {
+        __syncthreads();
+        load_rows2<COLUMNS2, Y>(q_tile, in.q, in.qkv_stride, t0, T);
+        load_rows2<COLUMNS2, Y>(dout_tile, dout + in.out_start, in.out_stride, t0, T);
+        __syncthreads();
+        float s[4][4], dp[4][4];  // transposed: rows are keys, columns queries
+        dots2<Y>(s, k_tile, q_tile);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            int t = t0 + x + 8 * j;
+            float lse = t < T ? att[in.stats_start + t] * LOG2E : INFINITY;  // p = 0 past the end
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                bool hidden = j0 + y + Y * i > t;
+                s[i][j] = hidden ? 0.0f : exp2f(fmaf(s[i][j], to_base2, -lse));
+            }
+        }
+        accumulate2<Y>(dv, s, p_tile, dout_tile);
+        dots2<Y>(dp, v_tile, dout_tile);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            int t = t0 + x + 8 * j;
+            float D_column = t < T ? D[in.stats_start + t] : 0.0f;
+#pragma unroll
+            for (int i = 0; i < 4; i++) { s[i][j] *= dp[i][j] - D_column; }
+        }
+        accumulate2<Y>(dk, s, p_tile, q_tile);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        int row = j0 + y + Y * i;
+        if (row < T) {
+            store_row2(dqkvr + (in.k - qkvr) + row * in.qkv_stride, dk[i], scale);
+            store_row2(dqkvr + (in.v - qkvr) + row * in.qkv_stride, dv[i], 1.0f);
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// kernel 3: tensor cores
+//
+// 4 warps. A warp owns 16 rows (forward: ROW_TILES x 16) of the scores and all columns of the tile: softmax statistics
+// stay inside groups of 4 lanes, and the accumulators of one product, rounded, are the a fragments of the next one, so
+// scores and probabilities never leave the registers. What a block keeps fixed (q; q and dout; k and v) is in registers
+// as a fragments, what it walks over comes through two shared-memory buffers by cp.async: one barrier per tile, and the
+// copy of the next tile runs during the products of this one.
+// A row in shared memory has an odd number of 16-byte pieces: the 8 rows of a matrix that ldmatrix reads lie in
+// different 16-byte columns of the banks.
+// Grid ceil(T / rows) * B*NH, block 128, dynamic shared memory as in llmc/cuda/attention.py.
+// ---------------------------------------------------------------------------------------------------------------------
+
+#ifdef TENSOR_CORES
+
+constexpr int DEPTH = ceil_div(HS, 16) * 16;        // HS as the products see it, zero beyond HS
+constexpr int STEPS = DEPTH / 16;                   // k steps of a product over HS; 16-column groups of a result
+constexpr int STRIDE = DEPTH + 8;                   // elements of a row in shared memory
+constexpr int KEYS = 64;                            // forward: keys in a tile
+constexpr int ROW_TILES = HS <= 64 ? 2 : 1;         // forward: 16-row fragments per warp, as many as registers allow
+constexpr int QUERIES = 64 * ROW_TILES;             // forward: queries in a block
+constexpr int COLUMNS = HS <= 64 ? 64 : 32;         // backward: columns in a tile
+
+// Starts the copy of rows row0 .. row0 + ROWS - 1 of a (T, HS) matrix; zeros from T and from HS on.
+template <int ROWS>
+__device__ inline void copy_rows(floatX* tile, const floatX* matrix, size_t stride, int row0, int T) {
+    constexpr int PIECES = DEPTH / 8, ALL = ROWS * PIECES;
+#pragma unroll
+    for (int i = 0; i < ceil_div(ALL, 128); i++) {
+        int at = i * 128 + threadIdx.x, row = at / PIECES, d = at % PIECES * 8;
+        if (ALL % 128 != 0 && at >= ALL) { break; }
+        cp_async_16(tile + row * STRIDE + d, matrix + (row0 + row) * stride + d, row0 + row < T && d < HS);
+    }
+}
+
+// a fragments of rows row0 .. row0 + 15 of a (T, HS) matrix, from global memory; zeros from T and from HS on.
+__device__ inline void load_rows(u32 (&a)[STEPS][4], const floatX* matrix, size_t stride, int row0, int T) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int row = row0 + lane / 4 + i % 2 * 8, d = step * 16 + lane % 4 * 2 + i / 2 * 8;
+            a[step][i] = row < T && d < HS ? *(const u32*)(matrix + row * stride + d) : 0;
+        }
+    }
+}
+
+// s[n] = a . (rows 8n .. 8n+7 of the tile): dot products over HS, N groups of 8 columns.
+template <int N, int R>
+__device__ inline void dots(float (&s)[R][N][4], const u32 (&a)[R][STEPS][4], const floatX* tile) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+#pragma unroll
+        for (int n = 0; n < N; n++) { s[r][n][0] = s[r][n][1] = s[r][n][2] = s[r][n][3] = 0.0f; }
+    }
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+#pragma unroll
+        for (int n = 0; n < N; n += 2) {
+            u32 b[4];
+            ldmatrix_x4(b, tile + (n * 8 + lane % 8 + lane / 16 * 8) * STRIDE + step * 16 + lane / 8 % 2 * 8);
+#pragma unroll
+            for (int r = 0; r < R; r++) { mma(s[r][n], a[r][step], b), mma(s[r][n + 1], a[r][step], b + 2); }
+        }
+    }
+}
+
+// result += p @ tile: p has 8N columns, as many as the tile has rows; result has HS columns.
+template <int N, int R>
+__device__ inline void accumulate(float (&result)[R][2 * STEPS][4], const u32 (&p)[R][N / 2][4], const floatX* tile) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < N / 2; k++) {
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+            u32 b[4];
+            ldmatrix_x4_trans(b, tile + (k * 16 + lane % 16) * STRIDE + step * 16 + lane / 16 * 8);
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+                mma(result[r][2 * step], p[r][k], b), mma(result[r][2 * step + 1], p[r][k], b + 2);
+            }
+        }
+    }
+}
+
+// Accumulators to a fragments: lane for lane the same elements.
+template <int N> __device__ inline void round_to_a(u32 (&a)[N / 2][4], const float (&s)[N][4]) {
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        a[n / 2][n % 2 * 2] = pack2(s[n][0], s[n][1]), a[n / 2][n % 2 * 2 + 1] = pack2(s[n][2], s[n][3]);
+    }
+}
+
+// 16 result rows, row0 .. row0 + 15, to a (T, HS) matrix with 16-byte stores; staging: 16 rows of this warp alone. Row
+// g of the fragments is multiplied by factor[0], row g + 8 by factor[1].
+__device__ inline void store_rows(floatX* matrix, size_t stride, int row0, int T, const float (&result)[2 * STEPS][4],
+                                  const float (&factor)[2], floatX* staging) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < 2 * STEPS; n++) {
+        floatX* at = staging + lane / 4 * STRIDE + n * 8 + lane % 4 * 2;
+        *(u32*)at = pack2(result[n][0] * factor[0], result[n][1] * factor[0]);
+        *(u32*)(at + 8 * STRIDE) = pack2(result[n][2] * factor[1], result[n][3] * factor[1]);
+    }
+    __syncwarp();
+    constexpr int PIECES = HS / 8;
+    for (int i = lane; i < 16 * PIECES; i += 32) {
+        int row = i / PIECES, d = i % PIECES * 8;
+        if (row0 + row < T) { store128(matrix + (row0 + row) * stride + d, load128(staging + row * STRIDE + d)); }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(128) attention_forward_kernel3(
+    floatX* out, float* att, const floatX* qkvr, float scale, int B, int T, int NH) {
+    extern __shared__ int4 dynamic_shared[];
+    floatX* shared = (floatX*)dynamic_shared;  // 2 x {keys, values}; afterwards staging for out
+    constexpr int N = KEYS / 8, SIZE = KEYS * STRIDE;
+    int tiles = ceil_div(T, QUERIES), tile, head, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    choose_work(tiles, B * NH, tile, head);
+    int t0 = (tiles - 1 - tile) * QUERIES;  // the last queries see the most keys
+    int row0 = t0 + warp * 16 * ROW_TILES;  // this warp's first query
+    Head in(qkvr, head, T, NH);
+    float to_base2 = scale * LOG2E;
+
+    int key_tiles = ceil_div(min(T, t0 + QUERIES), KEYS);
+    auto copy = [&](int j) {
+        floatX* buffer = shared + j % 2 * 2 * SIZE;
+        copy_rows<KEYS>(buffer, in.k, in.qkv_stride, j * KEYS, T);
+        copy_rows<KEYS>(buffer + SIZE, in.v, in.qkv_stride, j * KEYS, T);
+        cp_async_commit();
+    };
+    copy(0);
+
+    u32 q[ROW_TILES][STEPS][4];
+    float o[ROW_TILES][2 * STEPS][4] = {}, top[ROW_TILES][2], sum[ROW_TILES][2];
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) {
+        load_rows(q[r], in.q, in.qkv_stride, row0 + r * 16, T);
+        top[r][0] = top[r][1] = -INFINITY, sum[r][0] = sum[r][1] = 0.0f;
+    }
+
+    for (int j = 0; j < key_tiles; j++) {
+        cp_async_wait<0>();  // this thread's part of tile j has arrived
+        __syncthreads();     // everybody's has, and everybody is done with tile j - 1
+        if (j + 1 < key_tiles) { copy(j + 1); }
+        int k0 = j * KEYS;
+        if (k0 > row0 + 16 * ROW_TILES - 1) { continue; }  // all of it lies in this warp's future
+        const floatX *k_tile = shared + j % 2 * 2 * SIZE, *v_tile = k_tile + SIZE;
+
+        float s[ROW_TILES][N][4];
+        dots(s, q, k_tile);
+        if (k0 + KEYS - 1 > row0) {  // only the tiles on the diagonal
+#pragma unroll
+            for (int r = 0; r < ROW_TILES; r++) {
+#pragma unroll
+                for (int n = 0; n < N; n++) {
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        int key = k0 + n * 8 + lane % 4 * 2 + e % 2, row = row0 + r * 16 + lane / 4 + e / 2 * 8;
+                        if (key > row) { s[r][n][e] = -INFINITY; }
+                    }
+                }
+            }
+        }
+        u32 p[ROW_TILES][N / 2][4];
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; r++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {  // rows g and g + 8 of the fragment
+                float old = top[r][half], now = old, tile_sum = 0.0f;
+#pragma unroll
+                for (int n = 0; n < N; n++) { now = fmaxf(now, fmaxf(s[r][n][2 * half], s[r][n][2 * half + 1])); }
+                now = fmaxf(now, __shfl_xor_sync(~0u, now, 1));
+                now = fmaxf(now, __shfl_xor_sync(~0u, now, 2));
+                top[r][half] = now;  // finite from the first tile on: it contains key 0
+                float keep = exp2f((old - now) * to_base2), offset = -now * to_base2;
+#pragma unroll
+                for (int n = 0; n < N; n++) {
+#pragma unroll
+                    for (int e = 2 * half; e < 2 * half + 2; e++) {
+                        s[r][n][e] = exp2f(fmaf(s[r][n][e], to_base2, offset));
+                        tile_sum += s[r][n][e];
+                    }
+                }
+                sum[r][half] = sum[r][half] * keep + tile_sum;  // of this lane's columns
+#pragma unroll
+                for (int n = 0; n < 2 * STEPS; n++) { o[r][n][2 * half] *= keep, o[r][n][2 * half + 1] *= keep; }
+            }
+            round_to_a<N>(p[r], s[r]);
+        }
+        accumulate<N>(o, p, v_tile);
+    }
+
+    __syncthreads();  // the buffers are free
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) {
+        float factor[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float total = sum[r][half];
+            total += __shfl_xor_sync(~0u, total, 1);
+            total += __shfl_xor_sync(~0u, total, 2);
+            factor[half] = 1.0f / total;
+            int row = row0 + r * 16 + lane / 4 + half * 8;
+            if (row < T && lane % 4 == 0) { att[in.stats_start + row] = top[r][half] * scale + logf(total); }
+        }
+        floatX* staging = shared + (warp * ROW_TILES + r) * 16 * STRIDE;
+        store_rows(out + in.out_start, in.out_stride, row0 + r * 16, T, o[r], factor, staging);
+    }
+}
+
+// dq of 64 queries, and D for the next kernel: this one has dout in registers already.
+extern "C" __global__ void __launch_bounds__(128) attention_backward_dq_kernel3(
+    floatX* dqkvr, float* D, const floatX* dout, const floatX* out, const floatX* qkvr, const float* att, float scale,
+    int B, int T, int NH) {
+    extern __shared__ int4 dynamic_shared[];
+    floatX* shared = (floatX*)dynamic_shared;  // 2 x {keys, values}; afterwards staging for dq
+    constexpr int N = COLUMNS / 8, SIZE = COLUMNS * STRIDE;
+    int tiles = ceil_div(T, 64), tile, head, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    choose_work(tiles, B * NH, tile, head);
+    int t0 = (tiles - 1 - tile) * 64, row0 = t0 + warp * 16;
+    Head in(qkvr, head, T, NH);
+    float to_base2 = scale * LOG2E;
+
+    int key_tiles = ceil_div(min(T, t0 + 64), COLUMNS);
+    auto copy = [&](int j) {
+        floatX* buffer = shared + j % 2 * 2 * SIZE;
+        copy_rows<COLUMNS>(buffer, in.k, in.qkv_stride, j * COLUMNS, T);
+        copy_rows<COLUMNS>(buffer + SIZE, in.v, in.qkv_stride, j * COLUMNS, T);
+        cp_async_commit();
+    };
+    copy(0);
+
+    u32 q[1][STEPS][4], d_out[1][STEPS][4], o[STEPS][4];
+    load_rows(q[0], in.q, in.qkv_stride, row0, T);
+    load_rows(d_out[0], dout + in.out_start, in.out_stride, row0, T);
+    load_rows(o, out + in.out_start, in.out_stride, row0, T);
+    float lse[2], D_row[2] = {}, dq[1][2 * STEPS][4] = {};
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float a[2], b[2];
+            unpack2(a, d_out[0][step][i]), unpack2(b, o[step][i]);
+            D_row[i % 2] += a[0] * b[0] + a[1] * b[1];
+        }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        D_row[half] += __shfl_xor_sync(~0u, D_row[half], 1);
+        D_row[half] += __shfl_xor_sync(~0u, D_row[half], 2);
+        int row = row0 + lane / 4 + half * 8;
+        lse[half] = row < T ? att[in.stats_start + row] * LOG2E : INFINITY;  // p = 0 past the end
+        if (row < T && lane % 4 == 0) { D[in.stats_start + row] = D_row[half]; }
+    }
+
+    for (int j = 0; j < key_tiles; j++) {
+        cp_async_wait<0>();
+        __syncthreads();
+        if (j + 1 < key_tiles) { copy(j + 1); }
+        int k0 = j * COLUMNS;
+        if (k0 > row0 + 15) { continue; }
+        const floatX *k_tile = shared + j % 2 * 2 * SIZE, *v_tile = k_tile + SIZE;
+
+        float s[1][N][4], dp[1][N][4];
+        dots(s, q, k_tile);
+        dots(dp, d_out, v_tile);
+        bool diagonal = k0 + COLUMNS - 1 > row0;
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                int key = k0 + n * 8 + lane % 4 * 2 + e % 2, row = row0 + lane / 4 + e / 2 * 8;
+                float p = exp2f(fmaf(s[0][n][e], to_base2, -lse[e / 2]));
+                if (diagonal && key > row) { p = 0.0f; }
+                s[0][n][e] = p * (dp[0][n][e] - D_row[e / 2]);
+            }
+        }
+        u32 ds[1][N / 2][4];
+        round_to_a<N>(ds[0], s[0]);
+        accumulate<N>(dq, ds, k_tile);
+    }
+    __syncthreads();
+    store_rows(dqkvr + (in.q - qkvr), in.qkv_stride, row0, T, dq[0], {scale, scale}, shared + warp * 16 * STRIDE);
+}
+
+// dk and dv of 64 keys. Scores are computed transposed, rows = keys and columns = queries, so that the rounded p and ds
+// are a fragments of the products that sum over queries. D comes from attention_backward_dq_kernel3.
+extern "C" __global__ void __launch_bounds__(128) attention_backward_dkv_kernel3(
+    floatX* dqkvr, const float* D, const floatX* dout, const floatX* qkvr, const float* att, float scale, int B, int T,
+    int NH) {
+    extern __shared__ int4 dynamic_shared[];
+    floatX* shared = (floatX*)dynamic_shared;  // 2 x {queries, dout}; afterwards staging for dk and dv
+    constexpr int N = COLUMNS / 8, SIZE = COLUMNS * STRIDE;
+    __shared__ float statistics[2][2][COLUMNS];  // of the queries of a buffer: att * log2(e), D
+    int tiles = ceil_div(T, 64), tile, head, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    choose_work(tiles, B * NH, tile, head);
+    int j0 = tile * 64, row0 = j0 + warp * 16;  // the first keys are seen by the most queries
+    Head in(qkvr, head, T, NH);
+    float to_base2 = scale * LOG2E;
+
+    int first = j0 / COLUMNS, query_tiles = ceil_div(T, COLUMNS);
+    auto copy = [&](int i) {
+        floatX* buffer = shared + i % 2 * 2 * SIZE;
+        copy_rows<COLUMNS>(buffer, in.q, in.qkv_stride, i * COLUMNS, T);
+        copy_rows<COLUMNS>(buffer + SIZE, dout + in.out_start, in.out_stride, i * COLUMNS, T);
+        cp_async_commit();
+    };
+    auto load_statistic = [&](int i) {  // one of tile i's 2 x COLUMNS for each of the first threads
+        int t = i * COLUMNS + threadIdx.x % COLUMNS;
+        if (threadIdx.x / COLUMNS == 0) { return t < T ? att[in.stats_start + t] * LOG2E : INFINITY; }
+        return threadIdx.x / COLUMNS == 1 && t < T ? D[in.stats_start + t] : 0.0f;
+    };
+    auto place_statistic = [&](int i, float value) {
+        if (threadIdx.x < 2 * COLUMNS) { statistics[i % 2][threadIdx.x / COLUMNS][threadIdx.x % COLUMNS] = value; }
+    };
+    copy(first);
+    place_statistic(first, load_statistic(first));
+
+    u32 k[1][STEPS][4], v[1][STEPS][4];
+    load_rows(k[0], in.k, in.qkv_stride, row0, T);
+    load_rows(v[0], in.v, in.qkv_stride, row0, T);
+    float dk[1][2 * STEPS][4] = {}, dv[1][2 * STEPS][4] = {};
+
+    for (int i = first; i < query_tiles; i++) {
+        cp_async_wait<0>();
+        __syncthreads();
+        bool more = i + 1 < query_tiles;
+        float next = 0.0f;
+        if (more) {
+            copy(i + 1);
+            next = load_statistic(i + 1);  // in flight during the products, stored after them
+        }
+        int t0 = i * COLUMNS;
+        if (t0 + COLUMNS - 1 >= row0) {  // else all of these queries lie before this warp's keys
+            const floatX *q_tile = shared + i % 2 * 2 * SIZE, *dout_tile = q_tile + SIZE;
+            const float *lse = statistics[i % 2][0], *D_tile = statistics[i % 2][1];
+            bool diagonal = t0 < row0 + 15;
+            float s[1][N][4], dp[1][N][4];
+            u32 p[1][N / 2][4];
+            dots(s, k, q_tile);
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                float2 lse2 = *(const float2*)(lse + n * 8 + lane % 4 * 2);
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    int t = t0 + n * 8 + lane % 4 * 2 + e % 2, key = row0 + lane / 4 + e / 2 * 8;
+                    s[0][n][e] = exp2f(fmaf(s[0][n][e], to_base2, -(e % 2 ? lse2.y : lse2.x)));
+                    if (diagonal && key > t) { s[0][n][e] = 0.0f; }
+                }
+            }
+            round_to_a<N>(p[0], s[0]);
+            accumulate<N>(dv, p, dout_tile);
+            dots(dp, v, dout_tile);
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                float2 D2 = *(const float2*)(D_tile + n * 8 + lane % 4 * 2);
+#pragma unroll
+                for (int e = 0; e < 4; e++) { s[0][n][e] *= dp[0][n][e] - (e % 2 ? D2.y : D2.x); }
+            }
+            round_to_a<N>(p[0], s[0]);
+            accumulate<N>(dk, p, q_tile);
+        }
+        if (more) { place_statistic(i + 1, next); }
+    }
+    __syncthreads();
+    floatX* staging = shared + warp * 16 * STRIDE;
+    store_rows(dqkvr + (in.k - qkvr), in.qkv_stride, row0, T, dk[0], {scale, scale}, staging);
+    store_rows(dqkvr + (in.v - qkvr), in.qkv_stride, row0, T, dv[0], {1.0f, 1.0f}, staging + 64 * STRIDE);
+}
+
+#endif  // TENSOR_CORES
+
+#endif  // HEAD_SIZE <= 128
