@@ -7,7 +7,6 @@ size where it is not GPT-2's (257 for bytes), so that data which does not fit th
 Source: llm.c llmc/dataloader.h, dev/data/data_common.py, dev/data/tinyshakespeare.py.
 """
 
-import argparse
 import codecs
 import glob
 import hashlib
@@ -20,7 +19,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from llmc import UserError
+from llmc import UserError, command, flags
 from llmc.checkpoint import atomic_write
 from llmc.rand import MT19937, random_permutation
 
@@ -424,7 +423,7 @@ def pieces(chunks, blank_lines):
             *documents, text = text.split("\n\n")
             for document in documents:
                 yield starts, document + "\n\n"
-                starts, searched = True, 0
+                starts = True
         for i in range(len(text) - 1, max(searched, 1) - 1, -1):
             if text[i] in " \n" and not text[i - 1].isspace():
                 yield starts, text[:i]
@@ -482,10 +481,7 @@ def prepare(names, tokenizer="gpt2", out=None, val_fraction=None, blank_lines=Fa
     if known and (val_fraction is not None or blank_lines):
         raise UserError("tinyshakespeare has a fixed split. HINT: leave --val-fraction and --split out")
     val_fraction = 0.1 if val_fraction is None else val_fraction
-    if not 0 <= val_fraction < 1:
-        raise UserError(f"--val-fraction {val_fraction} is not in 0 <= F < 1. HINT: 0.1 keeps a tenth for validation")
-    if not 1 <= shard_size <= MAX_TOKENS:
-        raise UserError(f"--shard-size {shard_size} is not in 1..{MAX_TOKENS}. HINT: the default is 100000000")
+    assert 0 <= val_fraction < 1 and shard_size >= 1, (val_fraction, shard_size)
     for path in names:
         if not known and not os.path.exists(path):
             raise UserError(f"{path} is neither a file nor a known dataset. HINT: known datasets: tinyshakespeare")
@@ -597,54 +593,44 @@ def prepare_default(tokenizer, allow_fallback=True):
 # command line
 
 
+@command("llmc.data")
 def main(argv=None):
     """python -m llmc.data prepare ...; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m llmc.data", description="Make token shards for llmc.train.")
-    command = parser.add_subparsers(dest="command", required=True).add_parser(
+    parser = flags.Parser(prog="llmc.data", description="Make token shards for llmc.train.", allow_abbrev=False)
+    prepare_parser = parser.add_subparsers(dest="command", required=True).add_parser(
         "prepare",
         help="turn a known dataset or UTF-8 text files into token shards",
         description="Turn a known dataset (tinyshakespeare) or UTF-8 text files into token shards.",
+        allow_abbrev=False,
     )
-    command.add_argument("names", nargs="+", metavar="NAME|FILE.txt", help="tinyshakespeare, or text files")
-    command.add_argument("--tokenizer", default="gpt2", metavar="gpt2|bytes", help="default gpt2")
-    command.add_argument("--out", metavar="DIR", help="folder for the shards; default ./FILE-TOKENIZER")
-    command.add_argument(
-        "--val-fraction", type=float, metavar="F", help="the last part of all tokens, for validation; default 0.1"
-    )
-    command.add_argument(
+    add = prepare_parser.add_argument
+    add("names", nargs="+", metavar="NAME|FILE.txt", help="tinyshakespeare, or text files")
+    add("--tokenizer", default="gpt2", metavar="NAME", help="gpt2 or bytes (default gpt2)")
+    add("--out", metavar="DIR", help="folder for the shards (default ./FILE-TOKENIZER; known data: the user's cache)")
+    add("--val-fraction", type=flags.below_one, metavar="F", help="last part of all tokens, to validate (default 0.1)")
+    add(
         "--split",
         choices=["files", "blank-lines"],
         default="files",
-        help="what a document is (an end-of-text token precedes each): a file, or a part up to a blank line",
+        help="what a document is, which an end-of-text token precedes: a file, or a part up to a blank line",
     )
-    command.add_argument(
-        "--shard-size", type=int, default=10**8, metavar="N", help="most tokens in a shard; default 100000000"
-    )
-    command.add_argument("--overwrite", action="store_true", help="replace shards that have other content")
+    add("--shard-size", type=flags.positive, default=10**8, metavar="N", help="most tokens in a shard (default 1e8)")
+    add("--overwrite", action="store_true", help="replace shards that have other content")
     args = parser.parse_args(argv)
-    try:
-        train, val, files = prepare(
-            args.names,
-            args.tokenizer,
-            args.out,
-            args.val_fraction,
-            args.split == "blank-lines",
-            args.shard_size,
-            args.overwrite,
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    for file in files:
-        done = "wrote" if file.written else "has it already:"
-        print(f"{done} {file.path}: {file.num_tokens} tokens, {file.num_bytes} bytes")
-    flags = (
-        ["-i", train] + (["-j", val] if val else []) + (["--tokenizer", "bytes"] if args.tokenizer == "bytes" else [])
+
+    blank_lines = args.split == "blank-lines"
+    train, val, files = prepare(
+        args.names, args.tokenizer, args.out, args.val_fraction, blank_lines, args.shard_size, args.overwrite
     )
-    print(f"next: python -m llmc.train {shlex.join(flags)}")
+    for file in files:
+        done = "wrote" if file.written else "unchanged:"
+        print(f"{done} {file.path}: {file.num_tokens} tokens, {file.num_bytes} bytes")
+    train_flags = ["-i", train]
+    if val:
+        train_flags += ["-j", val]
+    if args.tokenizer != "gpt2":
+        train_flags += ["--tokenizer", args.tokenizer]
+    print(f"next: python -m llmc.train {shlex.join(train_flags)}")
     return 0
 
 

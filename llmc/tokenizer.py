@@ -95,6 +95,8 @@ def _gpt2():
     pieces = [bpe.decode_single_token_bytes(i) for i in range(GPT2_EOT)] + [EOT_PIECE]
 
     def encode_batch(texts):
+        if len(texts) == 1:  # no threads for a prompt
+            return [np.array(bpe.encode_ordinary(texts[0]), np.uint16)]
         lists = bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
         return [np.array(ids, np.uint16) for ids in lists]
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from llmc import UserError, data
 from llmc.data import DataLoader, main, pieces, prepare, read_shard, read_shard_header, write_shard
+from llmc.rand import MT19937
 from llmc.tokenizer import get
 
 
@@ -138,6 +139,30 @@ def test_shuffled_order_is_that_of_llmc(rank, expected, tmp_path):
     loader = DataLoader(pattern, 2, 8, rank, 2, should_shuffle=True)
     assert loader.num_tokens == 450
     assert batches(loader, 12) == expected
+
+
+def replay(sizes, rank, P, sample_tokens, epochs):
+    """(shard, sample) pairs in the documented order; shards are permuted on top of the previous epoch's order."""
+    mt, order = MT19937(42 + rank), list(range(len(sizes)))
+
+    def shuffle(values):
+        for i in range(len(values) - 1, 0, -1):
+            j = mt.random_u32() % (i + 1)
+            values[i], values[j] = values[j], values[i]
+        return values
+
+    for _ in range(epochs):
+        for shard in shuffle(order):
+            for sample in shuffle(list(range((sizes[shard] - 1) // (P * sample_tokens)))):
+                yield shard, sample
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_shuffled_order_over_epochs(rank, tmp_path):
+    sizes = [140, 999, 170, 65, 300]
+    loader = DataLoader(make_shards(tmp_path, sizes), 2, 8, rank, 3, should_shuffle=True)
+    expected = [1000 * shard + sample * 48 + rank * 16 for shard, sample in replay(sizes, rank, 3, 16, epochs=4)]
+    assert batches(loader, len(expected)) == expected
 
 
 @pytest.mark.parametrize("P", [1, 2])
@@ -452,7 +477,7 @@ def test_tinyshakespeare_gpt2_is_that_of_llmc(cache, gpt2, shakespeare, capsys):
     assert tokens.tolist() == expected + [50256, *gpt2.encode(sections[-1]).tolist()]
     assert not any(train.read_bytes()[12:1024]), "the header is llm.c's"
     assert main(["prepare", "tinyshakespeare"]) == 0
-    assert capsys.readouterr().out.count("has it already") == 2
+    assert capsys.readouterr().out.count("unchanged: ") == 2
 
 
 def test_tinyshakespeare_bytes(cache, shakespeare, capsys):
@@ -531,10 +556,16 @@ BAD_COMMANDS = {
     "cut UTF-8": (["cut.txt"], "cut.txt is not UTF-8 at byte offset 3 (byte 0xe2). HINT"),
     "too short": (["one.txt", "--val-fraction", "0.9"], "2 tokens are too few to split. HINT"),
     "unknown tokenizer": (["one.txt", "--tokenizer", "words"], "unknown tokenizer 'words'. HINT"),
-    "val fraction": (["one.txt", "--val-fraction", "1.5"], "--val-fraction 1.5 is not in 0 <= F < 1. HINT"),
-    "shard size": (["one.txt", "--shard-size", "-1"], "--shard-size -1 is not in 1..2147483647. HINT"),
+    "val fraction": (
+        ["one.txt", "--val-fraction", "1.5"],
+        "--val-fraction: 1.5 is not a number from 0 to below 1. HINT",
+    ),
+    "shard size": (["one.txt", "--shard-size", "-1"], "--shard-size: -1 is not a whole number of at least 1. HINT"),
     "out is a file": (["one.txt", "--out", "one.txt"], "cannot write to one.txt: File exists. HINT"),
     "out cannot be made": (["one.txt", "--out", "one.txt/x"], "cannot write to one.txt/x: Not a directory. HINT"),
+    "not a number": (["one.txt", "--val-fraction", "x"], "--val-fraction: x is not a number from 0 to below 1. HINT"),
+    "unknown split": (["one.txt", "--split", "words"], "invalid choice: 'words'"),
+    "no name": ([], "the following arguments are required: NAME|FILE.txt. HINT"),
     "mixed": (["one.txt", "tinyshakespeare"], "a known dataset and files cannot be mixed. HINT"),
     "fixed split": (["tinyshakespeare", "--val-fraction", "0.5"], "tinyshakespeare has a fixed split. HINT"),
     "known, out is a file": (["tinyshakespeare", "--out", "one.txt"], "cannot write to one.txt: File exists. HINT"),
@@ -553,9 +584,13 @@ def test_bad_command_ends_with_one_line_and_code_2(args, message, tmp_path, monk
         (tmp_path / f"{name}.txt").write_bytes(content)
     (tmp_path / "one.txt").write_bytes(b"a")
     tokenizer = [] if "--tokenizer" in args else ["--tokenizer", "bytes"]
-    assert main(["prepare", *args, *tokenizer]) == 2
+    try:
+        code = main(["prepare", *args, *tokenizer])
+    except SystemExit as error:  # by argparse, before main has begun
+        code = error.code
+    assert code == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and message in err and err.count("\n") == 1
+    assert out == "" and err.startswith("llmc.data") and " error: " in err and message in err and err.count("\n") == 1
     assert not [name for name in sorted(os.listdir(tmp_path)) if name.endswith(".bin")]
 
 
@@ -565,7 +600,7 @@ def test_command_as_a_process(tmp_path):
         env=os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(os.path.abspath(data.__file__)))},
     )  # fmt: skip
     assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr.startswith("error: none.txt") and run.stderr.count("\n") == 1
+    assert run.stderr.startswith("llmc.data: error: none.txt") and run.stderr.count("\n") == 1
 
 
 def test_disk_full_leaves_no_file(tmp_path, monkeypatch, capsys):
