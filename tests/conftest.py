@@ -3,8 +3,8 @@
     @pytest.mark.op("layernorm_forward", shapes=[(2, 3, 16)], big=[(2, 65, 768)], cpu=[(2, 3, 5)])
     def test_forward(op, shape): ...
 
-runs once for every op set, dtype, rung (layernorm_forward1, layernorm_forward2, ... in llmc/cuda) and shape: `shapes` on every
-op set, `big` not on the executor, `cpu` on the cpu set alone. `dtypes=("bf16",)` and `sets=("cpu",)` restrict the rest.
+runs once for every op set, dtype, rung (layernorm_forward1, layernorm_forward2, ... in llmc/cuda) and shape: `shapes`
+on every op set, `big` not on the executor, `cpu` on the cpu set alone. dtypes=("bf16",) and sets=("cpu",) restrict it.
 `op` is then called with NumPy arrays, wherever it runs. Each call is a test of its own, see Op.__call__.
 The fixture `ops` is the op set as a module, for tests of more than one op.
 """
@@ -12,39 +12,41 @@ The fixture `ops` is the op set as a module, for tests of more than one op.
 import importlib
 import inspect
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
-from reference import DTYPES, OPS, assert_bits
+from reference import DTYPES, OPS, assert_bits, file_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SETS = ("cpu", "executor", "gpu")
 
-settings.register_profile("llmc", max_examples=15, deadline=None, derandomize=True, database=None,
-                          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])  # fmt: skip
+settings.register_profile(
+    "llmc", max_examples=15, deadline=None, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
 settings.load_profile("llmc")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "op(name, shapes, big, cpu, dtypes, sets): the op, dtypes and shapes a test runs for")
+    config.addinivalue_line("markers", "op(name, shapes, big, cpu, dtypes, sets): see conftest.py")
 
 
-def file_of(name):
-    """The op's file: layernorm_forward -> layernorm."""
-    return next(file for file, names in OPS.items() if name in names)
-
-
-def versions(kind, name):
-    """Names to test: every numbered rung in llmc/cuda, and the public name unless it is an alias of a rung."""
+def versions(kind, dtype, name):
+    """Names to test: every numbered rung in llmc/cuda, and the public name unless it is an alias of a rung.
+    SIXTEEN_BIT = (4, 5) in a file lists the rungs that bf16 and fp16 alone have."""
     path = ROOT / "llmc" / "cuda" / f"{file_of(name)}.py"
     if kind == "cpu" or not path.exists():
         return [name]
     source = path.read_text()  # read, not imported: collecting tests needs no CuPy
-    rungs = sorted({int(n) for n in re.findall(rf"^(?:def )?{name}(\d+)\b", source, re.M)})
+    rungs = {int(n) for n in re.findall(rf"^(?:def )?{name}(\d+)\b", source, re.M)}
+    sixteen_bit = re.search(r"^SIXTEEN_BIT = \(([\d, ]*)\)", source, re.M)
+    if sixteen_bit and dtype == "fp32":
+        rungs -= {int(n) for n in re.findall(r"\d+", sixteen_bit.group(1))}
     alias = re.search(rf"^{name} = {name}\d+\b", source, re.M)
-    return [f"{name}{n}" for n in rungs] + ([] if alias else [name])
+    return [f"{name}{n}" for n in sorted(rungs)] + ([] if alias else [name])
 
 
 def pytest_generate_tests(metafunc):
@@ -59,31 +61,38 @@ def pytest_generate_tests(metafunc):
         for dtype in options.get("dtypes", DTYPES):
             if kind == "cpu" and dtype != "fp32":
                 continue
-            for version in versions(kind, name):
+            for version in versions(kind, dtype, name):
                 label = f"{kind}-{dtype}" + (f"-{version}" if kind != "cpu" else "")
                 if "shape" not in metafunc.fixturenames:
                     cases.append(pytest.param((kind, dtype, name, version), id=label))
+                    continue
                 for shape in shapes:
-                    cases.append(pytest.param((kind, dtype, name, version), shape, id=f"{label}-{'x'.join(map(str, shape))}"))
+                    size = "x".join(map(str, shape))
+                    cases.append(pytest.param((kind, dtype, name, version), shape, id=f"{label}-{size}"))
     metafunc.parametrize("op,shape" if "shape" in metafunc.fixturenames else "op", cases, indirect=["op"])
 
 
-def op_set(kind):
-    """The op set's module, or a skip with the reason."""
+def op_set(kind, monkeypatch):
+    """The op set's module, or a skip with the reason. The executor's is llmc.cuda with other kernels and memory."""
     if kind == "cpu":
         return importlib.import_module("llmc.cpu")
-    if not (ROOT / "llmc" / "cuda" / "__init__.py").exists():
-        pytest.skip("llmc/cuda does not exist yet")
-    if kind == "executor":
-        if not (ROOT / "tests" / "simt").exists():
-            pytest.skip("the CPU executor (tests/simt) does not exist yet")
-        pytest.skip("the CPU executor is not connected yet")
-    cupy = pytest.importorskip("cupy", reason="no GPU: CuPy is not installed")
-    try:
-        cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        pytest.skip(f"no GPU: {error}")
-    return importlib.import_module("llmc.cuda")
+    if kind == "gpu":
+        cupy = pytest.importorskip("cupy", reason="no GPU: CuPy is not installed")
+        try:
+            cupy.cuda.runtime.getDeviceCount()
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            pytest.skip(f"no GPU: {error}")
+        return importlib.import_module("llmc.cuda")
+    if shutil.which("g++") is None:
+        pytest.skip("the CPU executor needs g++")
+    cuda, cpu = importlib.import_module("llmc.cuda"), importlib.import_module("llmc.cpu")
+    simt = importlib.import_module("simt")
+    monkeypatch.setattr(cuda.module, "kernel", simt.kernel)
+    monkeypatch.setattr(cuda.module, "capability", lambda: 80)
+    monkeypatch.setattr(cuda.device, "alloc", simt.alloc)
+    for name in ("zero", "upload", "download", "synchronize", "timer", "memory", "describe"):
+        monkeypatch.setattr(cuda.device, name, getattr(cpu.device, name))
+    return cuda
 
 
 def to_dev(kind, array):
@@ -100,10 +109,9 @@ def to_host(array):
 class Op:
     """One rung of one op in one op set, called with NumPy arrays."""
 
-    def __init__(self, kind, dtype, name, version):
-        self.request = kind, dtype, name, version
-        self.kind, self.dtype, self.name, self.version = kind, DTYPES[dtype], name, version
-        self.file = importlib.import_module(f"{op_set(kind).__name__}.{file_of(name)}")
+    def __init__(self, ops, kind, dtype, name, version):
+        self.ops, self.kind, self.dtype, self.name, self.version = ops, kind, DTYPES[dtype], name, version
+        self.file = importlib.import_module(f"{ops.__name__}.{file_of(name)}")
         self.function = getattr(self.file, version)
         self.signature = inspect.signature(self.function)
         self.multiple = 1 if kind == "cpu" else 8  # what C must be divisible by: 16-byte accesses
@@ -120,7 +128,8 @@ class Op:
 
     def sibling(self, name):
         """Another op of the same file."""
-        return Op(*self.request[:2], name, name)
+        dtype = next(label for label, dtype in DTYPES.items() if dtype == self.dtype)
+        return Op(self.ops, self.kind, dtype, name, name)
 
     def run(self, *args, **kwargs):
         """Call the op once. On a GPU: upload every array, call, copy every array back into the caller's."""
@@ -132,7 +141,8 @@ class Op:
 
     def __call__(self, *args, **kwargs):
         """Call the op twice from the same state: the bits must agree (repeatable), inputs must come back unchanged, and
-        outputs that are overwritten hold different garbage before each call, so that an element not written shows."""
+        outputs that are overwritten hold different garbage before each call, so that an element not written shows.
+        The executor runs a single call under several thread orders, and knows itself what nothing has written."""
         arguments = self.signature.bind(*args, **kwargs).arguments
         arrays = {k: a for k, a in arguments.items() if isinstance(a, np.ndarray)}
         written = dict(OPS[file_of(self.name)][self.name])
@@ -140,25 +150,30 @@ class Op:
             written = dict.fromkeys(written, "=")
         before = {k: a.copy() for k, a in arrays.items()}
         results = []
-        for garbage in (np.nan, 3.0):
+        for garbage in (np.nan,) if self.kind == "executor" else (np.nan, 3.0):
             for k, a in arrays.items():
                 if k != "scratch":  # what the first call left in it stays for the second
                     a[...] = garbage if written.get(k) == "=" else before[k]
+                if self.kind == "executor" and (k == "scratch" or written.get(k) == "="):
+                    importlib.import_module("simt").poison(a)
             self.run(*args, **kwargs)
             results.append({k: a.copy() for k, a in arrays.items()})
-        for k in arrays:
+        for k, a in arrays.items():
+            if self.kind == "executor":
+                importlib.import_module("simt").unpoison(a)
             if k == "scratch":
                 continue
             if k not in written:
                 assert_bits(f"{self} changed its input", k, arrays[k], before[k])
-            assert_bits(f"{self}, second call from the same state", k, results[1][k], results[0][k])
+            assert_bits(f"{self}, second call from the same state", k, results[-1][k], results[0][k])
 
 
 @pytest.fixture
-def op(request):
-    return Op(*request.param)
+def op(request, monkeypatch):
+    kind, *rest = request.param
+    return Op(op_set(kind, monkeypatch), kind, *rest)
 
 
 @pytest.fixture(params=SETS)
-def ops(request):
-    return op_set(request.param)
+def ops(request, monkeypatch):
+    return op_set(request.param, monkeypatch)

@@ -1,13 +1,13 @@
 """What the ops must compute: plain PyTorch math, an independent GPT-2, and the comparison used by every op test.
 
-Every reference is run twice: in float64 on the (already rounded) inputs, which is the truth, and in the dtype under test,
-which is PyTorch's own result. A result passes when
+Every reference is run twice: in float64 on the (already rounded) inputs, which is the truth, and in the dtype under
+test, which is PyTorch's own result. A result passes when
 
     max|got - truth| <= 2 * max|torch - truth| + ulps * eps(dtype) * max|truth| + 4 * eps(float32) * scale
 
-The second term is the rounding of the stored result (`ulps`, 1 unless a test states another number), the third the float32
-accumulation: `scale` is the size of the summed terms, max|truth| unless a test gives the sum of their absolute values.
-Nothing is tuned per tensor. Where no arithmetic happens, or one IEEE addition, tests compare bits instead (`assert_bits`).
+The second term is the rounding of the stored result (`ulps`, 1 unless a test states another number), the third the
+float32 accumulation: `scale` is the size of the summed terms, max|truth| unless a test gives the sum of their absolute
+values. Nothing is tuned per tensor. Where no arithmetic happens, or one IEEE addition, tests compare bits instead.
 """
 
 import math
@@ -24,7 +24,7 @@ EPS = {FP32: 2.0**-23, FP16: 2.0**-10, BF16: 2.0**-7}  # distance from 1 to the 
 TORCH_DTYPES = {FP32: torch.float32, FP16: torch.float16, BF16: torch.bfloat16}
 
 # The op sets: file -> op -> {array argument that the op writes: "=" overwritten | "+=" read and written}.
-# Arguments not listed are inputs and must come back unchanged, bit for bit; `scratch` may hold anything before and after.
+# Arguments not listed are inputs and must come back unchanged, bit for bit; `scratch` may hold anything.
 OPS = {
     "encoder": {
         "encoder_forward": {"out": "="},
@@ -61,8 +61,14 @@ OPS = {
 }
 
 
+def file_of(name):
+    """The op's file: layernorm_forward -> layernorm."""
+    return next(file for file, names in OPS.items() if name in names)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Arrays
+
 
 def normal(rng, shape, dtype=FP32, scale=1.0, mean=0.0):
     """Gaussian numbers, rounded to dtype."""
@@ -70,7 +76,7 @@ def normal(rng, shape, dtype=FP32, scale=1.0, mean=0.0):
 
 
 def to_torch(array, dtype=None):
-    """A torch tensor with the same values; bf16 goes over as its 16 bits, since NumPy and torch have no bridge for it."""
+    """A torch tensor with the same values; bf16 goes over as 16 bits: NumPy and torch have no bridge for it."""
     array = np.ascontiguousarray(array)
     if array.dtype == BF16:
         tensor = torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
@@ -83,6 +89,11 @@ def to_float64(tensor):
     return tensor.detach().to(torch.float64).numpy()
 
 
+def largest(array):
+    """max|array| as a Python float."""
+    return float(np.max(np.abs(array.astype(np.float64))))
+
+
 def bits(array):
     """The array's raw bytes, one row per element."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(-1, array.itemsize)
@@ -90,6 +101,7 @@ def bits(array):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Expected results
+
 
 class Expected(NamedTuple):
     """One tensor twice, both as float64 arrays: the truth, and what PyTorch makes of it in the dtype under test."""
@@ -121,7 +133,7 @@ def backward(function, dout, *inputs, dtype=None):
 
 
 def added(before, expected, times=1):
-    """What `before += gradient`, `times` times, gives: PyTorch rounds the gradient, then each sum, to before's dtype."""
+    """What `times` calls of `before += gradient` give: PyTorch rounds the gradient and each sum to before's dtype."""
     own, gradient = to_torch(before), torch.from_numpy(expected.torch).to(TORCH_DTYPES[before.dtype])
     for _ in range(times):
         own = own + gradient
@@ -131,15 +143,15 @@ def added(before, expected, times=1):
 # ---------------------------------------------------------------------------------------------------------------------
 # Comparisons. `op` is the fixture of conftest.py; only its text is used, so a string will do.
 
+
 def assert_close(op, tensor, got, expected, ulps=1.0, scale=None):
     """Fails, naming the worst element, unless `got` obeys the rule at the top of this file."""
     truth, own = expected
     assert got.shape == truth.shape, f"{op}: {tensor} has shape {got.shape}, expected {truth.shape}"
     if got.size == 0:
         return
-    largest = np.max(np.abs(truth))
-    tolerance = 2 * np.max(np.abs(own - truth)) + ulps * EPS[got.dtype] * largest
-    tolerance += 4 * EPS[FP32] * (largest if scale is None else scale)
+    tolerance = 2 * largest(own - truth) + ulps * EPS[got.dtype] * largest(truth)
+    tolerance += 4 * EPS[FP32] * (largest(truth) if scale is None else scale)
     error = np.abs(got.astype(np.float64) - truth)
     error = np.where(np.isfinite(error), error, np.inf)
     worst = np.unravel_index(np.argmax(error), error.shape)
@@ -177,7 +189,7 @@ def neighbours(value):
 
 
 def assert_stochastically_rounded(op, tensor, got, value, slack):
-    """bf16 `got` is one of the two neighbours of float64 `value`, which itself is known within `slack` (scalar or array)."""
+    """bf16 `got` is one of the two neighbours of float64 `value`, itself known within `slack` (scalar or array)."""
     lowest, highest = neighbours(value - slack)[0], neighbours(value + slack)[1]
     got64 = got.astype(np.float64)
     wrong = ~((lowest <= got64) & (got64 <= highest))
@@ -191,6 +203,7 @@ def assert_stochastically_rounded(op, tensor, got, value, slack):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The ops as PyTorch has them. Attention is written out, so that the truth does not come from a fused kernel.
+
 
 def encoder(wte, wpe, inp):
     return wte[inp.long()] + wpe[: inp.shape[1]]
@@ -262,7 +275,7 @@ def gpt2_shapes(L, C, Vp, maxT):
 
 
 def gpt2_logits(params, inp, NH, V):
-    """Logits (B,T,V) for tokens inp (B,T): pre-norm blocks, tanh GELU, the token embedding as output layer, no dropout."""
+    """Logits (B,T,V) for tokens inp (B,T): pre-norm blocks, tanh GELU, output layer = token embedding, no dropout."""
     x = params["wte"][inp.long()] + params["wpe"][: inp.shape[1]]
     for l in range(params["ln1w"].shape[0]):  # noqa: E741
         w = {name: params[name][l] for name in GPT2_TENSORS[2:14]}

@@ -132,7 +132,7 @@ def test_adamw_decays_where_told(op):
 @pytest.mark.parametrize("limit", (0.0, 3.0, 0.5))
 @pytest.mark.op("adamw_update")
 def test_adamw_clips_by_the_given_norm(op, limit):
-    """The norm is an argument, 2 here whatever the gradients are: limits 0 (off) and 3 change nothing, 0.5 divides by 4."""
+    """The norm is an argument, here 2 whatever the gradients are: limits 0 (off) and 3 change nothing, 0.5 scales."""
     arena = Arena(op)
     grads = ref.normal(np.random.default_rng(1), arena.params.size, op.dtype)
     arena.update(grads, clip=limit, norm_squared=4.0)
@@ -223,7 +223,7 @@ def test_stochastic_rounding_keeps_the_mean(op, sign):
     assert set(np.unique(up)) == {0.0, 1.0}, f"{op}: {np.unique(up)}"
     spread = np.sqrt(3 / 16 * 13 / 16 / 4096)
     for tensor, share in enumerate(up.reshape(16, 4096).mean(axis=1)):
-        assert abs(share - 3 / 16) < 5 * spread, f"{op}: tensor {tensor} rounds up in {share:.4f} of all cases, not 3/16"
+        assert abs(share - 3 / 16) < 5 * spread, f"{op}: tensor {tensor} rounds up {share:.4f} of the time, not 3/16"
     assert np.abs(np.corrcoef(up.reshape(16, 4096)) - np.eye(16)).max() < 0.1, f"{op}: tensors share their noise"
     assert abs(np.corrcoef(up[:-1], up[1:])[0, 1]) < 0.05, f"{op}: neighbours share their noise"
 

@@ -115,7 +115,7 @@ def test_encoder_backward_stochastic_rounding(op):
         results.append((dwte, dwpe))
     for i, name in enumerate(("dwte", "dwpe")):
         added = np.mean(np.abs(results[0][i].astype(np.float64)) - 1) / step
-        assert abs(added - 1 / 8) < 5 * np.sqrt(1 / 8 * 7 / 8 / (T * C)), f"{op}: {name} gained {added} of a step, not 1/8"
+        assert abs(added - 1 / 8) < 5 * np.sqrt(1 / 8 * 7 / 8 / (T * C)), f"{op}: {name} gained {added} steps, not 1/8"
         ref.assert_bits(op, f"{name} with the same seed", results[1][i], results[0][i])
         assert (ref.bits(results[2][i]) != ref.bits(results[0][i])).any(), f"{op}: {name} ignores the seed"
     assert (ref.bits(results[0][0]) != ref.bits(results[0][1])).any(), f"{op}: dwte and dwpe share their noise"

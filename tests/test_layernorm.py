@@ -33,10 +33,10 @@ def empty_outputs(shape, dtype):
 def check_normalised(op, name, out, mean, rstd, inp, weight, bias):
     """out, mean and rstd of LN(inp). `scale` is what an error of one ulp in the mean does to the result."""
     want_mean, want_rstd = ref.forward(ref.layernorm_statistics, inp, dtype=ref.FP32)
-    size = np.max(np.abs(inp.astype(np.float64)))
+    size = ref.largest(inp)
     ref.assert_close(op, "mean", mean, want_mean, scale=size)
     ref.assert_close(op, "rstd", rstd, want_rstd)
-    scale = size * np.max(want_rstd.truth) * np.max(np.abs(weight.astype(np.float64))) + np.max(np.abs(bias.astype(np.float64)))
+    scale = size * ref.largest(want_rstd.truth) * ref.largest(weight) + ref.largest(bias)
     ref.assert_close(op, name, out, ref.forward(ref.layernorm, inp, weight, bias), scale=scale)
 
 
@@ -52,7 +52,7 @@ def check_backward(op, shape, inp=None, calls=1):
     drawn, weight, bias, dout = inputs(shape, op.dtype)
     inp = drawn if inp is None else inp
     rng = np.random.default_rng(1)
-    before = ref.normal(rng, shape, op.dtype), ref.normal(rng, shape[-1], op.dtype), ref.normal(rng, shape[-1], op.dtype)
+    before = [ref.normal(rng, s, op.dtype) for s in (shape, shape[-1], shape[-1])]
     dinp, dweight, dbias = (a.copy() for a in before)
     mean, rstd = statistics(inp)
     for _ in range(calls):
@@ -61,7 +61,7 @@ def check_backward(op, shape, inp=None, calls=1):
     # sums of absolute terms: over channels for dinp, over rows for dweight and dbias
     norm = np.abs((inp.astype(np.float64) - mean[..., None]) * rstd[..., None])
     size = np.abs(dout.astype(np.float64))
-    scales = (np.max(rstd) * np.max(size * np.abs(weight.astype(np.float64))) * (1 + np.max(norm)),
+    scales = (ref.largest(rstd) * ref.largest(dout) * ref.largest(weight) * (1 + ref.largest(norm)),
               np.max(np.sum(size * norm, axis=(0, 1))) + 4, np.max(np.sum(size, axis=(0, 1))) + 4)  # fmt: skip
     names = ("dinp", "dweight", "dbias")
     for name, got, old, grad, scale in zip(names, (dinp, dweight, dbias), before, want, scales, strict=True):
