@@ -2,10 +2,15 @@
 
 import argparse
 import math
+import re
 
 
 class Parser(argparse.ArgumentParser):
     """argparse without its usage dump on errors: one line that names the flag, the value and what is allowed."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own takes -1e-3 for a flag
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}. HINT: {self.prog.replace('.', ' ')} --help lists all flags.\n")
@@ -14,9 +19,10 @@ class Parser(argparse.ArgumentParser):
 def _parse(text, kind, what, allowed):
     try:
         value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not math.isfinite(value) or not allowed(value):
+        good = math.isfinite(value) and allowed(value)
+    except (ValueError, OverflowError):
+        good = False
+    if not good:
         raise argparse.ArgumentTypeError(f"{text} is not {what}")
     return value
 
@@ -39,6 +45,14 @@ def number(text):
 
 def fraction(text):
     return _parse(text, float, "a number from 0 to 1", lambda v: 0 <= v <= 1)
+
+
+def above_zero(text):
+    return _parse(text, float, "a number above 0", lambda v: v > 0)
+
+
+def thread_count(text):
+    return _parse(text, int, "a whole number from 1 to 1024", lambda v: 1 <= v <= 1024)
 
 
 def below_one(text):

@@ -4,7 +4,7 @@ import os
 import sys
 
 from llmc import UserError, command
-from llmc.flags import Parser, natural, number, positive
+from llmc.flags import Parser, natural, number, positive, thread_count
 
 WINDOW = 64  # forward passes run at lengths that are multiples of it, so that there are few shapes
 
@@ -72,8 +72,8 @@ def parser():
     p.add_argument("--temperature", type=number, default=0.8, help="0 is greedy, 1 the model's own distribution (0.8)")
     p.add_argument("--top-k", type=natural, default=0, help="draw from the k most likely tokens only (0 = off)")
     p.add_argument("--seed", type=natural, default=1337, help="the same seed gives the same text (1337)")
-    p.add_argument("--tokenizer", help="gpt2 or bytes (default: by the size of the model's vocabulary)")
-    p.add_argument("--threads", type=positive, help="CPU threads (default: all)")
+    p.add_argument("--tokenizer", choices=("gpt2", "bytes"), help="default: by the size of the model's vocabulary")
+    p.add_argument("--threads", type=thread_count, help="CPU threads (default: all)")
     return p
 
 

@@ -6,6 +6,7 @@ With no arguments it trains on Tiny Shakespeare with settings that fit the devic
 with a long name. Nothing heavy is imported before the flags are known, so that --help is immediate.
 """
 
+import contextlib
 import math
 import os
 import signal
@@ -13,7 +14,7 @@ import sys
 import time
 
 from llmc import UserError, command
-from llmc.flags import Parser, below_one, count, fraction, natural, number, positive
+from llmc.flags import Parser, above_zero, below_one, count, fraction, natural, number, positive, thread_count
 
 # What a flag is when it is not given. LLMC_DEFAULTS are llm.c's; with neither -i nor -e the run is the default job, and
 # TINY_SHAKESPEARE_CPU overrides them: a byte-level model that two cores train in about two minutes.
@@ -71,7 +72,7 @@ def parser():
         help="multiples that -nk spares (0 = none)",
     )
     add("-y", "--resume", type=int, choices=(0, 1), default=0, help="1: continue from the newest checkpoint in -o")
-    add("--tokenizer", metavar="NAME", help="gpt2 or bytes, for the default data and for samples")
+    add("--tokenizer", choices=("gpt2", "bytes"), help="for the default data and for samples")
     add = p.add_argument_group("batch").add_argument
     add("-b", "--batch-size", type=positive, metavar="B", help="rows of a micro-batch (4)")
     add("-t", "--sequence-length", type=positive, metavar="T", help="tokens in a row (1024, or what the model allows)")
@@ -96,7 +97,7 @@ def parser():
     add("-c", "--weight-decay", type=number, metavar="W", help="of matrices and embeddings (0 = off)")
     add("--beta1", type=below_one, help="AdamW's (0.9)")
     add("--beta2", type=below_one, help="AdamW's (0.95)")
-    add("--eps", type=number, help="AdamW's (1e-8)")
+    add("--eps", type=above_zero, help="AdamW's (1e-8)")
     add("--grad-clip", type=number, metavar="NORM", help="largest gradient norm (1.0; 0 = off)")
     add("--seed", type=natural, default=42, help="of fresh weights (42, as llm.c)")
     add = p.add_argument_group("evaluation").add_argument
@@ -107,7 +108,7 @@ def parser():
     add("--temperature", type=number, help="of samples (1)")
     add = p.add_argument_group("machine").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where it works, else cpu")
-    add("--threads", type=positive, metavar="N", help="CPU threads (default: all cores this process may use)")
+    add("--threads", type=thread_count, metavar="N", help="CPU threads (default: all cores this process may use)")
     return p
 
 
@@ -128,12 +129,13 @@ def pick_device(wanted):
 def fill_defaults(args):
     """Settle every flag that was not given; returns whether this is the default job."""
     default_job = args.input_bin is None and args.model is None
+    sample_at_end = default_job and args.sample_every is None
     for name, value in {**LLMC_DEFAULTS, **(TINY_SHAKESPEARE_CPU if default_job else {})}.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    if default_job and args.sample_every == 0:
-        args.sample_every = args.max_steps  # once, at the end
-    if default_job and args.output_dir is None:
+    if sample_at_end:
+        args.sample_every = args.max_steps if args.max_steps > 0 else 10**9
+    if default_job and args.output_dir is None and not args.resume:
         args.output_dir = next(d for i in range(1, 10**6) if not os.path.exists(d := f"runs/shakespeare-{i:03d}"))
     return default_job
 
@@ -230,6 +232,9 @@ class Interrupt:
 
     def handle(self, signum, frame):
         self.seen = True
+        self.close()
+
+    def close(self):
         signal.signal(signal.SIGINT, self.previous)
 
 
@@ -280,9 +285,16 @@ def save(args, step, model, loader, detectors):
         extra={name: detector.state() for name, detector in detectors.items()},
     )
     checkpoint.save_checkpoint(args.output_dir, step, header, model.params_flat, 3, state)
-    checkpoint.apply_retention(
-        args.output_dir, step, args.checkpoint_every, args.checkpoints_keep, args.major_checkpoint_every
-    )
+    let_go(args, step)
+
+
+def let_go(args, step):
+    """What -nk and -nm say after the checkpoint of this step."""
+    from llmc.checkpoint import apply_retention
+
+    every, keep, major = args.checkpoint_every, args.checkpoints_keep, args.major_checkpoint_every
+    if every:  # without -n there are only the checkpoints of Ctrl-C
+        apply_retention(args.output_dir, step, every, keep, major)
 
 
 def load(args, step, model, loader, detectors):
@@ -349,6 +361,11 @@ def main(argv=None):
     steps = train_loader.num_tokens // total_batch if args.max_steps == -1 else args.max_steps
     all_val_batches = val_loader.num_tokens // (B * T)
     val_batches = all_val_batches if args.val_max_steps == -1 else args.val_max_steps
+    if steps == 0:
+        have = f"the training data has {train_loader.num_tokens}"
+        raise UserError(f"-d {total_batch}: one step takes that many tokens, {have}. HINT: lower -d, or give -x.")
+    if resume_step is not None and resume_step > steps:
+        raise UserError(f"-x {steps}: {args.output_dir} is already at step {resume_step}. HINT: give a larger -x.")
     tokenizer, tokenizer_line = sample_tokenizer(config, args.tokenizer) if args.sample_every else (None, None)
 
     print(device_line)
@@ -371,6 +388,7 @@ def main(argv=None):
     detectors = {"loss": OutlierDetector(), "grad_norm": OutlierDetector()}
     if resume_step is not None:
         load(args, resume_step, model, train_loader, detectors)
+        let_go(args, resume_step)  # a kill may have come between its save and the removal of an old one
     elif model_path:
         from llmc.checkpoint import read_model
 
@@ -379,57 +397,55 @@ def main(argv=None):
         model.init_weights(args.seed)
 
     inputs, targets = np.empty((B, T), np.int32), np.empty((B, T), np.int32)
-    logger, interrupt = Logger(args.output_dir, resume_step), Interrupt()
+    logger = Logger(args.output_dir, resume_step)
     first = resume_step or 0
     live = sys.stdout.isatty()
-    display = Display(steps, live, first)
-    smoothed, total_ms = 0.0, 0.0
-    for step in range(first, steps + 1):
-        last = step == steps
+    smoothed, total_ms, val_loss = 0.0, 0.0, None
+    with contextlib.closing(Display(steps, live, first)) as display, contextlib.closing(Interrupt()) as interrupt:
+        for step in range(first, steps + 1):
+            last = step == steps
 
-        if args.val_loss_every and (step % args.val_loss_every == 0 or last):
-            batches = all_val_batches if default_job and last else val_batches
-            val_loss = validate(model, val_loader, batches, inputs, targets)
-            display.write(f"val loss {val_loss:.6f}")
-            logger.val(step, val_loss)
-        if args.sample_every and ((step > 0 and step % args.sample_every == 0) or last):
-            display.write(sample(model, tokenizer, args))
-        due = args.checkpoint_every and ((step > 0 and step % args.checkpoint_every == 0) or last)
-        if args.output_dir and step != resume_step and (due or (interrupt.seen and step > first)):
-            save(args, step, model, train_loader, detectors)
-            display.write(f"wrote checkpoint of step {step} to {args.output_dir}")
-        if last:
-            break
-        if interrupt.seen:
-            display.close()
-            again = f" HINT: the same command with -o {args.output_dir} -y 1 continues." if args.output_dir else ""
-            raise UserError(f"interrupted after step {step} of {steps}.{again}")
+            if args.val_loss_every and (step % args.val_loss_every == 0 or last):
+                batches = all_val_batches if default_job and last else val_batches
+                val_loss = validate(model, val_loader, batches, inputs, targets)
+                display.write(f"val loss {val_loss:.6f}")
+                logger.val(step, val_loss)
+            if args.sample_every and ((step > 0 and step % args.sample_every == 0) or last):
+                display.write(sample(model, tokenizer, args))
+            due = args.checkpoint_every and ((step > 0 and step % args.checkpoint_every == 0) or last)
+            if args.output_dir and step != resume_step and (due or (interrupt.seen and step > first)):
+                save(args, step, model, train_loader, detectors)
+                display.write(f"wrote checkpoint of step {step} to {args.output_dir}")
+            if last:
+                break
+            if interrupt.seen:
+                again = f"-o {args.output_dir} -y 1 continues" if args.output_dir else "-o DIR would have kept its work"
+                raise UserError(f"interrupted after step {step} of {steps}. HINT: the same command with {again}.")
 
-        timer = ops.device.timer()
-        if args.overfit_single_batch:
-            train_loader.reset()
-        loss, loss_z, grad_norm, norm_z, lr = train_step(
-            model, train_loader, args, step, steps, micro_steps, inputs, targets, detectors
-        )
-        ops.device.synchronize()
-        ms = timer()
-        rate = total_batch / ms * 1e3
-        done = step - first
-        if done == 0:
-            display.write(f"first step done {time.perf_counter() - start_time:.2f} s after the start")
-            shown = rate
-        else:
-            total_ms += ms
-            smoothed = 0.95 * smoothed + 0.05 * rate
-            shown = smoothed / (1.0 - 0.95**done)
-        line = step_line(step, steps, loss, loss_z, grad_norm, norm_z, lr, ms, None, shown)
-        display.step(line, loss, lr, shown)
-        logger.train(step, loss, lr, grad_norm, dt_ms=ms, tokens_per_second=rate)
+            timer = ops.device.timer()
+            if args.overfit_single_batch:
+                train_loader.reset()
+            loss, loss_z, grad_norm, norm_z, lr = train_step(
+                model, train_loader, args, step, steps, micro_steps, inputs, targets, detectors
+            )
+            ops.device.synchronize()
+            ms = timer()
+            rate = total_batch / ms * 1e3
+            done = step - first
+            if done == 0:
+                display.write(f"first step done {time.perf_counter() - start_time:.2f} s after the start")
+                shown = rate
+            else:
+                total_ms += ms
+                smoothed = 0.95 * smoothed + 0.05 * rate
+                shown = smoothed / (1.0 - 0.95**done)
+            line = step_line(step, steps, loss, loss_z, grad_norm, norm_z, lr, ms, None, shown)
+            display.step(line, loss, lr, shown)
+            logger.train(step, loss, lr, grad_norm, dt_ms=ms, tokens_per_second=rate)
 
-    display.close()
     if steps - first > 1:
         print(f"total average iteration time: {total_ms / (steps - first - 1):f} ms")
-    if default_job:
+    if default_job and val_loss is not None:
         print(f"validation loss on all {all_val_batches * B * T} held-out tokens: {val_loss:.4f} nats per token")
     peak = peak_memory()
     if peak:
@@ -490,6 +506,11 @@ def model_rows(args, config, ops, model_path, steps, val_batches):
 
 def peak_memory():
     """The largest resident size of this process so far in bytes; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/status") as file:  # Linux: ru_maxrss there starts from that of the parent process
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        pass
     try:
         import resource
     except ImportError:
