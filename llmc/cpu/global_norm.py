@@ -4,28 +4,34 @@ import numpy as np
 
 from . import device
 
-BLOCK = 1 << 18
+ROW = 1 << 12  # summed pairwise in float32
+BLOCK = 64 * ROW
 
 
 def global_norm_scratch_size(N):
-    """f32 elements of scratch that global_norm_squared wants: one partial sum for each block."""
-    return -(-N // BLOCK)
+    """f32 elements of scratch that global_norm_squared wants: one partial sum for each row, and one for the rest."""
+    return N // ROW + 1
 
 
 def global_norm_squared(out, scratch, values):
     """out[0] = sum of values^2
 
     out (1,) f32 written (=);  scratch f32, global_norm_scratch_size(N);  values (N,) f32.
-    Deterministic: blocks depend on N alone, and their sums are added in order, in float64.
+    Deterministic: rows depend on N alone, and their sums are added in order, in float64.
     Source: llm.c llmc/global_norm.cuh.
     """
     assert out.shape == (1,) and values.ndim == 1, (out.shape, values.shape)
-    n = global_norm_scratch_size(values.size)
-    partial = scratch[:n]
+    N = values.size
+    rows = values[: N // ROW * ROW].reshape(-1, ROW)
+    partial, step = scratch[: len(rows) + 1], BLOCK // ROW
 
     def body(i):
-        x = values[i * BLOCK : (i + 1) * BLOCK]
-        partial[i] = np.dot(x, x)
+        x = rows[i * step : (i + 1) * step]
+        square = device.scratch(*x.shape)
+        np.multiply(x, x, out=square)
+        np.add.reduce(square, axis=1, out=partial[i * step : i * step + len(x)])  # pairwise
 
-    device.parallel(body, n)
+    device.parallel(body, -(-len(rows) // step))
+    rest = values[rows.size :]
+    partial[-1] = np.add.reduce(rest * rest)
     out[0] = np.add.reduce(partial, dtype=np.float64)
