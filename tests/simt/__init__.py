@@ -25,6 +25,7 @@ ALL_ORDERS = ("forward", "reverse", "random")
 COMMON_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-g", "-ffp-contract=off", "-fno-exceptions", "-fno-rtti", "-fno-strict-aliasing", "-w")
 FAST_FLAGS = ()
 CHECKED_FLAGS = (
+    "-fno-plt",
     "-fno-tree-sra",  # keeps a 16-byte access one access
     "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0",
     "-fsanitize=alignment,bounds,integer-divide-by-zero,return,shift,signed-integer-overflow,unreachable",

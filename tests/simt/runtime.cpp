@@ -448,7 +448,7 @@ static bool happened_before(u32 record, const char** why) {
     return record <= limit_record || tid == me || (tid / 32 == me / 32 && known[me][tid & 31] >= time);
 }
 
-static bool watching;
+static u64 watching;
 static u64 watched_pc;
 
 __attribute__((noinline)) static void watch(size_t offset, int size, bool write, void* pc) {
@@ -523,54 +523,85 @@ __attribute__((noinline)) static void outside(uintptr_t a, int size, bool write,
     fail_at("out of bounds", a, pc, size_name(size, write), "");
 }
 
-// One access of SIZE bytes inside `memory`, naturally aligned.
-template <int SIZE, bool WRITE> static inline __attribute__((always_inline)) void touch(uintptr_t a, size_t offset, u32 flags, void* pc) {
-    constexpr int N = SIZE > 1 ? SIZE / 2 : 1;
-    size_t g = offset / 2;
-    u32 *w = writers + g, *r = readers + g, *o = other_readers + g;
-    if (unlikely(watching)) { watch(offset, SIZE, WRITE, pc); }
-    if (!WRITE) {
-        u32 constant = ~0u;
-        for (int i = 0; i < N; ++i) { constant &= (u32)-(w[i] == READ_ONLY); }
-        if (constant) { return; }
-    }
-    const u32 stamp = now << 12 | flags | me, newest = stamp | 0xfff, lo = launch_record, span = block_record - launch_record;
-    const u32 limit = limit_record, tid = me;
-    u32 bad = 0;
-    for (int i = 0; i < N; ++i) {
-        u32 v = w[i];
-        bad |= (u32)(v - 1 >= newest) | (u32)(v - lo < span) | ((u32)(v > limit) & (u32)((v & TID) != tid));
-        if (WRITE) {
-            u32 x = r[i], y = o[i];
-            bad |= (u32)(x - lo < span) | ((u32)(x > limit) & (u32)((x & TID) != tid));
-            bad |= (u32)(y - lo < span) | ((u32)(y > limit) & (u32)((y & TID) != tid));
-        }
-    }
-    if (unlikely(bad)) { examine(a, SIZE, WRITE, flags, pc); }
-    for (int i = 0; i < N; ++i) {
+template <int SIZE> static constexpr int GRANULES = SIZE > 1 ? SIZE / 2 : 1;
+
+template <int SIZE, bool WRITE> static inline __attribute__((always_inline)) void note(size_t offset, u32 stamp) {
+    u32 *w = writers + offset / 2, *r = readers + offset / 2, *o = other_readers + offset / 2;
+    for (int i = 0; i < GRANULES<SIZE>; ++i) {
         if (WRITE) {
             w[i] = stamp;
         } else {
             u32 last = r[i];
-            bool own = (last & TID) == tid && last >= block_record;
+            bool own = (last & TID) == (stamp & TID) && last >= block_record;
             o[i] = own ? o[i] : last;
             r[i] = stamp;
         }
     }
-    if (WRITE) { unfenced[tid] |= (unsigned char)(offset >= ARENA); }
+    if (WRITE) { unfenced[stamp & TID] |= (unsigned char)(offset >= ARENA); }
 }
 
-template <int SIZE, bool WRITE> static inline __attribute__((always_inline)) void hook(void* p, void* pc) {
-    uintptr_t a = (uintptr_t)p;
+// The same as `hook`, for accesses that are not obviously right.
+template <int SIZE, bool WRITE> __attribute__((noinline)) static void slow(uintptr_t a, u32 flags, void* pc) {
     size_t offset = a - (uintptr_t)memory;
-    if (unlikely(offset >= MEMORY)) {
+    if (offset >= MEMORY) {
         if (a - stack_begin >= STACK) { outside(a, SIZE, WRITE, pc); }
         return;
     }
-    if (SIZE > 1 && unlikely(a & (SIZE - 1))) {
+    if (a & (SIZE - 1)) {
         fail_at("misaligned access", a, pc, size_name(SIZE, WRITE), SIZE == 16 ? ": its address is no multiple of 16" : ": its address is no multiple of its size");
     }
-    touch<SIZE, WRITE>(a, offset, SIZE == 1 ? (a & 1 ? HIGH_BYTE : LOW_BYTE) : 0, pc);
+    if (watching) { watch(offset, SIZE, WRITE, pc); }
+    examine(a, SIZE, WRITE, flags, pc);
+    if (WRITE || writers[offset / 2] != READ_ONLY) { note<SIZE, WRITE>(offset, now << 12 | flags | me); }
+}
+
+static inline u64 load64(const u32* p) {
+    u64 value;
+    memcpy(&value, p, 8);
+    return value;
+}
+static inline void store64(u32* p, u64 value) { memcpy(p, &value, 8); }
+
+// One access of SIZE bytes.
+template <int SIZE, bool WRITE> static inline __attribute__((always_inline)) void hook(void* p, void* pc) {
+    uintptr_t a = (uintptr_t)p;
+    size_t offset = a - (uintptr_t)memory;
+    u32 flags = SIZE == 1 ? (a & 1 ? HIGH_BYTE : LOW_BYTE) : 0;
+    if (unlikely(offset / MEMORY | (a & (SIZE - 1)) | watching)) { return slow<SIZE, WRITE>(a, flags, pc); }
+    u32 *w = writers + offset / 2, *r = readers + offset / 2, *o = other_readers + offset / 2;
+    if (!WRITE) {
+        u32 constant = ~0u;
+        for (int i = 0; i < GRANULES<SIZE>; ++i) { constant &= (u32)-(w[i] == READ_ONLY); }
+        if (constant) { return; }
+    }
+    // Wrong, or worth a closer look: a state or a time that is none yet; a record of another block; one of this block
+    // after the last barrier, unless it is the thread's own.
+    const u32 stamp = now << 12 | flags | me, lo = launch_record, span = block_record - lo, limit = limit_record;
+    auto suspect = [=](u32 v) { return (u32)(v - lo < span) | ((u32)(v > limit) & (u32)((v ^ stamp) << 22 != 0)); };
+    if (SIZE == 4) {  // the most frequent size: both halves usually have the same records
+        u64 w2 = load64(w), r2 = load64(r), o2 = load64(o), stamp2 = (u64)stamp << 32 | stamp;
+        u32 v = (u32)w2, x = (u32)r2, y = (u32)o2;
+        if (v == w2 >> 32 && x == r2 >> 32 && v - 1 < (stamp | 0xfff) && !suspect(v)) {
+            if (!WRITE) {
+                bool own = (x ^ stamp) << 22 == 0 && x >= block_record;
+                store64(o, own ? o2 : r2);
+                store64(r, stamp2);
+                return;
+            }
+            if (y == o2 >> 32 && !(suspect(x) | suspect(y))) {
+                store64(w, stamp2);
+                unfenced[me] |= (unsigned char)(offset >= ARENA);
+                return;
+            }
+        }
+    }
+    u32 bad = 0;
+    for (int i = 0; i < GRANULES<SIZE>; ++i) {
+        bad |= (u32)(w[i] - 1 >= (stamp | 0xfff)) | suspect(w[i]);
+        if (WRITE) { bad |= suspect(r[i]) | suspect(o[i]); }
+    }
+    if (unlikely(bad)) { return slow<SIZE, WRITE>(a, flags, pc); }
+    note<SIZE, WRITE>(offset, stamp);
 }
 
 // Any number of bytes at any address: memcpy, structs, fields of packed structs.
@@ -1124,7 +1155,7 @@ template <int SIZE> static void check_atomic(void* p, void* pc) {
     // Read, then write: both sides see other threads' plain accesses; atomics do not conflict with each other.
     unsigned char before = unfenced[me];
     examine(a, SIZE, false, ATOMIC, pc);
-    touch<SIZE, true>(a, offset, ATOMIC, pc);
+    slow<SIZE, true>(a, ATOMIC, pc);
     unfenced[me] = before;  // an atomic needs no fence itself
     if (offset >= ARENA) { synchronise(a); }
 }
