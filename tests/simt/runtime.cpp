@@ -507,6 +507,7 @@ __attribute__((noinline)) static void examine(uintptr_t a, int size, bool write,
             u32 theirs = record & FLAGS;
             if (theirs == ATOMIC && flags == ATOMIC) { return; }
             if ((theirs == LOW_BYTE && flags == HIGH_BYTE) || (theirs == HIGH_BYTE && flags == LOW_BYTE)) { return; }
+            if (shared && record < block_record) { return; }  // shared memory begins anew with each block
             const char* why = "";
             if (!happened_before(record, &why)) { fail_race(at, pc, write, record, other_wrote, g, why); }
         };
