@@ -54,7 +54,7 @@ def test_sizes():
 
 def test_dtype_letters():
     letters = dtypes(np.float16)
-    assert letters == {"X": np.float16, "f32": np.float32, "i32": np.int32, "u32": np.uint32}
+    assert letters == {"X": np.float16, "f32": np.float32, "i32": np.int32, "u32": np.uint32, "i64": np.int64}
     assert dtypes(ml_dtypes.bfloat16)["X"].itemsize == 2
 
 
