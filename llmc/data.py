@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import shlex
+import shutil
 import sys
 import tempfile
 from collections import namedtuple
@@ -444,7 +445,10 @@ def tokenize(paths, tokenizer, blank_lines):
             yield ids
 
     size = sum(os.path.getsize(path) for path in paths if os.path.exists(path))
-    with tqdm(total=size, unit="B", unit_scale=True, desc="tokenizing", disable=None, leave=False) as bar:
+    columns = shutil.get_terminal_size().columns  # 80 where the terminal does not tell: tqdm would show nothing
+    with tqdm(
+        total=size, desc="tokenizing", unit="B", unit_scale=True, ncols=columns, leave=False, disable=None
+    ) as bar:
         for path in paths:
             batch, chars = [], 0
             for piece in pieces(_decoded_chunks(path, bar.update), blank_lines):

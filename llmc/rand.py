@@ -18,7 +18,7 @@ from llmc import UserError
 
 N = 624  # words of MT19937 state
 LOG_EPSILON = np.float32(1e-12)  # llm.c's guard against log(0)
-BLOCK = 1 << 15  # normals computed at a time: the float64 temporaries stay in cache
+BLOCK = 1 << 13  # normals computed at a time: larger float64 temporaries fall out of cache and into page faults
 
 STATE_STRUCT = np.dtype(  # llm.c's mt19937_state, as found in its train-state files: 2520 bytes
     [("seed_", "<u8"), ("left_", "<i4"), ("next_", "<u4"), ("state_", "<u4", (N,)), ("MATRIX_A", "<u4", (2,))]

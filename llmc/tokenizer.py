@@ -73,6 +73,8 @@ def get(name):
 
 
 def _gpt2():
+    from concurrent.futures import ThreadPoolExecutor
+
     try:
         import tiktoken
     except ImportError as error:
@@ -94,11 +96,14 @@ def _gpt2():
         ) from error
     pieces = [bpe.decode_single_token_bytes(i) for i in range(GPT2_EOT)] + [EOT_PIECE]
 
+    def encode_group(texts):
+        return [np.array(bpe.encode_ordinary(text), np.uint16) for text in texts]
+
     def encode_batch(texts):
-        if len(texts) == 1:  # no threads for a prompt
-            return [np.array(bpe.encode_ordinary(texts[0]), np.uint16)]
-        lists = bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
-        return [np.array(ids, np.uint16) for ids in lists]
+        step = -(-len(texts) // (os.cpu_count() or 1)) or 1
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken releases the interpreter's lock
+            groups = pool.map(encode_group, [texts[i : i + step] for i in range(0, len(texts), step)])
+            return [ids for group in groups for ids in group]
 
     return Tokenizer("gpt2", pieces, GPT2_EOT, encode_batch)
 
