@@ -538,16 +538,17 @@ def _write_dataset(out, name, train, val, vocab_size, shard_size, overwrite):
             shards[f"{stem}.bin" if count == 1 else f"{stem}_{i:06d}.bin"] = part
     same = {path for path, tokens in shards.items() if os.path.exists(path) and _is_shard(path, tokens, vocab_size)}
     ours = re.compile(re.escape(name) + r"_(train|val)(_\d{6})?\.bin")
-    for path in sorted(os.path.join(out, file) for file in os.listdir(out) if ours.fullmatch(file)):
+    there = sorted(os.path.join(out, file) for file in os.listdir(out) if ours.fullmatch(file))
+    for path in there:
         if path not in same and not overwrite:
             raise UserError(f"{path} exists with other content. HINT: choose another --out, or add --overwrite")
-        if path not in shards:
-            os.remove(path)  # it would be taken for a part of the new dataset
     files = []
     for path, tokens in shards.items():
         if path not in same:
             write_shard(path, tokens, vocab_size)
         files.append(WrittenShard(path, tokens.size, os.path.getsize(path), path not in same))
+    for path in set(there) - set(shards):  # they would be taken for a part of the new dataset
+        os.remove(path)
     return Prepared(patterns[1], patterns[0], files)
 
 

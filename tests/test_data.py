@@ -448,7 +448,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session", autouse=True)
 def shakespeare():
-    """The bytes of the text. It and GPT-2's vocabulary are had before the tests forbid the network and move the cache."""
+    """The bytes of the text. It and GPT-2's vocabulary are there before tests forbid the network and move the cache."""
     get("gpt2")
     with open(data.tinyshakespeare_text(), "rb") as file:
         return file.read()
