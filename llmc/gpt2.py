@@ -187,7 +187,10 @@ def format_plan(plans, dtype="float32"):
     """The memory plan as text: a line a tensor with its bytes, a total a buffer, and the grand total."""
     lines = ["memory plan"]
     for title, specs, align, _ in plans:
-        lines += plan(title, specs, dtype, align)
+        rows = plan(title, specs, dtype, align)
+        if title == "gradients":  # the same rows again would only hide the others
+            rows = [rows[-1].replace(f"{title:<50}", f"{'gradients (tensor by tensor as the parameters)':<50}")]
+        lines += rows
     total = sum(nbytes for *_, nbytes in plans)
     return "\n".join([*lines, f"  {'total':<50}{total:>16,} bytes = {total / 2**20:,.1f} MiB"])
 
