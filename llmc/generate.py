@@ -80,6 +80,8 @@ def parser():
 @command("llmc.generate")
 def main(argv=None):
     args = parser().parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding does not have
     from llmc import checkpoint
     from llmc import cpu as ops
     from llmc.gpt2 import GPT2, config_from_header

@@ -116,12 +116,14 @@ def parser():
 # setting up
 
 
-def pick_device(wanted):
+def pick_device(wanted, threads=None):
     """The op set and one line that says which, and why: (ops, text)."""
     if wanted == "cuda":
         raise UserError("--device cuda: this version has the CPU op set only. HINT: --device cpu.")
     from llmc import cpu as ops
 
+    if threads:
+        ops.device.threads(threads)
     why = "asked for" if wanted == "cpu" else "auto: the op set of this version"
     return ops, f"cpu ({why}), {ops.device.describe()}"
 
@@ -331,6 +333,8 @@ def train_step(model, loader, args, step, steps, micro_steps, inputs, targets, d
 def main(argv=None):
     args = parser().parse_args(argv)
     start_time = time.perf_counter()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding does not have
 
     # what is wrong with the flags or files is found here, before anything is allocated
     import numpy as np
@@ -341,9 +345,7 @@ def main(argv=None):
     from llmc.outlier_detector import OutlierDetector
 
     schedulers.check(args.lr_scheduler)
-    ops, device_line = pick_device(args.device)
-    if args.threads:
-        ops.device.threads(args.threads)
+    ops, device_line = pick_device(args.device, args.threads)
     default_job = fill_defaults(args)
     data_line = prepare_data(args, default_job)
     resume_step = check_output_dir(args)
