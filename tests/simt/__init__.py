@@ -22,15 +22,26 @@ HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[1] / "kernels"
 DTYPE_DEFINE = {"float32": "ENABLE_FP32", "float16": "ENABLE_FP16", "bfloat16": "ENABLE_BF16"}
 ALL_ORDERS = ("forward", "reverse", "random")
-COMMON_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-g", "-ffp-contract=off", "-fno-exceptions", "-fno-rtti", "-fno-strict-aliasing", "-w")
+COMMON_FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    "-g",
+    "-ffp-contract=off",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-fno-strict-aliasing",
+    "-w",
+)
 FAST_FLAGS = ()
 CHECKED_FLAGS = (
     "-fno-plt",
     "-fno-tree-sra",  # keeps a 16-byte access one access
-    "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0",
+    "-fsanitize=thread",
+    "--param=tsan-instrument-func-entry-exit=0",
     "-fsanitize=alignment,bounds,integer-divide-by-zero,return,shift,signed-integer-overflow,unreachable",
     "-fno-sanitize-recover=all",
-)  # fmt: skip
+)
 RUNTIME_FLAGS = ("-std=c++17", "-O3", "-march=native", "-g", "-fPIC", "-ffp-contract=off", "-fno-exceptions")
 LINK_FLAGS = ("-Wl,--wrap=memcpy,--wrap=memmove,--wrap=memset", "-Wl,-Bsymbolic")
 TIMEOUT = 300.0  # seconds of CPU time for one run of a launch
@@ -138,7 +149,7 @@ def balanced(text, start, open_="(", close=")"):
         depth += (text[i] == open_) - (text[i] == close)
         if depth == 0:
             return i + 1
-    raise ValueError(f"unbalanced {open_} in {text[start:start + 80]!r}")
+    raise ValueError(f"unbalanced {open_} in {text[start : start + 80]!r}")
 
 
 def split_commas(text):
@@ -181,7 +192,9 @@ def rewrite_shared(text):
         for part in split_commas(after):
             declarator = DECLARATOR.fullmatch(part)
             if declarator is None:
-                raise ValueError(f"cannot read the declaration {match[0]!r}: one `type name[sizes]` or a list of them, please")
+                raise ValueError(
+                    f"cannot read the declaration {match[0]!r}: one `type name[sizes]` or a list of them, please"
+                )
             type_ = declarator[1] if type_ is None else type_
             name, dims = declarator[2], declarator[3]
             if "extern" in before:
@@ -219,9 +232,9 @@ def find_kernels(text):
 
 
 TRAMPOLINE = """
-extern "C" void simt_entry_{name}(void** args) {{ simt::call({name}, args); }}
+extern "C" __attribute__((no_sanitize("thread", "undefined"))) void simt_entry_{name}(void** args) {{ simt::call({name}, args); }}
 extern "C" int simt_count_{name}() {{ return simt::count({name}); }}
-extern "C" void simt_describe_{name}(simt::Param* out) {{ simt::describe({name}, out); }}
+extern "C" __attribute__((no_sanitize("thread", "undefined"))) void simt_describe_{name}(simt::Param* out) {{ simt::describe({name}, out); }}
 extern "C" int simt_bound_{name}() {{ return {bound}; }}
 """
 
@@ -234,19 +247,30 @@ def load(file, dtype_name, defines, fast):
     headers = [h for f in dict.fromkeys(folders) if f.is_dir() for p in ("*.cuh", "*.h") for h in sorted(f.glob(p))]
     options = [f"-D{DTYPE_DEFINE[dtype_name]}", "-DLLMC_SIMT", *(d if d.startswith("-") else f"-D{d}" for d in defines)]
     flags = [*COMMON_FLAGS, *(FAST_FLAGS if fast else CHECKED_FLAGS)]
-    key = key_of(path.read_bytes(), options, flags, str(runtime().path), str(path), Path(__file__).read_bytes(),
-                 *(h.read_bytes() for h in headers))  # fmt: skip
+    key = key_of(
+        path.read_bytes(),
+        options,
+        flags,
+        str(runtime().path),
+        str(path),
+        Path(__file__).read_bytes(),
+        *(h.read_bytes() for h in headers),
+    )
     target = cache_dir() / f"{path.stem}-{dtype_name}-{'fast' if fast else 'checked'}-{key}.so"
     described = target.with_suffix(".json")
     if not target.exists() or not described.exists():
-        text = gxx("-E", "-x", "c++", "-std=c++17", *(f"-I{f}" for f in folders), *options, "-include", "simt_cuda.h", path)
+        text = gxx(
+            "-E", "-x", "c++", "-std=c++17", *(f"-I{f}" for f in folders), *options, "-include", "simt_cuda.h", path
+        )
         text, dynamic_align = rewrite_shared(text)
         text, kernels = find_kernels(text)
         for name, (_, bound) in kernels.items():
             text += TRAMPOLINE.format(name=name, bound=bound or 1024)
         partial = described.with_name(f"{described.name}.{os.getpid()}.partial")
         partial.write_text(json.dumps([{name: names for name, (names, _) in kernels.items()}, dynamic_align]))
-        build(target, *flags, "-x", "c++-cpp-output", "-", link=(runtime().path, *(() if fast else LINK_FLAGS)), text=text)
+        build(
+            target, *flags, "-x", "c++-cpp-output", "-", link=(runtime().path, *(() if fast else LINK_FLAGS)), text=text
+        )
         os.replace(partial, described)
     return ctypes.CDLL(str(target)), *json.loads(described.read_text())
 
@@ -355,11 +379,13 @@ def group_arrays(arrays):
         group.end = max(group.end, end)
         group.read_only &= read_only
         group.arrays.append((number, name, array, begin, end))
-    cursor = runtime().simt_memory() + runtime().simt_arena_size()
+    cursor = runtime().simt_memory() + runtime().simt_arena_size() + (1 << 20)
     for group in groups:
         cursor = group.place(cursor)
     if cursor > runtime().simt_memory() + runtime().simt_memory_size():
-        raise MemoryError("the launch's arrays exceed the executor's memory. HINT: smaller shapes, or simt.mode(fast=True)")
+        raise MemoryError(
+            "the launch's arrays exceed the executor's memory. HINT: smaller shapes, or simt.mode(fast=True)"
+        )
     return groups
 
 
@@ -373,29 +399,58 @@ class Param(ctypes.Structure):
 
 
 class Access(ctypes.Structure):
-    _fields_ = [("time", ctypes.c_uint32), ("tid", ctypes.c_uint32), ("write", ctypes.c_int), ("granule", ctypes.c_uint64)]
+    _fields_ = [
+        ("time", ctypes.c_uint32),
+        ("tid", ctypes.c_uint32),
+        ("write", ctypes.c_int),
+        ("granule", ctypes.c_uint64),
+    ]
 
 
 class Fault(ctypes.Structure):
     _fields_ = [
-        ("kind", ctypes.c_char * 40), ("text", ctypes.c_char * 1000), ("file", ctypes.c_char * 400), ("line", ctypes.c_int),
-        ("has_thread", ctypes.c_int), ("block", ctypes.c_uint32 * 3), ("thread", ctypes.c_uint32 * 3), ("pc", ctypes.c_uint64),
-        ("array", ctypes.c_char * 80), ("index", ctypes.c_longlong), ("other", Access), ("other_pc", ctypes.c_uint64),
-    ]  # fmt: skip
+        ("kind", ctypes.c_char * 40),
+        ("text", ctypes.c_char * 1000),
+        ("file", ctypes.c_char * 400),
+        ("line", ctypes.c_int),
+        ("has_thread", ctypes.c_int),
+        ("block", ctypes.c_uint32 * 3),
+        ("thread", ctypes.c_uint32 * 3),
+        ("pc", ctypes.c_uint64),
+        ("array", ctypes.c_char * 80),
+        ("index", ctypes.c_longlong),
+        ("other", Access),
+        ("other_pc", ctypes.c_uint64),
+    ]
 
 
 class Region(ctypes.Structure):
-    _fields_ = [("begin", ctypes.c_uint64), ("end", ctypes.c_uint64), ("name", ctypes.c_char * 64), ("item_size", ctypes.c_int),
-                ("read_only", ctypes.c_int)]  # fmt: skip
+    _fields_ = [
+        ("begin", ctypes.c_uint64),
+        ("end", ctypes.c_uint64),
+        ("name", ctypes.c_char * 64),
+        ("item_size", ctypes.c_int),
+        ("read_only", ctypes.c_int),
+    ]
 
 
 class Launch(ctypes.Structure):
     _fields_ = [
-        ("entry", ctypes.c_void_p), ("args", ctypes.c_void_p), ("grid", ctypes.c_uint32 * 3), ("block", ctypes.c_uint32 * 3),
-        ("dynamic_bytes", ctypes.c_uint64), ("dynamic_align", ctypes.c_uint64), ("order", ctypes.c_int), ("seed", ctypes.c_uint32),
-        ("checked", ctypes.c_int), ("timeout", ctypes.c_double), ("watching", ctypes.c_int), ("watched", Access),
-        ("regions", ctypes.c_void_p), ("region_count", ctypes.c_int),
-    ]  # fmt: skip
+        ("entry", ctypes.c_void_p),
+        ("args", ctypes.c_void_p),
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("dynamic_bytes", ctypes.c_uint64),
+        ("dynamic_align", ctypes.c_uint64),
+        ("order", ctypes.c_int),
+        ("seed", ctypes.c_uint32),
+        ("checked", ctypes.c_int),
+        ("timeout", ctypes.c_double),
+        ("watching", ctypes.c_int),
+        ("watched", Access),
+        ("regions", ctypes.c_void_p),
+        ("region_count", ctypes.c_int),
+    ]
 
 
 class Compiled:
@@ -432,8 +487,18 @@ class Kernel:
         pointers = (ctypes.c_void_p * (len(values) + 1))()
         for i, value in enumerate(values):
             pointers[i] = value.ctypes.data
-        launch = Launch(code.entry, ctypes.addressof(pointers), tuple(grid), tuple(block), int(shared_mem), code.dynamic_align, 0, 1,
-                        not fast, TIMEOUT)  # fmt: skip
+        launch = Launch(
+            code.entry,
+            ctypes.addressof(pointers),
+            tuple(grid),
+            tuple(block),
+            int(shared_mem),
+            code.dynamic_align,
+            0,
+            1,
+            not fast,
+            TIMEOUT,
+        )
         with lock:
             if fast:
                 for i, _, array, _ in arrays:
@@ -450,13 +515,17 @@ class Kernel:
             raise self.fault("launch", f"grid {tuple(grid)} exceeds (2147483647, 65535, 65535)")
         most = 48 * 1024 if self.smem <= 48 * 1024 else 227 * 1024
         if shared_mem > most:
-            raise self.fault("launch", f"{shared_mem} bytes of dynamic shared memory; the limit is {most}. HINT: kernel(..., smem=)")
+            raise self.fault(
+                "launch", f"{shared_mem} bytes of dynamic shared memory; the limit is {most}. HINT: kernel(..., smem=)"
+            )
 
     def pack(self, code, args):
         """(argument values as arrays of one element, [(number, name, array, read only)]), each checked against the
         kernel's signature. CuPy checks nothing: a Python int arrives as 8 bytes whatever the kernel declares."""
         if len(args) != len(code.names):
-            raise self.fault("argument count", f"{len(args)} arguments for {len(code.names)} parameters ({', '.join(code.names)})")
+            raise self.fault(
+                "argument count", f"{len(args)} arguments for {len(code.names)} parameters ({', '.join(code.names)})"
+            )
         values, arrays = [], []
         for i, (param, name, arg) in enumerate(zip(code.params, code.names, args, strict=False)):
             kind = chr(param.kind)
@@ -477,7 +546,7 @@ class Kernel:
         if not isinstance(arg, np.ndarray):
             raise self.mismatch(name, "a pointer", f"{type(arg).__name__} {arg!r}")
         pointee = chr(param.pointee)
-        raw = pointee in "vSPb" or param.pointee_size == 1 or arg.dtype.kind == "V" or arg.dtype.itemsize == 1
+        raw = pointee in "vSPb" or param.pointee_size == 1 or arg.dtype.type is np.void or arg.dtype.itemsize == 1
         if not raw and type_name(pointee, param.pointee_size) != arg.dtype.name:
             raise self.mismatch(name, f"{type_name(pointee, param.pointee_size)}*", f"an array of {arg.dtype.name}")
 
@@ -485,7 +554,11 @@ class Kernel:
         value = np.int64(arg) if type(arg) is int else np.float64(arg) if type(arg) is float else arg
         value = np.bool_(value) if isinstance(value, bool) else value
         if not isinstance(value, np.generic) or value.dtype.name != expected:
-            given = f"an array of {value.dtype.name}" if isinstance(value, np.ndarray) else f"{np.asarray(value).dtype.name} {arg!r}"
+            given = (
+                f"an array of {value.dtype.name}"
+                if isinstance(value, np.ndarray)
+                else f"{np.asarray(value).dtype.name} {arg!r}"
+            )
             raise self.mismatch(name, expected, given)
         return np.array([value])
 
@@ -500,8 +573,13 @@ class Kernel:
         for group in groups:
             for i, name, array, begin, end in group.arrays:
                 values[i][0] = begin - group.begin + group.at
-                regions[count] = Region(int(values[i][0]), int(values[i][0]) + end - begin, name.encode()[:63], array.itemsize,
-                                        group.read_only)  # fmt: skip
+                regions[count] = Region(
+                    int(values[i][0]),
+                    int(values[i][0]) + end - begin,
+                    name.encode()[:63],
+                    array.itemsize,
+                    group.read_only,
+                )
                 count += 1
         for i, _, array, _ in arrays:
             if array.size == 0:
@@ -532,8 +610,13 @@ class Kernel:
             index = (group.begin + byte - begin) // array.itemsize
             start = byte - (group.begin + byte - begin) % array.itemsize
             one, two = (b[start : start + array.itemsize].copy().view(array.dtype)[0] for b in (expected, group.device))
-            raise self.fault("order-dependent result", f"element {index} of `{name}` is {one!r} with threads in {first_order} order "
-                             f"and {two!r} in {order} order", array=name, index=index)  # fmt: skip
+            raise self.fault(
+                "order-dependent result",
+                f"element {index} of `{name}` is {one!r} with threads in {first_order} order "
+                f"and {two!r} in {order} order",
+                array=name,
+                index=index,
+            )
 
     def run(self, code, launch, order, prepare_again=None):
         launch.order = ALL_ORDERS.index(order)
@@ -542,11 +625,15 @@ class Kernel:
         failed = runtime().simt_launch(ctypes.byref(launch), ctypes.byref(fault), ctypes.byref(float_atomic))
         if float_atomic.value:
             file, line = (source_lines(code.path, float_atomic.value) or [("?", 0)])[0]
-            warnings.warn(f"{self.name}: floating-point atomic at {Path(file).name}:{line}", FloatAtomicWarning, stacklevel=4)
+            warnings.warn(
+                f"{self.name}: floating-point atomic at {Path(file).name}:{line}", FloatAtomicWarning, stacklevel=4
+            )
         if not failed:
             return
         other = ""
-        where = [(fault.file.decode(), fault.line)] if fault.line else source_lines(code.path, fault.pc) if fault.pc else []
+        where = (
+            [(fault.file.decode(), fault.line)] if fault.line else source_lines(code.path, fault.pc) if fault.pc else []
+        )
         other_line = None
         if fault.kind.startswith(b"race"):  # the same run again, watching for the other side
             launch.watching, launch.watched = 1, fault.other
@@ -557,9 +644,17 @@ class Kernel:
                 other, other_line = f"; the other access is at {describe_lines(lines)}", lines[0][1]
         file, line = where[0] if where else (None, None)
         text = f"{fault.text.decode()} at {describe_lines(where)}{other} (block {tuple(fault.block)}, {order} order)"
-        raise self.fault(fault.kind.decode(), text, file=file, line=line, other_line=other_line, array=fault.array.decode() or None,
-                         block=tuple(fault.block), thread=tuple(fault.thread) if fault.has_thread else None,
-                         index=fault.index if fault.array else None)  # fmt: skip
+        raise self.fault(
+            fault.kind.decode(),
+            text,
+            file=file,
+            line=line,
+            other_line=other_line,
+            array=fault.array.decode() or None,
+            block=tuple(fault.block),
+            thread=tuple(fault.thread) if fault.has_thread else None,
+            index=fault.index if fault.array else None,
+        )
 
 
 def describe_lines(lines):
@@ -567,8 +662,15 @@ def describe_lines(lines):
 
 
 def type_name(kind, size):
-    return {"f": f"float{8 * size}", "i": f"int{8 * size}", "u": f"uint{8 * size}", "b": "bool", "h": "float16",
-            "B": "bfloat16", "S": f"a struct of {size} bytes"}[kind]  # fmt: skip
+    return {
+        "f": f"float{8 * size}",
+        "i": f"int{8 * size}",
+        "u": f"uint{8 * size}",
+        "b": "bool",
+        "h": "float16",
+        "B": "bfloat16",
+        "S": f"a struct of {size} bytes",
+    }[kind]
 
 
 @functools.cache

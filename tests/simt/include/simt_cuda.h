@@ -80,7 +80,8 @@ struct At {
     const char* file;
     int line;
 };
-#define SIMT_AT simt::At at = simt::At{__builtin_FILE(), __builtin_LINE()}
+#define SIMT_AT const char* file_ = __builtin_FILE(), int line_ = __builtin_LINE()
+#define SIMT_HERE simt::At{file_, line_}
 
 // Keep in step with enum Op in runtime.cpp.
 enum Op { SHFL_IDX, SHFL_UP, SHFL_DOWN, SHFL_XOR, BALLOT, ANY, ALL, MATCH_ANY, MATCH_ALL, REDUCE_ADD, REDUCE_MIN_S,
@@ -199,14 +200,14 @@ template <class T> inline T narrow(unsigned long long wide) {
 // Barriers, fences, warp functions
 // ---------------------------------------------------------------------------------------------------------------------
 
-inline void __syncthreads(SIMT_AT) { simt::simt_barrier(simt::VOTE_NONE, 0, at); }
-inline int __syncthreads_or(int p, SIMT_AT) { return simt::simt_barrier(simt::VOTE_OR, p, at); }
-inline int __syncthreads_and(int p, SIMT_AT) { return simt::simt_barrier(simt::VOTE_AND, p, at); }
-inline int __syncthreads_count(int p, SIMT_AT) { return simt::simt_barrier(simt::VOTE_COUNT, p, at); }
+inline void __syncthreads(SIMT_AT) { simt::simt_barrier(simt::VOTE_NONE, 0, SIMT_HERE); }
+inline int __syncthreads_or(int p, SIMT_AT) { return simt::simt_barrier(simt::VOTE_OR, p, SIMT_HERE); }
+inline int __syncthreads_and(int p, SIMT_AT) { return simt::simt_barrier(simt::VOTE_AND, p, SIMT_HERE); }
+inline int __syncthreads_count(int p, SIMT_AT) { return simt::simt_barrier(simt::VOTE_COUNT, p, SIMT_HERE); }
 inline void __threadfence() { simt::simt_fence(); }
 inline void __threadfence_system() { simt::simt_fence(); }
 inline void __threadfence_block() {}
-inline void __syncwarp(unsigned mask = 0xffffffffu, SIMT_AT) { simt::simt_warp(simt::SYNCWARP, mask, 0, 0, 32, at); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, SIMT_AT) { simt::simt_warp(simt::SYNCWARP, mask, 0, 0, 32, SIMT_HERE); }
 inline void __nanosleep(unsigned) {}
 inline long long clock64() { return 0; }
 inline int clock() { return 0; }
@@ -214,7 +215,7 @@ inline unsigned __activemask() { return simt::simt_active_mask(); }
 
 #define SIMT_SHFL(name, op, operand)                                                                                    \
     template <class T> inline T name(unsigned mask, T value, operand source, int width = 32, SIMT_AT) {                 \
-        return simt::narrow<T>(simt::simt_warp(simt::op, mask, simt::widen(value), (int)source, width, at));            \
+        return simt::narrow<T>(simt::simt_warp(simt::op, mask, simt::widen(value), (int)source, width, SIMT_HERE));            \
     }
 SIMT_SHFL(__shfl_sync, SHFL_IDX, int)
 SIMT_SHFL(__shfl_up_sync, SHFL_UP, unsigned)
@@ -222,20 +223,20 @@ SIMT_SHFL(__shfl_down_sync, SHFL_DOWN, unsigned)
 SIMT_SHFL(__shfl_xor_sync, SHFL_XOR, int)
 #undef SIMT_SHFL
 
-inline unsigned __ballot_sync(unsigned mask, int p, SIMT_AT) { return (unsigned)simt::simt_warp(simt::BALLOT, mask, p != 0, 0, 32, at); }
-inline int __any_sync(unsigned mask, int p, SIMT_AT) { return (int)simt::simt_warp(simt::ANY, mask, p != 0, 0, 32, at); }
-inline int __all_sync(unsigned mask, int p, SIMT_AT) { return (int)simt::simt_warp(simt::ALL, mask, p != 0, 0, 32, at); }
+inline unsigned __ballot_sync(unsigned mask, int p, SIMT_AT) { return (unsigned)simt::simt_warp(simt::BALLOT, mask, p != 0, 0, 32, SIMT_HERE); }
+inline int __any_sync(unsigned mask, int p, SIMT_AT) { return (int)simt::simt_warp(simt::ANY, mask, p != 0, 0, 32, SIMT_HERE); }
+inline int __all_sync(unsigned mask, int p, SIMT_AT) { return (int)simt::simt_warp(simt::ALL, mask, p != 0, 0, 32, SIMT_HERE); }
 template <class T> inline unsigned __match_any_sync(unsigned mask, T value, SIMT_AT) {
-    return (unsigned)simt::simt_warp(simt::MATCH_ANY, mask, simt::widen(value), 0, 32, at);
+    return (unsigned)simt::simt_warp(simt::MATCH_ANY, mask, simt::widen(value), 0, 32, SIMT_HERE);
 }
 template <class T> inline unsigned __match_all_sync(unsigned mask, T value, int* pred, SIMT_AT) {
-    unsigned lanes = (unsigned)simt::simt_warp(simt::MATCH_ALL, mask, simt::widen(value), 0, 32, at);
+    unsigned lanes = (unsigned)simt::simt_warp(simt::MATCH_ALL, mask, simt::widen(value), 0, 32, SIMT_HERE);
     *pred = lanes != 0;
     return lanes;
 }
 
 #define SIMT_REDUCE(name, T, op) \
-    inline T name(unsigned mask, T value, SIMT_AT) { return (T)simt::simt_warp(simt::op, mask, (unsigned)value, 0, 32, at); }
+    inline T name(unsigned mask, T value, SIMT_AT) { return (T)simt::simt_warp(simt::op, mask, (unsigned)value, 0, 32, SIMT_HERE); }
 SIMT_REDUCE(__reduce_add_sync, unsigned, REDUCE_ADD) SIMT_REDUCE(__reduce_add_sync, int, REDUCE_ADD)
 SIMT_REDUCE(__reduce_min_sync, unsigned, REDUCE_MIN_U) SIMT_REDUCE(__reduce_min_sync, int, REDUCE_MIN_S)
 SIMT_REDUCE(__reduce_max_sync, unsigned, REDUCE_MAX_U) SIMT_REDUCE(__reduce_max_sync, int, REDUCE_MAX_S)
@@ -257,7 +258,7 @@ template <class T> constexpr int is_float = Kind<T>::value == 'f' || Kind<T>::va
             return simt::widen<T>(expression);                                                                          \
         };                                                                                                              \
         return simt::narrow<T>(                                                                                         \
-            simt::simt_atomic(p, sizeof(T), simt::widen(operand), 0, change, simt::is_float<T>, at));                   \
+            simt::simt_atomic(p, sizeof(T), simt::widen(operand), 0, change, simt::is_float<T>, SIMT_HERE));                   \
     }
 }  // namespace simt
 #define SIMT_ATOMIC_INTEGERS(name, expression)                                                                          \
@@ -282,7 +283,7 @@ SIMT_ATOMIC(atomicDec, unsigned, old == 0 || old > a ? a : old - 1)
 #define SIMT_CAS(T)                                                                                                     \
     inline T atomicCAS(T* p, T compare, T value, SIMT_AT) {                                                             \
         auto change = [](unsigned long long old, unsigned long long c, unsigned long long v) { return old == c ? v : old; }; \
-        return simt::narrow<T>(simt::simt_atomic(p, sizeof(T), simt::widen(compare), simt::widen(value), change, 0, at)); \
+        return simt::narrow<T>(simt::simt_atomic(p, sizeof(T), simt::widen(compare), simt::widen(value), change, 0, SIMT_HERE)); \
     }
 SIMT_CAS(int) SIMT_CAS(unsigned) SIMT_CAS(unsigned long long) SIMT_CAS(unsigned short)
 #undef SIMT_CAS
@@ -298,7 +299,7 @@ SIMT_LOAD(__ldg) SIMT_LOAD(__ldca) SIMT_LOAD(__ldcg) SIMT_LOAD(__ldcs) SIMT_LOAD
 SIMT_STORE(__stwb) SIMT_STORE(__stcg) SIMT_STORE(__stcs) SIMT_STORE(__stwt)
 #undef SIMT_STORE
 
-inline size_t __cvta_generic_to_shared(const void* p, SIMT_AT) { return simt::simt_shared_address(p, at); }
+inline size_t __cvta_generic_to_shared(const void* p, SIMT_AT) { return simt::simt_shared_address(p, SIMT_HERE); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Arithmetic and bits

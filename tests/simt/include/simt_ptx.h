@@ -20,7 +20,7 @@ void simt_cp_async_wait(int pending);
 // d = a b + c. a is 16 x k by rows, b is k x 8 by columns, c and d are 16 x 8 in fp32.
 #define SIMT_MMA(name, shape)                                                                                           \
     inline void name(float* d, const uint32_t* a, const uint32_t* b, const float* c, SIMT_AT) {                         \
-        simt::simt_mma(simt::shape, d, a, b, c, at);                                                                    \
+        simt::simt_mma(simt::shape, d, a, b, c, SIMT_HERE);                                                                    \
     }
 SIMT_MMA(mma_m16n8k16_bf16, MMA_16816_BF16)
 SIMT_MMA(mma_m16n8k16_f16, MMA_16816_F16)
@@ -29,16 +29,16 @@ SIMT_MMA(mma_m16n8k8_tf32, MMA_1688_TF32)
 #undef SIMT_MMA
 
 // Lane i of the first 8 n lanes gives the address of row i % 8 of the 8 x 8 matrix i / 8 (rows of 16 bytes).
-inline void ldmatrix_x1(uint32_t* r, const void* row, SIMT_AT) { simt::simt_ldmatrix(r, row, 1, 0, at); }
-inline void ldmatrix_x2(uint32_t* r, const void* row, SIMT_AT) { simt::simt_ldmatrix(r, row, 2, 0, at); }
-inline void ldmatrix_x4(uint32_t* r, const void* row, SIMT_AT) { simt::simt_ldmatrix(r, row, 4, 0, at); }
-inline void ldmatrix_x1_trans(uint32_t* r, const void* row, SIMT_AT) { simt::simt_ldmatrix(r, row, 1, 1, at); }
-inline void ldmatrix_x2_trans(uint32_t* r, const void* row, SIMT_AT) { simt::simt_ldmatrix(r, row, 2, 1, at); }
-inline void ldmatrix_x4_trans(uint32_t* r, const void* row, SIMT_AT) { simt::simt_ldmatrix(r, row, 4, 1, at); }
+inline void ldmatrix_x1(uint32_t* r, const void* row, SIMT_AT) { simt::simt_ldmatrix(r, row, 1, 0, SIMT_HERE); }
+inline void ldmatrix_x2(uint32_t* r, const void* row, SIMT_AT) { simt::simt_ldmatrix(r, row, 2, 0, SIMT_HERE); }
+inline void ldmatrix_x4(uint32_t* r, const void* row, SIMT_AT) { simt::simt_ldmatrix(r, row, 4, 0, SIMT_HERE); }
+inline void ldmatrix_x1_trans(uint32_t* r, const void* row, SIMT_AT) { simt::simt_ldmatrix(r, row, 1, 1, SIMT_HERE); }
+inline void ldmatrix_x2_trans(uint32_t* r, const void* row, SIMT_AT) { simt::simt_ldmatrix(r, row, 2, 1, SIMT_HERE); }
+inline void ldmatrix_x4_trans(uint32_t* r, const void* row, SIMT_AT) { simt::simt_ldmatrix(r, row, 4, 1, SIMT_HERE); }
 
 // 16 bytes from global to shared memory, or 16 zero bytes if !pred. They land when this thread waits for their group.
 inline void cp_async_16(void* shared, const void* global, bool pred = true, SIMT_AT) {
-    simt::simt_cp_async(shared, global, pred, at);
+    simt::simt_cp_async(shared, global, pred, SIMT_HERE);
 }
 inline void cp_async_commit() { simt::simt_cp_async_commit(); }
 template <int pending> inline void cp_async_wait() { simt::simt_cp_async_wait(pending); }
