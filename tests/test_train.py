@@ -34,7 +34,8 @@ BASE = ["-i", "train_*.bin", "-j", "val.bin", "-e", "tiny:d1", "-b", str(B), "-t
 EPOCH = 12  # batches in the three training shards
 TIMINGS = ("dt_ms", "tokens_per_second")
 STEP_LINE = re.compile(  # llm.c train_gpt2.cu; where there is no peak to compare with, MFU is n/a
-    r"step +(\d+)/(\d+) \| loss (\d+\.\d{6}) \(([+-]\d+\.\d\d|[+-]nan)z\)\| norm (\d+\.\d{4}) \(([+-]\d+\.\d\d|[+-]nan)z\)"
+    r"step +(\d+)/(\d+) \| loss (\d+\.\d{6}) \(([+-]\d+\.\d\d|[+-]nan)z\)"
+    r"\| norm (\d+\.\d{4}) \(([+-]\d+\.\d\d|[+-]nan)z\)"
     r"\| lr (\d\.\d\de[+-]\d\d) \| (\d+\.\d\d) ms \| (?:-?\d+\.\d%|n/a) bf16 MFU \| (\d+) tok/s"
 )
 
@@ -115,7 +116,8 @@ def weights_and_state(folder, step):
     """The bytes of the model and state files of a step, which is finished."""
     assert step in checkpoint.checkpoint_steps(str(folder))
     return [
-        Path(path).read_bytes() for path in (checkpoint.model_path(folder, step), checkpoint.state_path(folder, step, 0))
+        Path(path).read_bytes()
+        for path in (checkpoint.model_path(folder, step), checkpoint.state_path(folder, step, 0))
     ]
 
 
@@ -212,13 +214,12 @@ def test_start_up_report(capsys):
     out = capsys.readouterr().out
     assert out.startswith("cpu (")
     rows = {label.strip(): value.strip() for label, value in rows_of(out).items()}
-    llm_c = ["train data pattern", "val data pattern", "output log dir", "checkpoint_every", "resume", "micro batch size B"]
-    llm_c += ["sequence length T", "total batch size", "LR scheduler", "learning rate (LR)", "warmup iterations"]
-    llm_c += ["final LR fraction", "weight decay", "max_steps", "val_loss_every", "val_max_steps", "sample_every", "genT"]
-    llm_c += ["overfit_single_batch", "recompute", "precision", "weight init method", "max_sequence_length T", "vocab_size V"]
-    llm_c += ["padded_vocab_size Vp", "num_layers L", "num_heads NH", "channels C", "num_parameters", "train_num_batches"]
-    llm_c += ["val_num_batches"]
-    assert [label for label in rows if label in llm_c] == llm_c
+    llm_c = "train data pattern|val data pattern|output log dir|checkpoint_every|resume|micro batch size B"
+    llm_c += "|sequence length T|total batch size|LR scheduler|learning rate (LR)|warmup iterations|final LR fraction"
+    llm_c += "|weight decay|max_steps|val_loss_every|val_max_steps|sample_every|genT|overfit_single_batch|recompute"
+    llm_c += "|precision|weight init method|max_sequence_length T|vocab_size V|padded_vocab_size Vp|num_layers L"
+    llm_c += "|num_heads NH|channels C|num_parameters|train_num_batches|val_num_batches"
+    assert [label for label in rows if label in llm_c.split("|")] == llm_c.split("|")
     assert rows["total batch size"] == str(3 * B * T) and rows["LR scheduler"] == "wsd" and rows["recompute"] == "2"
     assert rows["learning rate (LR)"] == "3.000000e-04" and rows["vocab_size V"] == "257"
     assert rows["padded_vocab_size Vp"] == "384" and rows["train_num_batches"] == "2" and rows["precision"] == "FP32"
@@ -408,7 +409,7 @@ def test_seed():
 
 
 def test_overfit_single_batch(monkeypatch):
-    """-a 1: every step trains on the first validation batch, unshuffled; the loss falls as it never does on fresh data."""
+    """-a 1: every step trains on the first validation batch, and the loss falls as it never does on fresh data."""
     inputs, forward = [], gpt2.GPT2.forward
     monkeypatch.setattr(gpt2.GPT2, "forward", lambda self, x: (inputs.append(x.copy()), forward(self, x))[1])
     assert run("-x", 30, "-a", 1, "-l", 3e-3, "-o", "out") == 0
@@ -440,7 +441,7 @@ def test_accumulation_equals_a_large_batch(recompute):
         assert run(*flags, "-b", rows, "-d", 4 * T) == 0
     for rows in (2, 1):
         for large, small in zip(metrics("out4"), metrics(f"out{rows}"), strict=True):
-            # sums of 128 terms in another order: some 1e-7 relative; Adam's first steps, sign(g) lr, magnify it a little
+            # sums of 128 terms in another order: 1e-7 relative, which Adam's first steps, lr * sign(g), magnify
             assert small["train_loss"] == pytest.approx(large["train_loss"], rel=3e-6)
             assert small["grad_norm"] == pytest.approx(large["grad_norm"], rel=1e-4)
 
@@ -544,7 +545,7 @@ def test_retention_after_a_kill_before_it(monkeypatch):
 
 
 def test_default_job(capsys):
-    """With no flags but -x: prepares the data, trains, validates on all of it, samples, saves; twice, in two folders."""
+    """With no flags but -x: prepares the data, trains, validates on all of it, samples, saves; twice, two folders."""
     code, out, err = finish(start("-x", 3, base=[]))
     assert code == 0 and not err, err
     assert re.match(r"cpu \(auto: .+\), .+, 1 thread\n", out)
@@ -605,7 +606,7 @@ def test_offline_the_default_job_still_trains(monkeypatch, capsys):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("argv", [["-e", "tiny:d1"], ["--tokenizer", "gpt2"], ["-i", "tinyshakespeare", "-j", "val.bin"]])
+@pytest.mark.parametrize("argv", [["-e", "tiny:d1"], ["--tokenizer", "gpt2"], ["-i", "tinyshakespeare", "-j", "x.bin"]])
 def test_what_was_named_is_never_substituted(argv, monkeypatch, capsys):
     """Only the run that names nothing falls back to other text."""
     offline(monkeypatch)
@@ -686,10 +687,11 @@ def test_killed_at_fifty_instants():
     step_time = (time.monotonic() - begin - start_up) / steps
     assert code == 0, err
 
-    out, kills, runs, torn, early = "run0", 0, 0, 0, 0
+    out, kills, runs, torn, in_start_up = "run0", 0, 0, 0, 0
     while kills < 50:
         process = start(*argv, "-o", out)
-        if rng.random() < 0.25:
+        early = rng.random() < 0.25
+        if early:
             time.sleep(rng.uniform(0, start_up))
         else:
             read_steps(process, rng.randint(1, 6))
@@ -704,13 +706,13 @@ def test_killed_at_fifty_instants():
             continue
         kills += 1
         left = os.listdir(out) if os.path.exists(out) else []
-        early += not any(name.startswith("model") for name in left)
+        in_start_up += early
         unfinished = [n for n in left if n.startswith("model") and f"DONE_{n[6:14]}" not in left]
         torn += bool(unfinished or [name for name in left if name.endswith(".tmp")])
     code, _, err = finish(start(*argv, "-o", out))
     assert code == 0, err
     assert_ended_as("full", out, steps)
-    print(f"{kills} kills in {runs + 1} runs: {torn} in a checkpoint's write or removal, {early} before the first")
+    print(f"{kills} kills in {runs + 1} runs: {in_start_up} in start-up, {torn} in a checkpoint's write or removal")
     assert torn >= 5 and runs >= 1
 
 
@@ -770,16 +772,13 @@ PEAK = 'next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") i
 def test_peak_memory_is_the_plan():
     """Training, validation, sampling and a checkpoint: at most 1.1 times the plan, and the interpreter's own memory."""
     rng = np.random.default_rng(0)
-    for name in ("long.bin", "long_val.bin"):
-        write_shard(name, rng.integers(0, 50257, 3 * 1024 + 1, dtype=np.uint16))  # GPT-2's vocabulary: wide logits
+    for name in ("long.bin", "long_val.bin"):  # wide logits, and no tokenizer has as many tokens: samples are numbers
+        write_shard(name, rng.integers(0, 50000, 3 * 1024 + 1, dtype=np.uint16), 50000)
     modules = "llmc.train, llmc.gpt2, llmc.data, llmc.checkpoint, llmc.logger, llmc.schedulers, llmc.generate"
     product = "import numpy as np; a = np.ones((512, 512), np.float32); cpu.device.parallel(lambda i: a @ a, 1)"
     pool = f"from llmc import cpu; cpu.device.threads(2); {product}"
     baseline = int(python(f"import {modules}; {pool}; print({PEAK})"))
-    argv = ["-i", "long.bin", "-j", "long_val.bin", "-e", "tiny:d2", "-b", "16", "-t", "64", "-x", "2", "-v", "2", "-m", "1"]
-    argv += ["-s", "2", "-g", "3", "-n", "2", "-o", "out", "--threads", "2", "--tokenizer", "gpt2"]
-    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
-        argv = [*argv[:-6], "--threads", "2", "-s", "0"]  # the sample's tokenizer would be downloaded
+    argv = "-i long.bin -j long_val.bin -e tiny:d2 -b 16 -t 64 -x 2 -v 2 -m 1 -s 2 -g 3 -n 2 -o out --threads 2".split()
     out = python(f"import llmc.train; assert llmc.train.main({argv}) == 0; print({PEAK})")
     peak = int(out.split()[-1])
     plan = int(re.search(r"^  total +([\d,]+) bytes", out, re.M)[1].replace(",", ""))
@@ -790,7 +789,7 @@ def test_peak_memory_is_the_plan():
     assert peak > 0.9 * plan  # and the plan is not padded
     said = re.search(r"^peak memory: (\d+) MiB \(plan (\d+) MiB \+ Python, NumPy and BLAS (\d+) MiB\)$", out, re.M)
     assert abs(int(said[1]) - peak / 2**20) <= 2 and abs(int(said[2]) - plan / 2**20) <= 1
-    assert int(said[3]) <= baseline / 2**20 + 25
+    assert int(said[3]) <= baseline / 2**20 + 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -832,7 +831,7 @@ def damaged_checkpoint(kind, **damage):
     """A folder with a checkpoint of step 2, of which one file is then damaged."""
     model()
     shutil.copytree("trained", "damaged")
-    path = Path(dict(model=checkpoint.model_path, state=checkpoint.state_path)[kind]("damaged", 2, *[0] * (kind == "state")))
+    path = checkpoint.model_path("damaged", 2) if kind == "model" else checkpoint.state_path("damaged", 2, 0)
     patched(path, path, **damage)
     return "damaged"
 
@@ -849,31 +848,64 @@ FILES = {
     "empty-val-shard": (lambda: ["-j", patched("val.bin", "bad.bin", cut=0)], ["bad.bin", "empty"]),
     "empty-model": (lambda: ["-e", patched("val.bin", "bad.bin", cut=0)], ["bad.bin", "empty"]),
     "magic-shard": (lambda: ["-i", patched("val.bin", "bad.bin", (0, 7))], ["bad.bin", "magic", " 7", SHARD]),
-    "magic-one-of-shards": (lambda: ["-i", patched("val.bin", "train_9.bin", (0, 7)) and "train_*.bin"], ["train_9", " 7"]),
+    "magic-one-of-shards": (
+        lambda: ["-i", patched("val.bin", "train_9.bin", (0, 7)) and "train_*.bin"],
+        ["train_9", " 7"],
+    ),
     "magic-model": (lambda: ["-e", "val.bin"], ["val.bin", "token shard", MODEL]),
     "magic-of-no-file": (lambda: ["-e", patched("val.bin", "bad.bin", (0, 7))], ["bad.bin", "7", MODEL]),
     "version-shard": (lambda: ["-i", patched("val.bin", "bad.bin", (1, 2))], ["bad.bin", "version 2", "1"]),
     "version-model": (lambda: ["-e", patched(model(), "bad.bin", (1, 4))], ["bad.bin", "version 4", "3 and 5"]),
-    "old-version-model": (lambda: ["-e", patched(model(), "bad.bin", (1, 1))], ["bad.bin", "version 1", "train_gpt2.py"]),
+    "old-version-model": (
+        lambda: ["-e", patched(model(), "bad.bin", (1, 1))],
+        ["bad.bin", "version 1", "train_gpt2.py"],
+    ),
     "cut-header-shard": (lambda: ["-i", patched("val.bin", "bad.bin", cut=100)], ["bad.bin", "100 bytes", "1024"]),
     "cut-header-model": (lambda: ["-e", patched(model(), "bad.bin", cut=100)], ["bad.bin", "100 bytes", "1024"]),
-    "truncated-shard": (lambda: ["-i", patched("val.bin", "bad.bin", cut=-1)], ["bad.bin", "truncated", "1793", "1794"]),
-    "over-long-shard": (lambda: ["-i", patched("val.bin", "bad.bin", extra=b"x")], ["bad.bin", "over-long", "1795", "1794"]),
+    "truncated-shard": (
+        lambda: ["-i", patched("val.bin", "bad.bin", cut=-1)],
+        ["bad.bin", "truncated", "1793", "1794"],
+    ),
+    "over-long-shard": (
+        lambda: ["-i", patched("val.bin", "bad.bin", extra=b"x")],
+        ["bad.bin", "over-long", "1795", "1794"],
+    ),
     "negative-count-shard": (lambda: ["-i", patched("val.bin", "bad.bin", (2, -5))], ["bad.bin", "-5"]),
-    "truncated-model": (lambda: ["-e", patched(model(), "bad.bin", cut=-1)], ["bad.bin", "truncated", "307967", "307968"]),
-    "over-long-model": (lambda: ["-e", patched(model(), "bad.bin", extra=b"x")], ["bad.bin", "over-long", "307969", "307968"]),
+    "truncated-model": (
+        lambda: ["-e", patched(model(), "bad.bin", cut=-1)],
+        ["bad.bin", "truncated", "307967", "307968"],
+    ),
+    "over-long-model": (
+        lambda: ["-e", patched(model(), "bad.bin", extra=b"x")],
+        ["bad.bin", "over-long", "307969", "307968"],
+    ),
     "impossible-model": (lambda: ["-e", patched(model(), "bad.bin", (6, -64))], ["bad.bin", "impossible", "-64"]),
-    "truncated-resume-model": (lambda: ["-y", "1", "-o", damaged_checkpoint("model", cut=-4)], ["model_00000002", "truncated"]),
-    "truncated-state": (lambda: ["-y", "1", "-o", damaged_checkpoint("state", cut=-1)], ["state_00000002", "truncated"]),
-    "over-long-state": (lambda: ["-y", "1", "-o", damaged_checkpoint("state", extra=b"x")], ["state_00000002", "over-long"]),
+    "truncated-resume-model": (
+        lambda: ["-y", "1", "-o", damaged_checkpoint("model", cut=-4)],
+        ["model_00000002", "truncated"],
+    ),
+    "truncated-state": (
+        lambda: ["-y", "1", "-o", damaged_checkpoint("state", cut=-1)],
+        ["state_00000002", "truncated"],
+    ),
+    "over-long-state": (
+        lambda: ["-y", "1", "-o", damaged_checkpoint("state", extra=b"x")],
+        ["state_00000002", "over-long"],
+    ),
     "empty-state": (lambda: ["-y", "1", "-o", damaged_checkpoint("state", cut=0)], ["state_00000002", "empty"]),
     "token-id": (lambda: ["-e", model(), "-i", bad_id()], ["bad_id.bin", "token 70", "300", "256"]),
     "token-id-val": (lambda: ["-e", model(), "-j", bad_id(), "-v", "1"], ["bad_id.bin", "token 70", "300", "256"]),
     "vocabulary": (lambda: ["-e", model(), "-i", other_vocabulary()], ["other.bin", "500", "257"]),
     "vocabulary-val": (lambda: ["-j", other_vocabulary()], ["other.bin", "500", "257"]),
-    "vocabulary-resume": (lambda: ["-o", model() and "trained", "-y", "1", "-i", other_vocabulary()], ["other.bin", "500"]),
+    "vocabulary-resume": (
+        lambda: ["-o", model() and "trained", "-y", "1", "-i", other_vocabulary()],
+        ["other.bin", "500"],
+    ),
     "too-long-rows": (lambda: ["-e", model(), "-t", "33"], ["-t 33", "32"]),
-    "too-long-rows-gpt2": (lambda: ["-e", "d12", "-b", "1", "-t", "1025", "-i", long_shard(), "-j", "long.bin"], ["-t 1025", "1024"]),
+    "too-long-rows-gpt2": (
+        lambda: ["-e", "d12", "-b", "1", "-t", "1025", "-i", long_shard(), "-j", "long.bin"],
+        ["-t 1025", "1024"],
+    ),
     "total-batch": (lambda: ["-d", "100"], ["-d 100", "-b 2", "-t 32", "64"]),
     "short-shard": (lambda: ["-b", "10"], ["train_1.bin", "203", "-b 10", "-t 32", "321"]),
     "short-val-shard": (lambda: ["-b", "13", "-i", long_shard()], ["val.bin", "385", "-b 13"]),
@@ -920,9 +952,9 @@ VALUES = [
     ("-l", "x"), ("-u", "-1"), ("-u", "x"), ("-q", "-0.1"), ("-q", "1.1"), ("-q", "x"), ("-c", "-0.1"), ("-c", "x"),
     ("--beta1", "1"), ("--beta1", "-0.1"), ("--beta1", "x"), ("--beta2", "1"), ("--beta2", "x"), ("--eps", "-1e-8"),
     ("--eps", "0"), ("--eps", "x"), ("--grad-clip", "-1"), ("--grad-clip", "x"), ("--seed", "-1"), ("--seed", "x"),
-    ("-v", "-1"), ("-v", "x"), ("-m", "0"), ("-m", "-2"), ("-m", "x"), ("-s", "-1"), ("-s", "x"), ("-g", "0"), ("-g", "x"),
-    ("--temperature", "-1"), ("--temperature", "x"), ("-a", "2"), ("-a", "x"), ("-r", "3"), ("-r", "x"), ("-y", "2"),
-    ("-y", "x"), ("--threads", "0"), ("--threads", "x"), ("--threads", "1000000"),
+    ("-v", "-1"), ("-v", "x"), ("-m", "0"), ("-m", "-2"), ("-m", "x"), ("-s", "-1"), ("-s", "x"), ("-g", "0"),
+    ("-g", "x"), ("--temperature", "-1"), ("--temperature", "x"), ("-a", "2"), ("-a", "x"), ("-r", "3"), ("-r", "x"),
+    ("-y", "2"), ("-y", "x"), ("--threads", "0"), ("--threads", "x"), ("--threads", "1000000"),
 ]  # fmt: skip
 
 
@@ -997,8 +1029,8 @@ def test_disk_full_for_real(capsys):
     state = os.path.getsize(checkpoint.state_path(out, 2, 0))
     assert os.path.getsize(checkpoint.model_path(out, 2)) < state - 1000
     command = [sys.executable, "-m", "llmc.train", *BASE, "-x", "4", "-n", "2", "-o", out, "-y", "1"]
-    limit = f"import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({state - 1000}, {resource.RLIM_INFINITY}))"
-    code = f"{limit}; os.execv(sys.executable, {command})"
+    limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({state - 1000}, {resource.RLIM_INFINITY}))"
+    code = f"import os, resource, sys; {limit}; os.execv(sys.executable, {command})"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and len(lines_of(done.stdout, "step ")) == 2
     assert_one_line(done.stderr, "state_00000004_00000.bin", "too large", "HINT: ")
