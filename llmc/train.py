@@ -38,19 +38,18 @@ LLMC_DEFAULTS = dict(
 )
 TINY_SHAKESPEARE_CPU = dict(
     model="tiny:d4",
-    batch_size=16,
-    sequence_length=128,
-    learning_rate=2e-3,
-    warmup_iterations=50,
-    final_learning_rate_frac=0.1,
+    batch_size=12,
+    sequence_length=96,
+    learning_rate=3e-3,
+    warmup_iterations=150,
+    final_learning_rate_frac=0.02,
     weight_decay=0.1,
-    beta2=0.99,
-    max_steps=1000,
+    max_steps=1500,
     val_loss_every=250,
     sample_every=0,
     sample_length=400,
     temperature=0.8,
-    checkpoint_every=250,
+    checkpoint_every=500,
 )
 
 

@@ -1,0 +1,56 @@
+"""python -m llmc.plot: parses main.log as llm.c's tools do, and writes a picture."""
+
+import pytest
+
+from llmc import __main__, __version__, plot
+
+LOG = "s:0 tel:5.5000\ns:0 trl:5.4900 lr:0.000100 norm:1.00\ns:1 trl:5.3000 lr:0.000200 norm:1.10\ns:2 tel:5.1000\n"
+
+
+def test_log_of_a_restarted_run_keeps_the_later_values(tmp_path):
+    log = tmp_path / "main.log"
+    log.write_text(LOG + "not a line of it\ns:1 trl:5.2000 lr:0.000200 norm:1.10\ns:2 eval:0.2500\n")
+    assert plot.parse_log(log) == {"trl": {0: 5.49, 1: 5.2}, "tel": {0: 5.5, 2: 5.1}, "eval": {2: 0.25}}
+
+
+def test_writes_a_png_for_two_runs(tmp_path, capsys):
+    for run in ("a", "b"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "main.log").write_text(LOG)
+    out = tmp_path / "loss.png"
+    assert plot.main([str(tmp_path / "a"), str(tmp_path / "b" / "main.log"), "-o", str(out)]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG") and str(out) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [None, "", "some text\n"])
+def test_no_log_is_one_clear_line(tmp_path, capsys, content):
+    log = tmp_path / "main.log"
+    if content is not None:
+        log.write_text(content)
+    assert plot.main([str(log), "-o", str(tmp_path / "x.png")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("llmc.plot: error: ") and "main.log" in line and "HINT:" in line
+
+
+def test_a_picture_that_cannot_be_written_is_one_clear_line(tmp_path, capsys):
+    (tmp_path / "main.log").write_text(LOG)
+    assert plot.main([str(tmp_path), "-o", str(tmp_path / "main.log" / "x.png")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "x.png" in line and "HINT:" in line
+
+
+def test_llmc_lists_its_commands_and_refuses_others(capsys):
+    assert __main__.main([]) == 0
+    listing = capsys.readouterr().out
+    assert all(f"  {name} " in listing for name in __main__.COMMANDS)
+    assert __main__.main(["--version"]) == 0 and __version__ in capsys.readouterr().out
+    assert __main__.main(["trian"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "trian" in line and "HINT:" in line
+
+
+@pytest.mark.parametrize("name", __main__.COMMANDS)
+def test_each_command_has_its_help(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        __main__.main([name, "--help"])
+    assert end.value.code == 0 and f"llmc.{name}" in capsys.readouterr().out
