@@ -36,20 +36,26 @@ constexpr float LOG2E = 1.4426950408889634f;
 
 static_assert(HS % 8 == 0 && HS > 0, "HEAD_SIZE must be a multiple of 8");
 
-// One head: pointers to token 0, and the distance between tokens.
-struct Head {
-    const floatX *q, *k, *v;
-    size_t qkv_stride, out_stride, out_start;
-    size_t stats_start;  // of att and D
+// One head's q, k, v or out, or the gradient of one: a (T, HS) matrix in the rows of a larger tensor. 32-bit numbers until
+// the last moment: a 64-bit start per matrix would cost the large kernels registers that they do not have.
+template <class X> struct Matrix {
+    X* columns;  // the head's columns of token 0 of the batch
+    int stride, first, T;
 
-    __device__ Head(const floatX* qkvr, int head, int T, int NH) {  // head counts over (B, NH)
-        size_t b = head / NH, h = head % NH, C = (size_t)NH * HS;
-        qkv_stride = 3 * C, out_stride = C;
-        q = qkvr + b * T * qkv_stride + h * HS, k = q + C, v = k + C;
-        out_start = b * T * C + h * HS;
-        stats_start = (size_t)head * T;
-    }
+    __device__ X* row(int t) const { return columns + (i64)(first + t) * stride; }
 };
+
+constexpr int Q = 0, K = 1, V = 2;
+
+// Of qkvr or dqkvr; `head` counts over (B, NH).
+template <class X> __device__ inline Matrix<X> packed(X* qkvr, int which, int head, int T, int NH) {
+    return {qkvr + (which * NH + head % NH) * HS, 3 * NH * HS, head / NH * T, T};
+}
+
+// Of out or dout.
+template <class X> __device__ inline Matrix<X> plain(X* out, int head, int T, int NH) {
+    return {out + head % NH * HS, NH * HS, head / NH * T, T};
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // kernel 1: one thread per query, or per key. Grid ceil(B*NH*T / 128), block 128.
@@ -66,17 +72,18 @@ extern "C" __global__ void __launch_bounds__(128) attention_forward_kernel1(
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (i64)B * NH * T) { return; }
     int head = i / T, t = i % T;
-    Head x(qkvr, head, T, NH);
     float o[HS] = {}, top = -INFINITY, sum = 0.0f;
+    const floatX* q = packed(qkvr, Q, head, T, NH).row(t);
     for (int j = 0; j <= t; j++) {
-        float s = scale * dot(x.q + t * x.qkv_stride, x.k + j * x.qkv_stride);
-        float old = top;
+        const floatX *k = packed(qkvr, K, head, T, NH).row(j), *v = packed(qkvr, V, head, T, NH).row(j);
+        float s = scale * dot(q, k), old = top;
         top = fmaxf(top, s);
         float keep = expf(old - top), p = expf(s - top);
         sum = sum * keep + p;
-        for (int d = 0; d < HS; d++) { o[d] = o[d] * keep + p * (float)x.v[j * x.qkv_stride + d]; }
+        for (int d = 0; d < HS; d++) { o[d] = o[d] * keep + p * (float)v[d]; }
     }
-    for (int d = 0; d < HS; d++) { out[x.out_start + t * x.out_stride + d] = (floatX)(o[d] / sum); }
+    floatX* out_t = plain(out, head, T, NH).row(t);
+    for (int d = 0; d < HS; d++) { out_t[d] = (floatX)(o[d] / sum); }
     att[i] = top + logf(sum);
 }
 
@@ -103,11 +110,11 @@ extern "C" __global__ void __launch_bounds__(128) attention_backward_dq_kernel1(
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (i64)B * NH * T) { return; }
     int head = i / T, t = i % T;
-    Head x(qkvr, head, T, NH);
-    const floatX *q = x.q + t * x.qkv_stride, *dout_t = dout + x.out_start + t * x.out_stride;
+    const floatX* q = packed(qkvr, Q, head, T, NH).row(t);
+    const floatX* dout_t = plain(dout, head, T, NH).row(t);
     float dq[HS] = {};
     for (int j = 0; j <= t; j++) {
-        const floatX *k = x.k + j * x.qkv_stride, *v = x.v + j * x.qkv_stride;
+        const floatX *k = packed(qkvr, K, head, T, NH).row(j), *v = packed(qkvr, V, head, T, NH).row(j);
         float p = expf(scale * dot(q, k) - att[i]), ds = p * (dot(dout_t, v) - D[i]);
         for (int d = 0; d < HS; d++) { dq[d] += ds * (float)k[d]; }
     }
@@ -121,13 +128,13 @@ extern "C" __global__ void __launch_bounds__(128) attention_backward_dkv_kernel1
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (i64)B * NH * T) { return; }
     int head = i / T, j = i % T;
-    Head x(qkvr, head, T, NH);
-    const floatX *k = x.k + j * x.qkv_stride, *v = x.v + j * x.qkv_stride;
+    const floatX *k = packed(qkvr, K, head, T, NH).row(j), *v = packed(qkvr, V, head, T, NH).row(j);
     float dk[HS] = {}, dv[HS] = {};
     for (int t = j; t < T; t++) {
-        const floatX *q = x.q + t * x.qkv_stride, *dout_t = dout + x.out_start + t * x.out_stride;
-        float p = expf(scale * dot(q, k) - att[x.stats_start + t]);
-        float ds = p * (dot(dout_t, v) - D[x.stats_start + t]);
+        const floatX* q = packed(qkvr, Q, head, T, NH).row(t);
+        const floatX* dout_t = plain(dout, head, T, NH).row(t);
+        float p = expf(scale * dot(q, k) - att[(i64)head * T + t]);
+        float ds = p * (dot(dout_t, v) - D[(i64)head * T + t]);
         for (int d = 0; d < HS; d++) { dv[d] += p * (float)dout_t[d], dk[d] += ds * (float)q[d]; }
     }
     floatX *dk_at = dqkvr + (k - qkvr), *dv_at = dqkvr + (v - qkvr);
@@ -163,11 +170,11 @@ constexpr int PARTS2 = ceil_div(HS, 32);                       // float4s of a r
 
 // Rows row0 .. row0 + ROWS - 1 of a (T, HS) matrix; zeros from T on.
 template <int ROWS, int Y>
-__device__ inline void load_rows2(float* tile, const floatX* matrix, size_t stride, int row0, int T) {
+__device__ inline void load_rows2(float* tile, const Matrix<const floatX>& matrix, int row0) {
     constexpr int PACKS = HS / x128::size;
     for (int i = threadIdx.x; i < ROWS * PACKS; i += Y * 8) {
         int row = i / PACKS, d = i % PACKS * x128::size;
-        x128 pack = row0 + row < T ? load128(matrix + (row0 + row) * stride + d) : zeros128<floatX>();
+        x128 pack = row0 + row < matrix.T ? load128(matrix.row(row0 + row) + d) : zeros128<floatX>();
 #pragma unroll
         for (int e = 0; e < x128::size; e += 4) {
             *(float4*)(tile + row * STRIDE2 + d + e) =
@@ -258,16 +265,15 @@ extern "C" __global__ void __launch_bounds__(Y_FORWARD * 8) attention_forward_ke
     int tiles = ceil_div(T, ROWS), tile, head, y = threadIdx.x / 8, x = threadIdx.x % 8;
     choose_work(tiles, B * NH, tile, head);
     int t0 = (tiles - 1 - tile) * ROWS;  // the last queries see the most keys
-    Head in(qkvr, head, T, NH);
     float to_base2 = scale * LOG2E, top[4], sum[4], o[4][PARTS2][4] = {};
 #pragma unroll
     for (int i = 0; i < 4; i++) { top[i] = -INFINITY, sum[i] = 0.0f; }
 
-    load_rows2<ROWS, Y>(q_tile, in.q, in.qkv_stride, t0, T);
+    load_rows2<ROWS, Y>(q_tile, packed(qkvr, Q, head, T, NH), t0);
     for (int k0 = 0; k0 < min(T, t0 + ROWS); k0 += COLUMNS2) {
         __syncthreads();
-        load_rows2<COLUMNS2, Y>(k_tile, in.k, in.qkv_stride, k0, T);
-        load_rows2<COLUMNS2, Y>(v_tile, in.v, in.qkv_stride, k0, T);
+        load_rows2<COLUMNS2, Y>(k_tile, packed(qkvr, K, head, T, NH), k0);
+        load_rows2<COLUMNS2, Y>(v_tile, packed(qkvr, V, head, T, NH), k0);
         __syncthreads();
         float s[4][4];
         dots2<Y>(s, q_tile, k_tile);
@@ -304,8 +310,8 @@ extern "C" __global__ void __launch_bounds__(Y_FORWARD * 8) attention_forward_ke
 #pragma unroll
         for (int lanes = 4; lanes > 0; lanes /= 2) { sum[i] += __shfl_xor_sync(~0u, sum[i], lanes); }
         if (row < T) {
-            store_row2(out + in.out_start + row * in.out_stride, o[i], 1.0f / sum[i]);
-            if (x == 0) { att[in.stats_start + row] = top[i] * scale + logf(sum[i]); }
+            store_row2(plain(out, head, T, NH).row(row), o[i], 1.0f / sum[i]);
+            if (x == 0) { att[(i64)head * T + row] = top[i] * scale + logf(sum[i]); }
         }
     }
 }
@@ -320,21 +326,20 @@ extern "C" __global__ void __launch_bounds__(Y_BACKWARD * 8) attention_backward_
     int tiles = ceil_div(T, ROWS), tile, head, y = threadIdx.x / 8, x = threadIdx.x % 8;
     choose_work(tiles, B * NH, tile, head);
     int t0 = (tiles - 1 - tile) * ROWS;
-    Head in(qkvr, head, T, NH);
     float to_base2 = scale * LOG2E, lse[4], D_row[4], dq[4][PARTS2][4] = {};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         int row = t0 + y + Y * i;
-        lse[i] = row < T ? att[in.stats_start + row] * LOG2E : INFINITY;
-        D_row[i] = row < T ? D[in.stats_start + row] : 0.0f;
+        lse[i] = row < T ? att[(i64)head * T + row] * LOG2E : INFINITY;
+        D_row[i] = row < T ? D[(i64)head * T + row] : 0.0f;
     }
 
-    load_rows2<ROWS, Y>(q_tile, in.q, in.qkv_stride, t0, T);
-    load_rows2<ROWS, Y>(dout_tile, dout + in.out_start, in.out_stride, t0, T);
+    load_rows2<ROWS, Y>(q_tile, packed(qkvr, Q, head, T, NH), t0);
+    load_rows2<ROWS, Y>(dout_tile, plain(dout, head, T, NH), t0);
     for (int k0 = 0; k0 < min(T, t0 + ROWS); k0 += COLUMNS2) {
         __syncthreads();
-        load_rows2<COLUMNS2, Y>(k_tile, in.k, in.qkv_stride, k0, T);
-        load_rows2<COLUMNS2, Y>(v_tile, in.v, in.qkv_stride, k0, T);
+        load_rows2<COLUMNS2, Y>(k_tile, packed(qkvr, K, head, T, NH), k0);
+        load_rows2<COLUMNS2, Y>(v_tile, packed(qkvr, V, head, T, NH), k0);
         __syncthreads();
         float s[4][4], dp[4][4];
         dots2<Y>(s, q_tile, k_tile);
@@ -353,7 +358,7 @@ extern "C" __global__ void __launch_bounds__(Y_BACKWARD * 8) attention_backward_
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         int row = t0 + y + Y * i;
-        if (row < T) { store_row2(dqkvr + (in.q - qkvr) + row * in.qkv_stride, dq[i], scale); }
+        if (row < T) { store_row2(packed(dqkvr, Q, head, T, NH).row(row), dq[i], scale); }
     }
 }
 
@@ -367,22 +372,21 @@ extern "C" __global__ void __launch_bounds__(Y_BACKWARD * 8) attention_backward_
     int tiles = ceil_div(T, ROWS), tile, head, y = threadIdx.x / 8, x = threadIdx.x % 8;
     choose_work(tiles, B * NH, tile, head);
     int j0 = tile * ROWS;  // the first keys are seen by the most queries
-    Head in(qkvr, head, T, NH);
     float to_base2 = scale * LOG2E, dk[4][PARTS2][4] = {}, dv[4][PARTS2][4] = {};
 
-    load_rows2<ROWS, Y>(k_tile, in.k, in.qkv_stride, j0, T);
-    load_rows2<ROWS, Y>(v_tile, in.v, in.qkv_stride, j0, T);
+    load_rows2<ROWS, Y>(k_tile, packed(qkvr, K, head, T, NH), j0);
+    load_rows2<ROWS, Y>(v_tile, packed(qkvr, V, head, T, NH), j0);
     for (int t0 = j0; t0 < T; t0 += COLUMNS2) {
         __syncthreads();
-        load_rows2<COLUMNS2, Y>(q_tile, in.q, in.qkv_stride, t0, T);
-        load_rows2<COLUMNS2, Y>(dout_tile, dout + in.out_start, in.out_stride, t0, T);
+        load_rows2<COLUMNS2, Y>(q_tile, packed(qkvr, Q, head, T, NH), t0);
+        load_rows2<COLUMNS2, Y>(dout_tile, plain(dout, head, T, NH), t0);
         __syncthreads();
         float s[4][4], dp[4][4];  // transposed: rows are keys, columns queries
         dots2<Y>(s, k_tile, q_tile);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             int t = t0 + x + 8 * j;
-            float lse = t < T ? att[in.stats_start + t] * LOG2E : INFINITY;  // p = 0 past the end
+            float lse = t < T ? att[(i64)head * T + t] * LOG2E : INFINITY;  // p = 0 past the end
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 bool hidden = j0 + y + Y * i > t;
@@ -394,7 +398,7 @@ extern "C" __global__ void __launch_bounds__(Y_BACKWARD * 8) attention_backward_
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             int t = t0 + x + 8 * j;
-            float D_column = t < T ? D[in.stats_start + t] : 0.0f;
+            float D_column = t < T ? D[(i64)head * T + t] : 0.0f;
 #pragma unroll
             for (int i = 0; i < 4; i++) { s[i][j] *= dp[i][j] - D_column; }
         }
@@ -404,8 +408,8 @@ extern "C" __global__ void __launch_bounds__(Y_BACKWARD * 8) attention_backward_
     for (int i = 0; i < 4; i++) {
         int row = j0 + y + Y * i;
         if (row < T) {
-            store_row2(dqkvr + (in.k - qkvr) + row * in.qkv_stride, dk[i], scale);
-            store_row2(dqkvr + (in.v - qkvr) + row * in.qkv_stride, dv[i], 1.0f);
+            store_row2(packed(dqkvr, K, head, T, NH).row(row), dk[i], scale);
+            store_row2(packed(dqkvr, V, head, T, NH).row(row), dv[i], 1.0f);
         }
     }
 }
@@ -433,27 +437,35 @@ constexpr int ROW_TILES = HS <= 64 ? 2 : 1;         // forward: 16-row fragments
 constexpr int QUERIES = 64 * ROW_TILES;             // forward: queries in a block
 constexpr int COLUMNS = HS <= 64 ? 64 : 32;         // backward: columns in a tile
 
-// Starts the copy of rows row0 .. row0 + ROWS - 1 of a (T, HS) matrix; zeros from T and from HS on.
-template <int ROWS>
-__device__ inline void copy_rows(floatX* tile, const floatX* matrix, size_t stride, int row0, int T) {
-    constexpr int PIECES = DEPTH / 8, ALL = ROWS * PIECES;
+// Starts the copy of rows row0 .. row0 + ROWS - 1 of a matrix; zeros from T and from HS on. A thread's pieces lie at
+// constant distances from one address: to compute each anew costs 20 registers.
+template <int ROWS> __device__ inline void copy_rows(floatX* tile, const Matrix<const floatX>& matrix, int row0) {
+    constexpr int PIECES = DEPTH / 8;
+    int row = threadIdx.x / 8, piece = threadIdx.x % 8;
+    const floatX* from = matrix.row(row0 + row) + piece * 8;
+    tile += row * STRIDE + piece * 8;
 #pragma unroll
-    for (int i = 0; i < ceil_div(ALL, 128); i++) {
-        int at = i * 128 + threadIdx.x, row = at / PIECES, d = at % PIECES * 8;
-        if (ALL % 128 != 0 && at >= ALL) { break; }
-        cp_async_16(tile + row * STRIDE + d, matrix + (row0 + row) * stride + d, row0 + row < T && d < HS);
+    for (int i = 0; i < ROWS; i += 16) {
+#pragma unroll
+        for (int j = 0; j < PIECES; j += 8) {
+            if (j + 8 > PIECES && j + piece >= PIECES) { break; }
+            bool inside = row0 + row + i < matrix.T && (j + piece) * 8 < HS;
+            cp_async_16(tile + i * STRIDE + j * 8, from + (i64)i * matrix.stride + j * 8, inside);
+        }
     }
 }
 
-// a fragments of rows row0 .. row0 + 15 of a (T, HS) matrix, from global memory; zeros from T and from HS on.
-__device__ inline void load_rows(u32 (&a)[STEPS][4], const floatX* matrix, size_t stride, int row0, int T) {
-    int lane = threadIdx.x % 32;
+// a fragments of rows row0 .. row0 + 15 of a matrix, from global memory; zeros from T and from HS on.
+__device__ inline void load_rows(u32 (&a)[STEPS][4], const Matrix<const floatX>& matrix, int row0) {
+    int lane = threadIdx.x % 32, row = row0 + lane / 4;
+    const floatX* from = matrix.row(row) + lane % 4 * 2;
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            int row = row0 + lane / 4 + i % 2 * 8, d = step * 16 + lane % 4 * 2 + i / 2 * 8;
-            a[step][i] = row < T && d < HS ? *(const u32*)(matrix + row * stride + d) : 0;
+            int down = i % 2 * 8, right = step * 16 + i / 2 * 8;
+            bool inside = row + down < matrix.T && right < HS;
+            a[step][i] = inside ? *(const u32*)(from + (i64)down * matrix.stride + right) : 0;
         }
     }
 }
@@ -507,7 +519,7 @@ template <int N> __device__ inline void round_to_a(u32 (&a)[N / 2][4], const flo
 
 // 16 result rows, row0 .. row0 + 15, to a (T, HS) matrix with 16-byte stores; staging: 16 rows of this warp alone. Row
 // g of the fragments is multiplied by factor[0], row g + 8 by factor[1].
-__device__ inline void store_rows(floatX* matrix, size_t stride, int row0, int T, const float (&result)[2 * STEPS][4],
+__device__ inline void store_rows(const Matrix<floatX>& matrix, int row0, const float (&result)[2 * STEPS][4],
                                   const float (&factor)[2], floatX* staging) {
     int lane = threadIdx.x % 32;
 #pragma unroll
@@ -520,7 +532,7 @@ __device__ inline void store_rows(floatX* matrix, size_t stride, int row0, int T
     constexpr int PIECES = HS / 8;
     for (int i = lane; i < 16 * PIECES; i += 32) {
         int row = i / PIECES, d = i % PIECES * 8;
-        if (row0 + row < T) { store128(matrix + (row0 + row) * stride + d, load128(staging + row * STRIDE + d)); }
+        if (row0 + row < matrix.T) { store128(matrix.row(row0 + row) + d, load128(staging + row * STRIDE + d)); }
     }
 }
 
@@ -533,14 +545,13 @@ extern "C" __global__ void __launch_bounds__(128) attention_forward_kernel3(
     choose_work(tiles, B * NH, tile, head);
     int t0 = (tiles - 1 - tile) * QUERIES;  // the last queries see the most keys
     int row0 = t0 + warp * 16 * ROW_TILES;  // this warp's first query
-    Head in(qkvr, head, T, NH);
     float to_base2 = scale * LOG2E;
 
     int key_tiles = ceil_div(min(T, t0 + QUERIES), KEYS);
     auto copy = [&](int j) {
         floatX* buffer = shared + j % 2 * 2 * SIZE;
-        copy_rows<KEYS>(buffer, in.k, in.qkv_stride, j * KEYS, T);
-        copy_rows<KEYS>(buffer + SIZE, in.v, in.qkv_stride, j * KEYS, T);
+        copy_rows<KEYS>(buffer, packed(qkvr, K, head, T, NH), j * KEYS);
+        copy_rows<KEYS>(buffer + SIZE, packed(qkvr, V, head, T, NH), j * KEYS);
         cp_async_commit();
     };
     copy(0);
@@ -549,7 +560,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_forward_kernel3(
     float o[ROW_TILES][2 * STEPS][4] = {}, top[ROW_TILES][2], sum[ROW_TILES][2];
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) {
-        load_rows(q[r], in.q, in.qkv_stride, row0 + r * 16, T);
+        load_rows(q[r], packed(qkvr, Q, head, T, NH), row0 + r * 16);
         top[r][0] = top[r][1] = -INFINITY, sum[r][0] = sum[r][1] = 0.0f;
     }
 
@@ -616,10 +627,10 @@ extern "C" __global__ void __launch_bounds__(128) attention_forward_kernel3(
             total += __shfl_xor_sync(~0u, total, 2);
             factor[half] = 1.0f / total;
             int row = row0 + r * 16 + lane / 4 + half * 8;
-            if (row < T && lane % 4 == 0) { att[in.stats_start + row] = top[r][half] * scale + logf(total); }
+            if (row < T && lane % 4 == 0) { att[(i64)head * T + row] = top[r][half] * scale + logf(total); }
         }
         floatX* staging = shared + (warp * ROW_TILES + r) * 16 * STRIDE;
-        store_rows(out + in.out_start, in.out_stride, row0 + r * 16, T, o[r], factor, staging);
+        store_rows(plain(out, head, T, NH), row0 + r * 16, o[r], factor, staging);
     }
 }
 
@@ -633,22 +644,21 @@ extern "C" __global__ void __launch_bounds__(128) attention_backward_dq_kernel3(
     int tiles = ceil_div(T, 64), tile, head, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     choose_work(tiles, B * NH, tile, head);
     int t0 = (tiles - 1 - tile) * 64, row0 = t0 + warp * 16;
-    Head in(qkvr, head, T, NH);
     float to_base2 = scale * LOG2E;
 
     int key_tiles = ceil_div(min(T, t0 + 64), COLUMNS);
     auto copy = [&](int j) {
         floatX* buffer = shared + j % 2 * 2 * SIZE;
-        copy_rows<COLUMNS>(buffer, in.k, in.qkv_stride, j * COLUMNS, T);
-        copy_rows<COLUMNS>(buffer + SIZE, in.v, in.qkv_stride, j * COLUMNS, T);
+        copy_rows<COLUMNS>(buffer, packed(qkvr, K, head, T, NH), j * COLUMNS);
+        copy_rows<COLUMNS>(buffer + SIZE, packed(qkvr, V, head, T, NH), j * COLUMNS);
         cp_async_commit();
     };
     copy(0);
 
     u32 q[1][STEPS][4], d_out[1][STEPS][4], o[STEPS][4];
-    load_rows(q[0], in.q, in.qkv_stride, row0, T);
-    load_rows(d_out[0], dout + in.out_start, in.out_stride, row0, T);
-    load_rows(o, out + in.out_start, in.out_stride, row0, T);
+    load_rows(q[0], packed(qkvr, Q, head, T, NH), row0);
+    load_rows(d_out[0], plain(dout, head, T, NH), row0);
+    load_rows(o, plain(out, head, T, NH), row0);
     float lse[2], D_row[2] = {}, dq[1][2 * STEPS][4] = {};
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
@@ -664,8 +674,8 @@ extern "C" __global__ void __launch_bounds__(128) attention_backward_dq_kernel3(
         D_row[half] += __shfl_xor_sync(~0u, D_row[half], 1);
         D_row[half] += __shfl_xor_sync(~0u, D_row[half], 2);
         int row = row0 + lane / 4 + half * 8;
-        lse[half] = row < T ? att[in.stats_start + row] * LOG2E : INFINITY;  // p = 0 past the end
-        if (row < T && lane % 4 == 0) { D[in.stats_start + row] = D_row[half]; }
+        lse[half] = row < T ? att[(i64)head * T + row] * LOG2E : INFINITY;  // p = 0 past the end
+        if (row < T && lane % 4 == 0) { D[(i64)head * T + row] = D_row[half]; }
     }
 
     for (int j = 0; j < key_tiles; j++) {
@@ -695,7 +705,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_backward_dq_kernel3(
         accumulate<N>(dq, ds, k_tile);
     }
     __syncthreads();
-    store_rows(dqkvr + (in.q - qkvr), in.qkv_stride, row0, T, dq[0], {scale, scale}, shared + warp * 16 * STRIDE);
+    store_rows(packed(dqkvr, Q, head, T, NH), row0, dq[0], {scale, scale}, shared + warp * 16 * STRIDE);
 }
 
 // dk and dv of 64 keys. Scores are computed transposed, rows = keys and columns = queries, so that the rounded p and ds
@@ -710,20 +720,19 @@ extern "C" __global__ void __launch_bounds__(128) attention_backward_dkv_kernel3
     int tiles = ceil_div(T, 64), tile, head, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     choose_work(tiles, B * NH, tile, head);
     int j0 = tile * 64, row0 = j0 + warp * 16;  // the first keys are seen by the most queries
-    Head in(qkvr, head, T, NH);
     float to_base2 = scale * LOG2E;
 
     int first = j0 / COLUMNS, query_tiles = ceil_div(T, COLUMNS);
     auto copy = [&](int i) {
         floatX* buffer = shared + i % 2 * 2 * SIZE;
-        copy_rows<COLUMNS>(buffer, in.q, in.qkv_stride, i * COLUMNS, T);
-        copy_rows<COLUMNS>(buffer + SIZE, dout + in.out_start, in.out_stride, i * COLUMNS, T);
+        copy_rows<COLUMNS>(buffer, packed(qkvr, Q, head, T, NH), i * COLUMNS);
+        copy_rows<COLUMNS>(buffer + SIZE, plain(dout, head, T, NH), i * COLUMNS);
         cp_async_commit();
     };
     auto load_statistic = [&](int i) {  // one of tile i's 2 x COLUMNS for each of the first threads
         int t = i * COLUMNS + threadIdx.x % COLUMNS;
-        if (threadIdx.x / COLUMNS == 0) { return t < T ? att[in.stats_start + t] * LOG2E : INFINITY; }
-        return threadIdx.x / COLUMNS == 1 && t < T ? D[in.stats_start + t] : 0.0f;
+        if (threadIdx.x / COLUMNS == 0) { return t < T ? att[(i64)head * T + t] * LOG2E : INFINITY; }
+        return threadIdx.x / COLUMNS == 1 && t < T ? D[(i64)head * T + t] : 0.0f;
     };
     auto place_statistic = [&](int i, float value) {
         if (threadIdx.x < 2 * COLUMNS) { statistics[i % 2][threadIdx.x / COLUMNS][threadIdx.x % COLUMNS] = value; }
@@ -732,8 +741,8 @@ extern "C" __global__ void __launch_bounds__(128) attention_backward_dkv_kernel3
     place_statistic(first, load_statistic(first));
 
     u32 k[1][STEPS][4], v[1][STEPS][4];
-    load_rows(k[0], in.k, in.qkv_stride, row0, T);
-    load_rows(v[0], in.v, in.qkv_stride, row0, T);
+    load_rows(k[0], packed(qkvr, K, head, T, NH), row0);
+    load_rows(v[0], packed(qkvr, V, head, T, NH), row0);
     float dk[1][2 * STEPS][4] = {}, dv[1][2 * STEPS][4] = {};
 
     for (int i = first; i < query_tiles; i++) {
@@ -779,8 +788,8 @@ extern "C" __global__ void __launch_bounds__(128) attention_backward_dkv_kernel3
     }
     __syncthreads();
     floatX* staging = shared + warp * 16 * STRIDE;
-    store_rows(dqkvr + (in.k - qkvr), in.qkv_stride, row0, T, dk[0], {scale, scale}, staging);
-    store_rows(dqkvr + (in.v - qkvr), in.qkv_stride, row0, T, dv[0], {1.0f, 1.0f}, staging + 64 * STRIDE);
+    store_rows(packed(dqkvr, K, head, T, NH), row0, dk[0], {scale, scale}, staging);
+    store_rows(packed(dqkvr, V, head, T, NH), row0, dv[0], {1.0f, 1.0f}, staging + 64 * STRIDE);
 }
 
 #endif  // TENSOR_CORES
