@@ -43,11 +43,18 @@ extern "C" __global__ void layernorm_forward_kernel1(floatX* out, float* mean, f
     int row = blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= N) { return; }
     const floatX* x = inp + (i64)row * C;
-    float sum = 0.0f;
-    for (int c = 0; c < C; c++) { sum += (float)x[c]; }
-    float m = sum / C;
-    float squares = 0.0f;
-    for (int c = 0; c < C; c++) { squares += ((float)x[c] - m) * ((float)x[c] - m); }
+    float m = 0.0f, squares = 0.0f;  // summed 32 at a time: one running sum over a wide row would lose three more bits
+    for (int first = 0; first < C; first += 32) {
+        float part = 0.0f;
+        for (int c = first; c < min(first + 32, C); c++) { part += (float)x[c]; }
+        m += part;
+    }
+    m /= C;
+    for (int first = 0; first < C; first += 32) {
+        float part = 0.0f;
+        for (int c = first; c < min(first + 32, C); c++) { part += ((float)x[c] - m) * ((float)x[c] - m); }
+        squares += part;
+    }
     float s = rsqrtf(squares / C + EPS);
     for (int c = 0; c < C; c++) {
         out[(i64)row * C + c] = (floatX)(((float)x[c] - m) * s * (float)weight[c] + (float)bias[c]);

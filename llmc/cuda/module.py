@@ -25,16 +25,15 @@ DTYPE_DEFINE = {"float32": "ENABLE_FP32", "float16": "ENABLE_FP16", "bfloat16": 
 MIN_CAPABILITY = {"float32": 75, "float16": 75, "bfloat16": 80}
 INSTALL = 'HINT: pip install "llmc[cuda13]" (or "llmc[cuda12]" for a CUDA 12 driver)'
 
-# Every (file, defines) that a GPT-2 training step uses: what compile_all compiles.
-GPT2_MODULES = (
-    ("encoder.cu", ()),
-    ("layernorm.cu", ()),
-    ("matmul.cu", ()),
-    ("attention.cu", ()),
-    ("gelu.cu", ()),
-    ("fused_classifier.cu", ()),
-    ("adamw.cu", ()),
-    ("global_norm.cu", ()),
+GPT2_FILES = (  # what a GPT-2 training step uses, and compile_all compiles
+    "encoder.cu",
+    "layernorm.cu",
+    "matmul.cu",
+    "attention.cu",
+    "gelu.cu",
+    "fused_classifier.cu",
+    "adamw.cu",
+    "global_norm.cu",
 )
 
 compilations = []  # (file, dtype, defines) of each module this process compiled; a warm disk cache leaves it empty
@@ -190,17 +189,20 @@ def checked(function, name):
     return launch
 
 
-def compile_all(dtype):
-    """Compiles or loads everything a GPT-2 step needs, several files at a time. Call it while data is being read."""
+def compile_all(dtype, defines=None):
+    """Compiles or loads everything a GPT-2 step needs, several files at a time. Call it while data is being read.
+
+    defines  {file: defines} where a model needs some, e.g. {"attention.cu": ("HEAD_SIZE=128",)}
+    """
     capability()  # one clear error instead of eight
     device, name = import_cupy().cuda.Device(), getattr(dtype, "name", dtype)
 
-    def compile_one(entry):
+    def compile_one(file):
         with device:  # a new thread starts on device 0
-            load(entry[0], name, entry[1])
+            load(file, name, (defines or {}).get(file, ()))
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        list(pool.map(compile_one, GPT2_MODULES))
+        list(pool.map(compile_one, GPT2_FILES))
 
 
 def one_line(error):

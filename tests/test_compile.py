@@ -1,0 +1,200 @@
+"""Every kernel compiles for every supported GPU in every dtype, without a GPU or a driver.
+
+NVRTC comes from four wheels (cuda-bindings, cuda-pathfinder, nvidia-cuda-nvrtc, nvidia-cuda-runtime), not from a CUDA
+toolkit. The options are those that llmc/cuda/module.py gives to CuPy. Kernels that a training step launches must not
+spill registers; naive rungs may. A table of registers and spills is printed at the end.
+"""
+
+import concurrent.futures
+import functools
+import os
+import re
+from types import SimpleNamespace
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import llmc.cpu
+import llmc.cuda
+from llmc.cuda import module
+from llmc.gpt2 import GPT2, GPT2Config
+
+nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason='NVRTC is not installed: pip install "llmc[test]"')
+
+KERNELS = module.kernels_dir()
+ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+JOBS = [(path.name, (), arch) for path in sorted(KERNELS.glob("*.cu")) for arch in ARCHS]
+JOBS += [("adamw.cu", ("GRADS_FP32",), arch) for arch in ARCHS]  # further defines that launchers use
+JOBS += [("attention.cu", ("HEAD_SIZE=128",), arch) for arch in ("sm_75", "sm_80", "sm_90a")]
+
+
+def compile_source(source, name, options):
+    """(NVRTC's log, compiled: bool)"""
+    error, program = nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], [])
+    assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, error
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    _, size = nvrtc.nvrtcGetProgramLogSize(program)
+    log = b" " * size
+    nvrtc.nvrtcGetProgramLog(program, log)
+    nvrtc.nvrtcDestroyProgram(program)
+    return log.rstrip(b"\0").decode(), error == nvrtc.nvrtcResult.NVRTC_SUCCESS
+
+
+def include_option():
+    """CuPy finds CUDA's headers by itself; here they come from the nvidia-cuda-runtime wheel."""
+    from cuda.pathfinder import find_nvidia_header_directory
+
+    folder = find_nvidia_header_directory("cudart")
+    assert folder, 'CUDA headers not found. HINT: pip install "llmc[test]"'
+    return f"-I{folder}"
+
+
+def capability_of(arch):
+    return int(re.search(r"\d+", arch)[0])
+
+
+def compile_module(file, defines, arch):
+    """{dtype: (log, compiled)}"""
+    path = KERNELS / file
+    return {
+        dtype: compile_source(
+            path.read_text(), str(path), [*module.options(dtype, defines), f"-arch={arch}", include_option()]
+        )
+        for dtype in DTYPES
+        if module.MIN_CAPABILITY[dtype] <= capability_of(arch)
+    }
+
+
+@functools.cache
+def launched(dtype, capability):
+    """The kernels of a training step: those that GPT-2 launches when launching does nothing. GPT-2's real sizes, since
+    launchers may choose by them; the arrays are zero pages that nothing touches."""
+    names = set()
+
+    def record(file, name, dtype, defines=(), smem=0, arch=None, strict=False):
+        names.add(name)
+        return lambda grid, block, args, shared_mem=0: None
+
+    ops = SimpleNamespace(**{name: getattr(llmc.cuda, name) for name in llmc.cuda.__all__})
+    ops.device = llmc.cpu.device
+    tokens = np.zeros((4, 1024), np.int32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "kernel", record)
+        patch.setattr(module, "capability", lambda: capability)
+        model = GPT2(GPT2Config(num_layers=1), ops, *tokens.shape, recompute=2, dtype=DTYPES[dtype])
+        model.forward(tokens)
+        model.backward(tokens, tokens)
+        model.grad_norm()
+        model.update(1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, 1)
+    return frozenset(names)
+
+
+@pytest.fixture(scope="module")
+def jobs(request):
+    """A future for every job that this run tests: compiled on all cores while the tests wait in order."""
+    tests = [item for item in request.session.items if item.originalname == "test_compiles"]
+    wanted = {tuple(item.callspec.params[name] for name in ("file", "defines", "arch")) for item in tests}
+    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+    yield {job: pool.submit(compile_module, *job) for job in JOBS if job in wanted}
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module")
+def table(request):
+    """{(file, defines, kernel): {arch: {dtype: (registers, spills)}}}, printed when the last test is done."""
+    rows = {}
+    yield rows
+    title = "registers, the most of fp32, fp16, bf16 (+ bytes spilled)"
+    lines = [f"{title:<66}" + "".join(f"{arch:>9}" for arch in ARCHS)]
+    for (file, defines, kernel), archs in sorted(rows.items()):
+        cells = ""
+        for arch in ARCHS:
+            found = archs.get(arch, {}).values()
+            spills = max((spills for _, spills in found), default=0)
+            registers = max((registers for registers, _ in found), default="")
+            cells += f"{f'{registers}+{spills}' if spills else registers:>9}"
+        lines.append(f"{' '.join((file.removesuffix('.cu'), kernel, *defines)):<66}{cells}")
+    plugins = request.config.pluginmanager
+    with plugins.getplugin("capturemanager").global_and_fixture_disabled():
+        plugins.getplugin("terminalreporter").write_line("\n" + "\n".join(lines))
+
+
+@pytest.mark.parametrize("file, defines, arch", JOBS, ids=["-".join((file, *d, arch)) for file, d, arch in JOBS])
+def test_compiles(file, defines, arch, jobs, table):
+    """In every dtype of the GPU: no error, no warning; in kernels of a training step no spill, no serialised wgmma."""
+    for dtype, (log, compiled) in jobs[file, defines, arch].result().items():
+        where = " ".join((file, *defines, dtype, arch))
+        assert compiled, f"{where}:\n{log}"
+        warnings = [line for line in log.splitlines() if "warning" in line]
+        assert not warnings, f"{where}: {warnings}"
+        found = module.resources(log)
+        assert found, f"{where}: no kernels in\n{log}"
+        for kernel, (registers, spills, _) in found.items():
+            table.setdefault((file, defines, kernel), {}).setdefault(arch, {})[dtype] = registers, spills
+            assert registers > 0, f"{where}: no register count for {kernel} in\n{log}"
+        for kernel in found.keys() & launched(dtype, capability_of(arch)):
+            registers, spills, serialised = found[kernel]
+            assert not spills, f"{where}: {kernel} spills {spills} bytes at {registers} registers"
+            assert not serialised, f"{where}: {kernel} has serialised wgmma"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_launches_kernels_of_every_file(dtype):
+    """What test_compiles holds to a higher standard is the whole step, and compile_all knows its files."""
+    files = sorted(path.name for path in KERNELS.glob("*.cu"))
+    assert sorted(module.GPT2_FILES) == files
+    for file in files:
+        source = (KERNELS / file).read_text()
+        names = set(re.findall(r"__global__ void(?: __launch_bounds__\([^)]*\))?\s*(\w+)\(", source))
+        assert names & launched(dtype, 90), f"{file}: a step launches none of {sorted(names)}"
+
+
+def test_a_spill_is_seen():
+    """The parser must not report 0 because it reads nothing: 200 live values do not fit 64 registers."""
+    source = """
+    extern "C" __global__ void __launch_bounds__(1024) greedy(float* x) {
+        float v[200];
+        #pragma unroll
+        for (int i = 0; i < 200; i++) { v[i] = x[i * 1024 + threadIdx.x]; }
+        __syncthreads();
+        #pragma unroll
+        for (int i = 0; i < 200; i++) { x[i * 1024 + threadIdx.x] = v[199 - i] * v[i]; }
+    }
+    extern "C" __global__ void modest(float* x) { x[threadIdx.x] = 1.0f; }
+    """
+    log, compiled = compile_source(source, "spill.cu", ["-arch=sm_80", "--ptxas-options=-v"])
+    assert compiled, log
+    found = module.resources(log)
+    assert 0 < found["greedy"][0] <= 64 and found["greedy"][1] > 0, found
+    assert 0 < found["modest"][0] < 64 and found["modest"][1] == 0, found
+
+
+def test_serialised_wgmma_is_seen():
+    """Accumulators that another instruction touches between two wgmma make ptxas wait for the first."""
+    source = """
+    extern "C" __global__ void __launch_bounds__(128) serial(float* x, long long a, long long b, int n) {
+        float d[4] = {};
+        asm volatile("wgmma.fence.sync.aligned;");
+        for (int i = 0; i < n; i++) {
+            asm volatile("{.reg .pred p; setp.ne.b32 p, 1, 0;"
+                         "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0,%1,%2,%3}, %4, %5, p, 1, 1, 0, 0;}"
+                         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "l"(a), "l"(b));
+            d[0] *= 2.0f;
+        }
+        asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;");
+        x[threadIdx.x] = d[0] + d[1] + d[2] + d[3];
+    }
+    """
+    log, compiled = compile_source(source, "serial.cu", ["-arch=sm_90a", "--ptxas-options=-v"])
+    assert compiled, log
+    assert module.resources(log)["serial"][2], log
+
+
+def test_hopper_arch_survives_the_one_that_cupy_appends():
+    """Our -arch=sm_90a comes first, CuPy's -arch=sm_90 last: wgmma must still be accepted."""
+    source = 'extern "C" __global__ void f() { asm volatile("wgmma.fence.sync.aligned;"); }'
+    for options, expected in ((["-arch=sm_90a", "-arch=sm_90"], True), (["-arch=sm_90"], False)):
+        log, compiled = compile_source(source, "hopper.cu", options)
+        assert compiled == expected, log
