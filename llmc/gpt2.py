@@ -203,10 +203,11 @@ class GPT2:
     """Buffers and the three passes. Nothing is allocated on the device after __init__.
 
     dtype is the precision of parameters, activations and gradients: float32, or on a GPU also float16 and bfloat16.
-    training=False leaves out gradients and optimizer state.
+    training=False leaves out gradients and optimizer state. graphs=True replays the passes over a full batch as CUDA
+    graphs: the same launches, without their cost on the host.
     """
 
-    def __init__(self, config, ops, B, T, recompute=1, training=True, dtype="float32"):
+    def __init__(self, config, ops, B, T, recompute=1, training=True, dtype="float32", graphs=False):
         if not 0 < T <= config.max_seq_len:
             raise UserError(f"-t {T}: the model has positions for 1 to {config.max_seq_len} tokens. HINT: lower -t.")
         self.config, self.ops, self.B, self.T, self.recompute = config, ops, B, T, recompute
@@ -233,6 +234,7 @@ class GPT2:
         ops.device.upload(self.scratch.ends, ends)
         self.rng_state = 13371337  # of the stochastic-rounding seeds, as in llm.c (plus the rank)
         self.rng_state_last_update = self.rng_state
+        self.graphs = {} if graphs else None  # what is replayed, by pass and arguments
 
     def activations(self, b, t):
         """Views of the activations for a batch of b rows of t tokens, b*t <= B*T and t <= T."""
@@ -271,10 +273,28 @@ class GPT2:
                     rand.normal_(getattr(w, spec.name).reshape(-1), 0.0, std[spec.init], mt)
         self.load_parameters(host)
 
+    def run(self, passes, shape, *args):
+        """passes(*args), or its graph: the first call of a kind launches, the second is captured, later ones replay."""
+        if self.graphs is None or shape != (self.B, self.T):
+            return passes(*args)
+        key = (passes.__name__, args)
+        if key not in self.graphs:
+            self.graphs[key] = None
+            return passes(*args)  # compiles what is not compiled yet, which no capture could do
+        if self.graphs[key] is None:
+            self.graphs[key] = self.ops.device.capture(lambda: passes(*args))
+        self.graphs[key]()
+
     def forward(self, inputs):
         """Logits acts.output (b, t, Vp) for token ids inputs (b, t) i32 on the host. Returns the activations used."""
-        ops, acts, params = self.ops, self.activations(*inputs.shape), self.params
-        ops.device.upload(acts.inputs, inputs)
+        acts = self.activations(*inputs.shape)
+        self.ops.device.upload(acts.inputs, inputs)
+        self.run(self.forward_pass, inputs.shape, *inputs.shape)
+        return acts
+
+    def forward_pass(self, b, t):
+        """Every forward call, for the tokens in acts.inputs."""
+        ops, acts, params = self.ops, self.activations(b, t), self.params
         ops.encoder_forward(acts.encoded, acts.inputs, params.wte, params.wpe)
         w, a = params.h[0], acts.h[0]
         ops.layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, acts.encoded, w.ln1w, w.ln1b)
@@ -294,7 +314,6 @@ class GPT2:
                 ops.fused_residual_forward(a.residual3, *n, a.residual2, x, params.lnfw, params.lnfb)
             residual = a.residual3
         ops.matmul_forward(acts.output, acts.lnf, params.wte)
-        return acts
 
     def validate(self, inputs, targets):
         """Mean loss in nats over a batch. No gradient is computed or written."""
@@ -309,15 +328,21 @@ class GPT2:
 
         The first micro-step writes the gradients (=), later ones add to them (+=). acts.losses likewise.
         """
-        ops, acts, params, grads = self.ops, self.activations(*inputs.shape), self.params, self.grads
-        b, t = inputs.shape
-        C, scratch, more = self.config.channels, self.scratch, micro_step > 0
+        upload = self.ops.device.upload
+        seed, self.rng_state = rand.random_u32(self.rng_state)
+        upload(self.scratch.encoder_seed, np.array([seed], np.uint32))
+        upload(self.activations(*inputs.shape).targets, targets)
+        self.run(self.backward_pass, inputs.shape, *inputs.shape, grad_accum_steps, micro_step > 0)
+
+    def backward_pass(self, b, t, grad_accum_steps, more):
+        """Every backward call. more: this is not the first micro-step, so gradients accumulate."""
+        ops, acts, params, grads = self.ops, self.activations(b, t), self.params, self.grads
+        C, scratch = self.config.channels, self.scratch
         if not more:  # what only ever accumulates starts from zero; matmuls write their gradients outright
             ops.device.zero(acts.losses)
             for name in ("wpe", "ln1w", "ln1b", "ln2w", "ln2b", "lnfw", "lnfb"):
                 ops.device.zero(getattr(grads, name))
         dloss = 1.0 / (b * t * grad_accum_steps)
-        ops.device.upload(acts.targets, targets)
         ops.fused_classifier(acts.output, acts.losses, dloss, acts.targets, self.config.vocab_size)
 
         dresidual = acts.scratch_btc
@@ -348,30 +373,33 @@ class GPT2:
             ops.matmul_backward(dl_btc, g.qkvw, g.qkvb, scratch.f32, dqkvr, a.ln1, w.qkvw, accumulate=more)
             n = (w.ln1w, a.ln1_mean, a.ln1_rstd)
             ops.layernorm_backward(dresidual, g.ln1w, g.ln1b, scratch.f32, dl_btc, residual, *n)
-        seed, self.rng_state = rand.random_u32(self.rng_state)
-        ops.device.upload(scratch.encoder_seed, np.array([seed], np.uint32))
         ops.encoder_backward(grads.wte, grads.wpe, scratch.i32, dresidual, acts.inputs, scratch.encoder_seed)
 
     def mean_loss(self, grad_accum_steps=1):
         """Mean loss in nats of the micro-batches since the last micro_step 0."""
         return float(self.ops.device.download(self.acts.losses).mean(dtype=np.float64)) / grad_accum_steps
 
-    def grad_norm(self):
-        """The L2 norm of all gradients; update() clips by what this call has left in scratch.norm_squared."""
-        self.ops.global_norm_squared(self.scratch.norm_squared, self.scratch.f32, self.grads_flat)
-        return math.sqrt(self.ops.device.download(self.scratch.norm_squared)[0])
-
     def update(self, learning_rate, beta1, beta2, eps, weight_decay, grad_clip, t):
-        """One AdamW step on all parameters; t counts updates from 1. Call grad_norm() first."""
-        ops, scratch = self.ops, self.scratch
+        """One AdamW step on all parameters; t counts updates from 1. A norm that is not finite changes nothing."""
+        upload, scratch = self.ops.device.upload, self.scratch
         self.rng_state_last_update = self.rng_state
         seeds = np.empty(16, np.uint32)
         for i in range(16):
             seeds[i], self.rng_state = rand.random_u32(self.rng_state)
         decays = [weight_decay if spec.decay else 0.0 for spec in parameter_specs(self.config)]
-        ops.device.upload(scratch.seeds, seeds)
-        ops.device.upload(scratch.decays, np.array(decays, np.float32))
-        ops.device.upload(scratch.hyper, np.array([learning_rate, 1.0 - beta1**t, 1.0 - beta2**t], np.float32))
+        upload(scratch.seeds, seeds)
+        upload(scratch.decays, np.array(decays, np.float32))
+        upload(scratch.hyper, np.array([learning_rate, 1.0 - beta1**t, 1.0 - beta2**t], np.float32))
+        self.run(self.update_pass, (self.B, self.T), beta1, beta2, eps, grad_clip)
+
+    def update_pass(self, beta1, beta2, eps, grad_clip):
+        """The norm of the gradients, then AdamW with the gradients clipped by it."""
+        ops, scratch = self.ops, self.scratch
+        ops.global_norm_squared(scratch.norm_squared, scratch.f32, self.grads_flat)
         arenas = (self.params_flat, self.master, self.grads_flat, self.m, self.v)
         tables = (scratch.ends, scratch.decays, scratch.seeds, scratch.hyper, scratch.norm_squared)
         ops.adamw_update(*arenas, *tables, beta1, beta2, eps, grad_clip)
+
+    def grad_norm(self):
+        """The L2 norm of all gradients, before clipping, as the last update() found it."""
+        return math.sqrt(self.ops.device.download(self.scratch.norm_squared)[0])

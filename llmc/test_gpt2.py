@@ -115,7 +115,6 @@ def train(model, debug, settings):
         model.forward(debug["x"])
         model.backward(debug["x"], debug["y"])
         yield model.mean_loss()
-        model.grad_norm()
         model.update(LEARNING_RATE, t=t, **settings)
 
 

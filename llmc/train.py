@@ -318,13 +318,13 @@ def train_step(model, loader, args, step, steps, micro_steps, inputs, targets, d
         loader.next_batch(inputs, targets)
         model.forward(inputs)
         model.backward(inputs, targets, micro_steps, micro_step)
+    peak, warmup, floor = args.learning_rate, args.warmup_iterations, args.final_learning_rate_frac
+    lr = get_learning_rate(args.lr_scheduler, step, peak, warmup, steps, floor)
+    model.update(lr, args.beta1, args.beta2, args.eps, args.weight_decay, args.grad_clip, step + 1)
     loss, grad_norm = model.mean_loss(micro_steps), model.grad_norm()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         what = f"loss {loss}, gradient norm {grad_norm}"
         raise UserError(f"step {step + 1}: {what}; the weights were not updated. HINT: lower -l or raise -u.")
-    peak, warmup, floor = args.learning_rate, args.warmup_iterations, args.final_learning_rate_frac
-    lr = get_learning_rate(args.lr_scheduler, step, peak, warmup, steps, floor)
-    model.update(lr, args.beta1, args.beta2, args.eps, args.weight_decay, args.grad_clip, step + 1)
     return loss, detectors["loss"].update(loss), grad_norm, detectors["grad_norm"].update(grad_norm), lr
 
 

@@ -333,9 +333,8 @@ def step(model, micro_batches, t, learning_rate, beta1, beta2, eps, weight_decay
     for i, (x, y) in enumerate(micro_batches):
         model.forward(x)
         model.backward(x, y, len(micro_batches), i)
-    loss, norm = model.mean_loss(len(micro_batches)), model.grad_norm()
     model.update(learning_rate, beta1, beta2, eps, weight_decay, grad_clip, t)
-    return loss, norm
+    return model.mean_loss(len(micro_batches)), model.grad_norm()
 
 
 def torch_passes(config, params, x, y, logits_of=gpt2_logits):
