@@ -78,23 +78,35 @@ template <int W, class T> __device__ inline void store(T* address, const float (
     }
 }
 
-// The epilogue, common to all rungs: v are the finished sums of row m, columns n .. n+W-1.
-template <int W> __device__ inline void finish(const Product& p, float (&v)[W], int m, int n) {
+// The epilogue, common to all rungs, for the finished sums v of row m, columns n .. n+W-1. What it needs from global
+// memory is read before, by these two, so that a thread can have several rows' reads under way.
+template <int W> __device__ inline void load_bias(const Product& p, float (&bias)[W], int n) {
+    if (p.bias) {
+        load<W>(bias, p.bias + n);
+    } else {
+#pragma unroll
+        for (int i = 0; i < W; i++) { bias[i] = 0.0f; }
+    }
+}
+
+template <int W> __device__ inline void load_other(const Product& p, float (&other)[W], int m, int n) {
+    const floatX* from = p.accumulate ? p.out : p.gelu_at;
+    if (from) { load<W>(other, from + (size_t)m * p.N + n); }
+}
+
+template <int W>
+__device__ inline void finish(const Product& p, float (&v)[W], const float (&bias)[W], const float (&other)[W], int m,
+                              int n) {
     size_t at = (size_t)m * p.N + n;
-    float other[W];
     if (p.partial) {
         store<W>(p.partial + at, v);
         return;
     }
-    if (p.bias) {
-        load<W>(other, p.bias + n);
 #pragma unroll
-        for (int i = 0; i < W; i++) { v[i] += other[i]; }
-    }
-    if (p.accumulate) {
-        load<W>(other, p.out + at);
-#pragma unroll
-        for (int i = 0; i < W; i++) { v[i] += other[i]; }
+    for (int i = 0; i < W; i++) {
+        v[i] += bias[i];
+        if (p.accumulate) { v[i] += other[i]; }
+        if (p.gelu_at) { v[i] *= gelu_grad(other[i]); }
     }
     if (p.gelu_input) {
         // GELU of the rounded value: what a later recomputation from gelu_input sees, so that both give the same bits
@@ -102,12 +114,15 @@ template <int W> __device__ inline void finish(const Product& p, float (&v)[W], 
 #pragma unroll
         for (int i = 0; i < W; i++) { v[i] = gelu((float)(floatX)v[i]); }
     }
-    if (p.gelu_at) {
-        load<W>(other, p.gelu_at + at);
-#pragma unroll
-        for (int i = 0; i < W; i++) { v[i] *= gelu_grad(other[i]); }
-    }
     store<W>(p.out + at, v);
+}
+
+// The same in one step.
+template <int W> __device__ inline void finish(const Product& p, float (&v)[W], int m, int n) {
+    float bias[W], other[W];
+    load_bias(p, bias, n);
+    load_other(p, other, m, n);
+    finish(p, v, bias, other, m, n);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -127,7 +142,7 @@ template <int OP> __device__ inline void product1(const Product& p) {
     int m = i / p.N, n = i % p.N;
     float sum[1] = {0.0f};
     for (int k = 0; k < p.K; k++) { sum[0] += a_value<OP>(p, m, k) * b_value<OP>(p, k, n); }
-    finish<1>(p, sum, m, n);
+    finish(p, sum, m, n);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -153,7 +168,7 @@ template <int OP> __device__ inline void product2(const Product& p) {
         for (int k = 0; k < TILE2; k++) { sum[0] += a_tile[y][k] * b_tile[k][x]; }
         __syncthreads();
     }
-    if (m0 + y < p.M && n0 + x < p.N) { finish<1>(p, sum, m0 + y, n0 + x); }
+    if (m0 + y < p.M && n0 + x < p.N) { finish(p, sum, m0 + y, n0 + x); }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -162,12 +177,13 @@ template <int OP> __device__ inline void product2(const Product& p) {
 
 constexpr int TILE3 = 128, DEPTH3 = 16, ROW3 = TILE3 + 4;  // + 4: float4 stays aligned, columns change bank
 
-// 8 consecutive values of an operand for this thread's place in the (128, 16) tile at (row0, k0), zero outside.
+// 8 consecutive values of an operand for this thread's place in the (128, 16) tile at (row0, k0), zero outside and from
+// k_end on.
 template <bool BY_K>
-__device__ inline void fetch3(float (&v)[8], const floatX* operand, int rows, int K, int row0, int k0) {
+__device__ inline void fetch3(float (&v)[8], const floatX* operand, int rows, int K, int row0, int k0, int k_end) {
     int row = row0 + (BY_K ? threadIdx.x % 16 * 8 : threadIdx.x / 2);
     int k = k0 + (BY_K ? threadIdx.x / 16 : threadIdx.x % 2 * 8);
-    if (row < rows && k < K) {
+    if (row < rows && k < k_end) {
         load<8>(v, operand + (BY_K ? (size_t)k * rows + row : (size_t)row * K + k));
     } else {
 #pragma unroll
@@ -185,7 +201,7 @@ template <bool BY_K> __device__ inline void place3(float (&tile)[DEPTH3][ROW3], 
     }
 }
 
-template <int OP> __device__ inline void product3(const Product& p) {
+template <int OP> __device__ inline void product3(const Product& p, int k_begin, int k_end) {
     __shared__ alignas(16) float a_tile[2][DEPTH3][ROW3], b_tile[2][DEPTH3][ROW3];
     int m0 = blockIdx.y * TILE3, n0 = blockIdx.x * TILE3;
     // 2 x 4 warps of 64 x 32 outputs; in a warp 8 x 4 lanes. A lane has rows y .. y+3 and y+32 .. y+35 of 8 columns:
@@ -195,16 +211,16 @@ template <int OP> __device__ inline void product3(const Product& p) {
     float sums[8][8] = {};
     float a_next[8], b_next[8];
 
-    fetch3<a_by_k<OP>>(a_next, p.a, p.M, p.K, m0, 0);
-    fetch3<b_by_k<OP>>(b_next, p.b, p.N, p.K, n0, 0);
+    fetch3<a_by_k<OP>>(a_next, p.a, p.M, p.K, m0, k_begin, k_end);
+    fetch3<b_by_k<OP>>(b_next, p.b, p.N, p.K, n0, k_begin, k_end);
     place3<a_by_k<OP>>(a_tile[0], a_next);
     place3<b_by_k<OP>>(b_tile[0], b_next);
     __syncthreads();
-    for (int k0 = 0, buffer = 0; k0 < p.K; k0 += DEPTH3, buffer ^= 1) {
-        bool more = k0 + DEPTH3 < p.K;
+    for (int k0 = k_begin, buffer = 0; k0 < k_end; k0 += DEPTH3, buffer ^= 1) {
+        bool more = k0 + DEPTH3 < k_end;
         if (more) {  // the loads run while the tile in shared memory is multiplied
-            fetch3<a_by_k<OP>>(a_next, p.a, p.M, p.K, m0, k0 + DEPTH3);
-            fetch3<b_by_k<OP>>(b_next, p.b, p.N, p.K, n0, k0 + DEPTH3);
+            fetch3<a_by_k<OP>>(a_next, p.a, p.M, p.K, m0, k0 + DEPTH3, k_end);
+            fetch3<b_by_k<OP>>(b_next, p.b, p.N, p.K, n0, k0 + DEPTH3, k_end);
         }
 #pragma unroll
         for (int k = 0; k < DEPTH3; k++) {
@@ -228,8 +244,18 @@ template <int OP> __device__ inline void product3(const Product& p) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         int m = m0 + y + i % 4 + i / 4 * 32, n = n0 + x;
-        if (m < p.M && n < p.N) { finish<8>(p, sums[i], m, n); }
+        if (m < p.M && n < p.N) { finish(p, sums[i], m, n); }
     }
+}
+
+// Weight gradients with few output tiles and many tokens (kernels 3 and 5): the tokens are cut into `splits` ranges,
+// whose sums go to partials (splits, M, N); matmul_wgrad_reduce adds them in order. The number of splits comes from the
+// shapes alone (llmc/cuda/matmul.py), so results do not depend on the device; no range may be empty.
+__device__ inline void choose_split(Product& p, float* partials, int split, int splits, int& k_begin, int& k_end) {
+    constexpr int UNIT = 32;
+    int range = ceil_div(ceil_div(p.K, UNIT), splits) * UNIT;
+    k_begin = split * range, k_end = min(k_begin + range, p.K);
+    if (splits > 1) { p.partial = partials + (size_t)split * p.M * p.N; }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -252,16 +278,19 @@ template <bool BY_K> __device__ inline int place(int row, int piece) {
     return BY_K ? row * TILE + (piece ^ (row & 7)) * 8 : row * DEPTH + (piece ^ (row >> 1 & 3)) * 8;
 }
 
-// Starts the copy of the tile of `operand` at (row0, k0) with k < K_end; zeros outside. `rows` is M or N.
+// Starts the copy of the tile of `operand` at (row0, k0) with k < K_end; zeros outside. `rows` is M or N. A thread's
+// four pieces lie in one column of the tile, at constant distances.
 template <bool BY_K>
 __device__ inline void copy_tile(floatX* tile, const floatX* operand, int rows, int K, int row0, int k0, int K_end) {
-    constexpr int PIECES = BY_K ? TILE / 8 : DEPTH / 8;  // in a row of the tile
+    constexpr int PIECES = BY_K ? TILE / 8 : DEPTH / 8, STEP = 128 / PIECES;  // in a row of the tile; rows at a time
+    int r = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
+    int row = row0 + (BY_K ? piece * 8 : r), k = k0 + (BY_K ? r : piece * 8), stride = BY_K ? rows : K;
+    const floatX* from = operand + (BY_K ? (i64)k * stride + row : (i64)row * stride + k);
+    tile += place<BY_K>(r, piece);  // the swizzle repeats every 8 rows, and STEP is a multiple of 8
 #pragma unroll
     for (int i = 0; i < CHUNKS / 128; i++) {
-        int r = threadIdx.x / PIECES + i * (128 / PIECES), piece = threadIdx.x % PIECES;
-        int row = row0 + (BY_K ? piece * 8 : r), k = k0 + (BY_K ? r : piece * 8);
-        size_t at = BY_K ? (size_t)k * rows + row : (size_t)row * K + k;
-        cp_async_16(tile + place<BY_K>(r, piece), operand + at, row < rows && k < K_end);
+        bool inside = BY_K ? row < rows && k + i * STEP < K_end : row + i * STEP < rows && k < K_end;
+        cp_async_16(tile + i * STEP * PIECES * 8, from + (i64)(i * STEP) * stride, inside);
     }
 }
 
@@ -302,63 +331,94 @@ __device__ inline void product_mma(const Product& p, int m0, int n0, int k_begin
         copy_tile<b_by_k<OP>>(stage + TILE_SIZE, p.b, p.N, p.K, n0, k0, k_end);
     };
 
-    // One commit per step, also when there is nothing left to copy: the wait counts groups.
-    for (int step = 0; step < STAGES - 1; step++) {
-        if (step < steps) { copy(step); }
-        cp_async_commit();
-    }
-    for (int step = 0; step < steps; step++) {
-        if constexpr (STAGES == 1) {
-            __syncthreads();  // all warps are done with the only stage
+    u32 a[2][4][4], b[2][4][4];  // the fragments of one k step of 16, and of the next
+    auto load_fragments = [&](int set, int step, int k) {
+        const floatX* a_tile = shared + step % STAGES * 2 * TILE_SIZE;
+#pragma unroll
+        for (int i = 0; i < 4; i++) { load_a<a_by_k<OP>>(a[set][i], a_tile, wm + i * 16, k); }
+#pragma unroll
+        for (int j = 0; j < 4; j++) { load_b<b_by_k<OP>>(b[set][j], a_tile + TILE_SIZE, wn + j * 16, k); }
+    };
+    auto multiply = [&](int set) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+#pragma unroll
+            for (int j = 0; j < 8; j++) { mma(sums[i][j], a[set][i], b[set][j / 2] + j % 2 * 2); }
+        }
+    };
+    static_assert(DEPTH == 32, "two k steps in a stage");
+
+    if constexpr (STAGES == 1) {
+        for (int step = 0; step < steps; step++) {
             copy(step);
             cp_async_commit();
             cp_async_wait<0>();
             __syncthreads();
-        } else {
-            cp_async_wait<STAGES - 2>();  // this thread's part of the stage of `step` has arrived
-            __syncthreads();              // everybody's has, and everybody is done with the stage of step - 1
-            if (step + STAGES - 1 < steps) { copy(step + STAGES - 1); }
+            load_fragments(0, step, 0);
+            load_fragments(1, step, 16);
+            __syncthreads();  // the stage is free
+            multiply(0);
+            multiply(1);
+        }
+    } else {
+        // One commit per step, also when there is nothing left to copy: the waits count groups.
+        for (int step = 0; step < STAGES - 1; step++) {
+            if (step < steps) { copy(step); }
             cp_async_commit();
         }
-        const floatX* a_tile = shared + step % STAGES * 2 * TILE_SIZE;
-        const floatX* b_tile = a_tile + TILE_SIZE;
-#pragma unroll
-        for (int k = 0; k < DEPTH; k += 16) {
-            u32 a[4][4], b[4][4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) { load_a<a_by_k<OP>>(a[i], a_tile, wm + i * 16, k); }
-#pragma unroll
-            for (int j = 0; j < 4; j++) { load_b<b_by_k<OP>>(b[j], b_tile, wn + j * 16, k); }
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-#pragma unroll
-                for (int j = 0; j < 8; j++) { mma(sums[i][j], a[i], b[j / 2] + j % 2 * 2); }
-            }
+        cp_async_wait<STAGES - 2>();
+        __syncthreads();
+        load_fragments(0, 0, 0);
+        for (int step = 0; step < steps; step++) {
+            load_fragments(1, step, 16);
+            if (step + STAGES - 1 < steps) { copy(step + STAGES - 1); }  // where step - 1 was
+            cp_async_commit();
+            multiply(0);
+            cp_async_wait<STAGES - 2>();  // this thread's part of the stage of step + 1 has arrived
+            __syncthreads();              // everybody's has, and everybody has read all of the stage of `step`
+            if (step + 1 < steps) { load_fragments(0, step + 1, 0); }
+            multiply(1);
         }
     }
 
-    // Epilogue: a warp passes its outputs through shared memory, 16 rows at a time, so that a thread gets 8 neighbours
+    // Epilogue: a warp passes its outputs through shared memory, 32 rows at a time, so that a thread gets 8 neighbours
     // of one row and a row of the warp is one 128-byte line (16-bit) in global memory.
     cp_async_wait<0>();
     __syncthreads();  // the stages are free
-    float* staging = (float*)dynamic_shared + warp * 16 * ROW_STAGING;
+    float* staging = (float*)dynamic_shared + warp * 32 * ROW_STAGING;
+    int n = n0 + wn + lane % 8 * 8;
+    float bias[8] = {};
+    if (n < p.N) { load_bias(p, bias, n); }
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            float* at = staging + lane / 4 * ROW_STAGING + j * 8 + lane % 4 * 2;
-            *(float2*)at = make_float2(sums[i][j][0], sums[i][j][1]);
-            *(float2*)(at + 8 * ROW_STAGING) = make_float2(sums[i][j][2], sums[i][j][3]);
-        }
+    for (int half = 0; half < 2; half++) {
         __syncwarp();
 #pragma unroll
-        for (int q = 0; q < 4; q++) {
-            int r = q * 4 + lane / 8, m = m0 + wm + i * 16 + r, n = n0 + wn + lane % 8 * 8;
-            float v[8];
-            load<8>(v, staging + r * ROW_STAGING + lane % 8 * 8);
-            if (m < p.M && n < p.N) { finish<8>(p, v, m, n); }
+        for (int i = 0; i < 2; i++) {
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                float* at = staging + (i * 16 + lane / 4) * ROW_STAGING + j * 8 + lane % 4 * 2;
+                const float(&sum)[4] = sums[half * 2 + i][j];
+                *(float2*)at = make_float2(sum[0], sum[1]);
+                *(float2*)(at + 8 * ROW_STAGING) = make_float2(sum[2], sum[3]);
+            }
         }
         __syncwarp();
+#pragma unroll 1
+        for (int r0 = lane / 8; r0 < 32; r0 += 16) {
+            float other[4][8];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int m = m0 + wm + half * 32 + r0 + i * 4;
+                if (m < p.M && n < p.N) { load_other(p, other[i], m, n); }
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int m = m0 + wm + half * 32 + r0 + i * 4;
+                float v[8];
+                load<8>(v, staging + (r0 + i * 4) * ROW_STAGING + lane % 8 * 8);
+                if (m < p.M && n < p.N) { finish(p, v, bias, other[i], m, n); }
+            }
+        }
     }
 }
 
@@ -385,12 +445,11 @@ template <int OP> __device__ inline void product5(const Product& p, int tile, in
 // Every kernel checks its own bounds; nothing needs to be zeroed; all pointers 16-byte aligned.
 //   kernel 1      grid ceil(M*N / 256), block 256
 //   kernel 2      grid (ceil(N / 16), ceil(M / 16)), block 256
-//   kernel 3      grid (ceil(N / 128), ceil(M / 128)), block 256
-//   kernel 4      grid (ceil(N / 128), ceil(M / 128)), block 128, dynamic shared memory 18432 bytes
-//   kernel 5      grid ceil(N / 128) * ceil(M / 128) (wgrad: times splits), block 128, dynamic shared memory 49152
+//   kernel 3      grid (ceil(N / 128), ceil(M / 128), wgrad: splits), block 256
+//   kernel 4      grid (ceil(N / 128), ceil(M / 128)), block 128, dynamic shared memory 36864 bytes
+//   kernel 5      grid ceil(N / 128) * ceil(M / 128), wgrad: times splits, block 128, dynamic shared memory 49152 bytes
 // forward: M = BT, N = OC, K = C; bias, pre_gelu may be null.  dgrad: M = BT, N = C, K = OC; pre_gelu may be null.
-// wgrad: M = OC, N = C, K = BT; with splits > 1, kernel 5 writes splits x (OC, C) sums into partials for
-// matmul_wgrad_reduce_kernel5, and neither reads nor writes dweight.
+// wgrad: M = OC, N = C, K = BT; with splits > 1 dweight is neither read nor written, matmul_wgrad_reduce does that.
 // ---------------------------------------------------------------------------------------------------------------------
 
 __device__ inline Product forward_product(floatX* out, floatX* pre_gelu, const floatX* inp, const floatX* weight,
@@ -434,15 +493,19 @@ extern "C" __global__ void __launch_bounds__(256) matmul_wgrad_kernel2(
 
 extern "C" __global__ void __launch_bounds__(256, 2) matmul_forward_kernel3(
     floatX* out, floatX* pre_gelu, const floatX* inp, const floatX* weight, const floatX* bias, int M, int N, int K) {
-    product3<FORWARD>(forward_product(out, pre_gelu, inp, weight, bias, M, N, K));
+    product3<FORWARD>(forward_product(out, pre_gelu, inp, weight, bias, M, N, K), 0, K);
 }
 extern "C" __global__ void __launch_bounds__(256, 2) matmul_dgrad_kernel3(
     floatX* dinp, const floatX* dout, const floatX* weight, const floatX* pre_gelu, int M, int N, int K) {
-    product3<DGRAD>(dgrad_product(dinp, dout, weight, pre_gelu, M, N, K));
+    product3<DGRAD>(dgrad_product(dinp, dout, weight, pre_gelu, M, N, K), 0, K);
 }
 extern "C" __global__ void __launch_bounds__(256, 2) matmul_wgrad_kernel3(
-    floatX* dweight, const floatX* dout, const floatX* inp, int M, int N, int K, int accumulate) {
-    product3<WGRAD>(wgrad_product(dweight, dout, inp, M, N, K, accumulate));
+    floatX* dweight, float* partials, const floatX* dout, const floatX* inp, int M, int N, int K, int splits,
+    int accumulate) {
+    Product p = wgrad_product(dweight, dout, inp, M, N, K, accumulate);
+    int k_begin, k_end;
+    choose_split(p, partials, blockIdx.z, splits, k_begin, k_end);
+    product3<WGRAD>(p, k_begin, k_end);
 }
 
 #ifdef TENSOR_CORES
@@ -468,23 +531,20 @@ extern "C" __global__ void __launch_bounds__(128, 2) matmul_dgrad_kernel5(
     floatX* dinp, const floatX* dout, const floatX* weight, const floatX* pre_gelu, int M, int N, int K) {
     product5<DGRAD>(dgrad_product(dinp, dout, weight, pre_gelu, M, N, K), blockIdx.x, 0, K);
 }
-// With few output tiles and many tokens, the tokens are cut into `splits` ranges. Neighbouring blocks work on the same
-// range, so that they read the same rows of dout and inp.
+// Neighbouring blocks work on the same range of tokens, so that they read the same rows of dout and inp.
 extern "C" __global__ void __launch_bounds__(128, 2) matmul_wgrad_kernel5(
     floatX* dweight, float* partials, const floatX* dout, const floatX* inp, int M, int N, int K, int splits,
     int accumulate) {
     Product p = wgrad_product(dweight, dout, inp, M, N, K, accumulate);
-    int tiles = ceil_div(M, TILE) * ceil_div(N, TILE);
-    int split = blockIdx.x / tiles, range = ceil_div(ceil_div(K, DEPTH), splits) * DEPTH;
-    if (splits > 1) { p.partial = partials + (size_t)split * M * N; }
-    // the last ranges can be empty when splits does not divide the steps: they write zeros
-    product5<WGRAD>(p, blockIdx.x % tiles, min(split * range, K), min((split + 1) * range, K));
+    int tiles = ceil_div(M, TILE) * ceil_div(N, TILE), k_begin, k_end;
+    choose_split(p, partials, blockIdx.x / tiles, splits, k_begin, k_end);
+    product5<WGRAD>(p, blockIdx.x % tiles, k_begin, k_end);
 }
 
 #endif  // TENSOR_CORES
 
-// dweight (+)= the partials, added in the order of the splits. Grid ceil(size / 2048), block 256; size = OC * C.
-extern "C" __global__ void __launch_bounds__(256) matmul_wgrad_reduce_kernel5(
+// dweight (+)= the partials, added in order. Grid ceil(size / 2048), block 256; size = OC * C.
+extern "C" __global__ void __launch_bounds__(256) matmul_wgrad_reduce(
     floatX* dweight, const float* partials, i64 size, int splits, int accumulate) {
     i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (i >= size) { return; }

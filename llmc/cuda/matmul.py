@@ -25,9 +25,12 @@ def ceil_div(a, b):
 
 
 def wgrad_splits(BT, C, OC):
-    """Token ranges of the weight gradient: a function of the shapes alone."""
+    """Token ranges of the weight gradient (kernels 3 and 5): a function of the shapes alone. Ranges are multiples of 32
+    tokens, none is empty."""
     tiles = ceil_div(OC, TILE) * ceil_div(C, TILE)
-    return max(1, min(WGRAD_BLOCKS // tiles, BT // MIN_TOKENS))
+    wanted = max(1, min(WGRAD_BLOCKS // tiles, BT // MIN_TOKENS))
+    units = ceil_div(BT, 32)
+    return ceil_div(units, ceil_div(units, wanted))
 
 
 def bias_parts(BT):
@@ -48,10 +51,10 @@ def launch(name, version, dtype, M, N, args, repeat=1):
     elif version == 2:
         grid, block, smem = (ceil_div(N, 16), ceil_div(M, 16)), 256, 0
     elif version == 3:
-        grid, block, smem = (ceil_div(N, TILE), ceil_div(M, TILE)), 256, 0
+        grid, block, smem = (ceil_div(N, TILE), ceil_div(M, TILE), repeat), 256, 0
     else:
         assert dtype != np.float32, (name, version, dtype)
-        grid, block, smem = (ceil_div(N, TILE), ceil_div(M, TILE)), 128, max(STAGES[version] * 16384, 18432)
+        grid, block, smem = (ceil_div(N, TILE), ceil_div(M, TILE)), 128, max(STAGES[version] * 16384, 36864)
     if version == 5:
         grid = (grid[0] * grid[1] * repeat,)
     module.kernel("matmul.cu", kernel_name, dtype, smem=smem)(grid, (block,), args, shared_mem=smem)
@@ -82,14 +85,14 @@ def backward(version, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu
         bias_grad(1 if version == 1 else 2, dbias, scratch, dout, BT, OC, accumulate)
     launch("dgrad", version, dtype, BT, C, (dinp, dout, weight, pre_gelu, i32(BT), i32(C), i32(OC)))
     sizes = i32(OC), i32(C), i32(BT)
-    if version < 5:
+    if version not in (3, 5):
         launch("wgrad", version, dtype, OC, C, (dweight, dout, inp, *sizes, accumulate))
         return
     splits = wgrad_splits(BT, C, OC)
-    launch("wgrad", 5, dtype, OC, C, (dweight, scratch, dout, inp, *sizes, i32(splits), accumulate), splits)
+    launch("wgrad", version, dtype, OC, C, (dweight, scratch, dout, inp, *sizes, i32(splits), accumulate), splits)
     if splits > 1:
         args = (dweight, scratch, i64(OC * C), i32(splits), accumulate)
-        module.kernel("matmul.cu", "matmul_wgrad_reduce_kernel5", dtype)((ceil_div(OC * C, 2048),), (256,), args)
+        module.kernel("matmul.cu", "matmul_wgrad_reduce", dtype)((ceil_div(OC * C, 2048),), (256,), args)
 
 
 def bias_grad(version, dbias, scratch, dout, BT, OC, accumulate):
