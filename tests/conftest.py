@@ -4,7 +4,8 @@
     def test_forward(op, shape): ...
 
 runs once for every op set, dtype, rung (layernorm_forward1, layernorm_forward2, ... in llmc/cuda) and shape: `shapes`
-on every op set, `big` not on the executor, `cpu` on the cpu set alone. dtypes=("bf16",) and sets=("cpu",) restrict it.
+on every op set, `big` not on the executor, `cpu` on the cpu set alone. dtypes=("bf16",) and sets=("cpu",) restrict it,
+public=True leaves the rungs out. A public name that chooses among rungs gets the last shape only: they get them all.
 `op` is then called with NumPy arrays, wherever it runs. Each call is a test of its own, see Op.__call__.
 The fixture `ops` is the op set as a module, for tests of more than one op.
 """
@@ -31,7 +32,7 @@ settings.load_profile("llmc")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "op(name, shapes, big, cpu, dtypes, sets): see conftest.py")
+    config.addinivalue_line("markers", "op(name, shapes, big, cpu, dtypes, sets, public): see conftest.py")
 
 
 def versions(kind, dtype, name):
@@ -61,12 +62,13 @@ def pytest_generate_tests(metafunc):
         for dtype in options.get("dtypes", DTYPES):
             if kind == "cpu" and dtype != "fp32":
                 continue
-            for version in versions(kind, dtype, name):
+            names = [name] if options.get("public") else versions(kind, dtype, name)
+            for version in names:
                 label = f"{kind}-{dtype}" + (f"-{version}" if kind != "cpu" else "")
                 if "shape" not in metafunc.fixturenames:
                     cases.append(pytest.param((kind, dtype, name, version), id=label))
                     continue
-                for shape in shapes:
+                for shape in shapes[-1:] if version == name and len(names) > 1 else shapes:
                     size = "x".join(map(str, shape))
                     cases.append(pytest.param((kind, dtype, name, version), shape, id=f"{label}-{size}"))
     metafunc.parametrize("op,shape" if "shape" in metafunc.fixturenames else "op", cases, indirect=["op"])

@@ -248,7 +248,7 @@ def test_stochastic_rounding_of_special_numbers(op):
     assert np.isnan(rounding_of(op, np.nan, [8] * 16, range(16)).astype(np.float32)).all(), f"{op}: NaN became a number"
 
 
-@pytest.mark.op("adamw_update", dtypes=("fp32",))
+@pytest.mark.op("adamw_update", dtypes=("fp32",), public=True)
 @given(st.lists(st.integers(1, 60), min_size=16, max_size=16), st.booleans(), st.sampled_from((0.0, 0.1, 1.0)))
 def test_adamw_any_sizes(op, sizes, with_master, clip):
     check_against_torch(op, [n * op.multiple for n in sizes], with_master, clip, ref.FP32, steps=2)

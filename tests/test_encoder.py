@@ -121,7 +121,7 @@ def test_encoder_backward_stochastic_rounding(op):
     assert (ref.bits(results[0][0]) != ref.bits(results[0][1])).any(), f"{op}: dwte and dwpe share their noise"
 
 
-@pytest.mark.op("encoder_backward")
+@pytest.mark.op("encoder_backward", public=True)
 @given(st.integers(1, 4), st.integers(1, 40), st.integers(1, 12), st.integers(1, 70))
 def test_encoder_any_shape(op, B, T, C, V):
     check_backward(op, (B, T, C * op.multiple, V, V + V % 3, T + V % 2))

@@ -91,7 +91,7 @@ def test_fused_classifier_gradient_sums_to_zero(op, shape):
     assert (np.argmin(rows, axis=-1) == targets).all(), f"{op}: the negative entry is not the target's"
 
 
-@pytest.mark.op("fused_classifier")
+@pytest.mark.op("fused_classifier", public=True)
 @given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 600), st.booleans())
 def test_fused_classifier_any_shape(op, B, T, V, write_dlogits):
     Vp = V + V % 5 if op.kind == "cpu" else -(-V // 128) * 128

@@ -77,13 +77,13 @@ def test_gelu_forward_small_values(op):
     check_forward(op, draw(op, (2, 5, 24), 1e-3))
 
 
-@pytest.mark.op("gelu_forward")
+@pytest.mark.op("gelu_forward", public=True)
 @given(st.integers(1, 4), st.integers(1, 70), st.integers(1, 40))
 def test_gelu_forward_any_shape(op, B, T, C):
     check_forward(op, draw(op, (B, T, C * op.multiple)))
 
 
-@pytest.mark.op("gelu_backward_inplace")
+@pytest.mark.op("gelu_backward_inplace", public=True)
 @given(st.integers(1, 4), st.integers(1, 70), st.integers(1, 40))
 def test_gelu_backward_inplace_any_shape(op, B, T, C):
     check_backward(op, draw(op, (B, T, C * op.multiple)))

@@ -48,7 +48,7 @@ def test_global_norm_squared_shows_what_is_not_finite(op, shape, bad):
     assert np.isnan(out[0]) if np.isnan(bad) else out[0] == np.inf, f"{op}: {out[0]} with {bad} among the values"
 
 
-@pytest.mark.op("global_norm_squared")
+@pytest.mark.op("global_norm_squared", public=True)
 @given(st.integers(1, 20000))
 def test_global_norm_squared_any_size(op, n):
     check(op, ref.normal(np.random.default_rng(n), n, op.dtype))

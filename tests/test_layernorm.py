@@ -133,13 +133,13 @@ def test_layernorm_forward_large_and_small_values(op):
         check_forward(op, (2, 5, 72), ref.normal(rng, (2, 5, 72), op.dtype, scale))
 
 
-@pytest.mark.op("layernorm_forward")
+@pytest.mark.op("layernorm_forward", public=True)
 @given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 40))
 def test_layernorm_forward_any_shape(op, B, T, C):
     check_forward(op, (B, T, C * op.multiple))
 
 
-@pytest.mark.op("layernorm_backward")
+@pytest.mark.op("layernorm_backward", public=True)
 @given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 40))
 def test_layernorm_backward_any_shape(op, B, T, C):
     check_backward(op, (B, T, C * op.multiple))
