@@ -48,7 +48,7 @@ class FakeCupy:
 
     def __init__(self, monkeypatch):
         self.devices, self.driver, self.capability, self.failure, self.sync_failure = 1, 13000, "90", None, None
-        self.disk, self.log = set(), LOG
+        self.disk, self.log, self.__version__ = set(), LOG, "14.2.0"
         fake = self
 
         class RawModule:
@@ -218,6 +218,11 @@ def test_check_launches_names_the_kernel(cupy, monkeypatch):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # error lines
+
+
+def test_cupy_too_old(cupy):
+    cupy.__version__ = "13.6.0"
+    assert "13.6.0" in user_error(module.capability)
 
 
 def test_no_driver(cupy):

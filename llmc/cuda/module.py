@@ -55,6 +55,8 @@ def import_cupy():
         import cupy
     except ImportError as error:
         raise UserError(f"the cuda op set needs CuPy ({one_line(error)}). {INSTALL}") from error
+    if int(cupy.__version__.split(".")[0]) < 14:  # before, None reached a kernel as the address 0xffffffff
+        raise UserError(f"CuPy {cupy.__version__} is too old, 14.0 is needed. {INSTALL}")
     return cupy
 
 
