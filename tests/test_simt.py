@@ -1,10 +1,10 @@
-"""Proof of the CPU executor, tests/simt: planted faults are found, correct twins pass, and its CUDA vocabulary computes what
-CUDA's does.
+"""Proof of the CPU executor, tests/simt: planted faults are found, correct twins pass, and its CUDA vocabulary computes
+what CUDA's does.
 
-1. Faults. tests/simt/faults/*.cu holds small kernels with one mistake each. A test states the kind, the source line (the one
-   that ends in `// <kernel>`), block, thread and array that the report must name.
-2. Semantics. tests/simt/semantics.cu against NumPy and ml_dtypes, on the executor and, where there is one, on a GPU: on a
-   machine with both, the two agree on every bit of these kernels.
+1. Faults. tests/simt/faults/*.cu holds small kernels with one mistake each. A test states the kind, the source line
+   (the one that ends in `// <kernel>`), block, thread and array that the report must name.
+2. Semantics. tests/simt/semantics.cu against NumPy and ml_dtypes, on the executor and, where there is one, on a GPU: on
+   a machine with both, the two agree on every bit of these kernels.
 """
 
 import importlib
@@ -56,200 +56,77 @@ def caught(*args, orders=("forward",), **kwargs):
 # Planted faults
 # ----------------------------------------------------------------------------------------------------------------------
 
-# file, kernel, arguments, launch options, what the report must say ("forward" thread order). `line` is the mark of the line
-# if it is not the kernel's name.
+# file, kernel, arguments, launch options, what the report must say (in "forward" thread order). `line` is the mark of
+# the line if it is not the kernel's name.
+# fmt: off
 FAULTS = [
-    (
-        "barrier.cu",
-        "missing_bad",
-        (ints(64), ints(64)),
-        {"block": 64},
-        {"kind": "race", "thread": (1, 0, 0), "array": "tile", "index": 0},
-    ),
+    ("barrier.cu", "missing_bad", (ints(64), ints(64)), {"block": 64},
+     {"kind": "race", "thread": (1, 0, 0), "array": "tile", "index": 0}),
     ("barrier.cu", "reuse_bad", (ints(64), ints(128)), {"block": 64}, {"kind": "race", "array": "tile"}),
-    (
-        "barrier.cu",
-        "exit_bad",
-        (ints(64), ints(64), i32(40)),
-        {"block": 64},
-        {"kind": "divergent barrier", "thread": (0, 0, 0)},
-    ),
+    ("barrier.cu", "exit_bad", (ints(64), ints(64), i32(40)), {"block": 64},
+     {"kind": "divergent barrier", "thread": (0, 0, 0)}),
     ("barrier.cu", "branch_bad", (ints(64), ints(64)), {"block": 64}, {"kind": "divergent barrier"}),
-    (
-        "barrier.cu",
-        "warp_bad",
-        (ints(32), ints(32)),
-        {},
-        {"kind": "race", "thread": (0, 0, 0), "array": "tile", "index": 31},
-    ),
+    ("barrier.cu", "warp_bad", (ints(32), ints(32)), {},
+     {"kind": "race", "thread": (0, 0, 0), "array": "tile", "index": 31}),
     ("barrier.cu", "chain_bad", (ints(1),), {}, {"kind": "race", "thread": (2, 0, 0), "array": "value"}),
-    (
-        "bounds.cu",
-        "global_read_bad",
-        (floats(100), floats(100), i32(100)),
-        {"grid": 4},
-        {"kind": "out of bounds", "block": (3, 0, 0), "thread": (4, 0, 0), "array": "inp", "index": 100},
-    ),
-    (
-        "bounds.cu",
-        "global_write_bad",
-        (floats(100), floats(100), i32(100)),
-        {"grid": 4},
-        {"kind": "out of bounds", "block": (3, 0, 0), "thread": (4, 0, 0), "array": "out", "index": 100},
-    ),
-    (
-        "bounds.cu",
-        "before_bad",
-        (floats(32), floats(32)),
-        {},
-        {"kind": "out of bounds", "thread": (0, 0, 0), "array": "inp", "index": -1},
-    ),
-    (
-        "bounds.cu",
-        "shared_read_bad",
-        (floats(32), floats(32)),
-        {},
-        {"kind": "out of bounds, shared", "thread": (0, 0, 0), "array": "tile", "index": 32},
-    ),
-    (
-        "bounds.cu",
-        "shared_write_bad",
-        (floats(32), floats(32)),
-        {"shared_mem": 128},
-        {"kind": "out of bounds, shared", "thread": (31, 0, 0), "array": "dynamic shared memory", "index": 128},
-    ),
+    ("bounds.cu", "global_read_bad", (floats(100), floats(100), i32(100)), {"grid": 4},
+     {"kind": "out of bounds", "block": (3, 0, 0), "thread": (4, 0, 0), "array": "inp", "index": 100}),
+    ("bounds.cu", "global_write_bad", (floats(100), floats(100), i32(100)), {"grid": 4},
+     {"kind": "out of bounds", "block": (3, 0, 0), "thread": (4, 0, 0), "array": "out", "index": 100}),
+    ("bounds.cu", "before_bad", (floats(32), floats(32)), {},
+     {"kind": "out of bounds", "thread": (0, 0, 0), "array": "inp", "index": -1}),
+    ("bounds.cu", "shared_read_bad", (floats(32), floats(32)), {},
+     {"kind": "out of bounds, shared", "thread": (0, 0, 0), "array": "tile", "index": 32}),
+    ("bounds.cu", "shared_write_bad", (floats(32), floats(32)), {"shared_mem": 128},
+     {"kind": "out of bounds, shared", "thread": (31, 0, 0), "array": "dynamic shared memory", "index": 128}),
     ("bounds.cu", "row_bad", (floats(32), floats(32)), {}, {"kind": "out of bounds, array", "thread": (8, 0, 0)}),
-    (
-        "bounds.cu",
-        "uninitialised_bad",
-        (floats(64), floats(32)),
-        {"grid": 2},
-        {"kind": "uninitialised read", "block": (1, 0, 0), "thread": (0, 0, 0), "array": "tile", "index": 31},
-    ),
-    (
-        "bounds.cu",
-        "vector_read",
-        (floats(32), floats(256), i32(1)),
-        {},
-        {"kind": "misaligned access", "array": "inp", "index": 1},
-    ),
-    (
-        "bounds.cu",
-        "vector_write",
-        (floats(256), floats(32), i32(2)),
-        {},
-        {"kind": "misaligned access", "array": "out", "index": 2},
-    ),
+    ("bounds.cu", "uninitialised_bad", (floats(64), floats(32)), {"grid": 2},
+     {"kind": "uninitialised read", "block": (1, 0, 0), "thread": (0, 0, 0), "array": "tile", "index": 31}),
+    ("bounds.cu", "vector_read", (floats(32), floats(256), i32(1)), {},
+     {"kind": "misaligned access", "array": "inp", "index": 1}),
+    ("bounds.cu", "vector_write", (floats(256), floats(32), i32(2)), {},
+     {"kind": "misaligned access", "array": "out", "index": 2}),
     ("bounds.cu", "null_bad", (floats(32), None), {}, {"kind": "out of bounds", "thread": (0, 0, 0)}),
-    (
-        "bounds.cu",
-        "const_bad",
-        (floats(32), floats(32)),
-        {},
-        {"kind": "write to const", "thread": (5, 0, 0), "array": "inp", "index": 2},
-    ),
+    ("bounds.cu", "const_bad", (floats(32), floats(32)), {},
+     {"kind": "write to const", "thread": (5, 0, 0), "array": "inp", "index": 2}),
     ("bounds.cu", "local_bad", (ints(32),), {}, {"kind": "out of bounds", "thread": (1, 0, 0)}),
     ("bounds.cu", "too_much_shared", (ints(32),), {}, {"kind": "shared memory size"}),
-    (
-        "blocks.cu",
-        "two_write_bad",
-        (ints(64),),
-        {"grid": 2},
-        {"kind": "race between blocks", "block": (1, 0, 0), "thread": (0, 0, 0), "array": "out", "index": 31},
-    ),
-    (
-        "blocks.cu",
-        "read_bad",
-        (ints(64),),
-        {"grid": 2},
-        {"kind": "race between blocks", "block": (1, 0, 0), "thread": (0, 0, 0), "array": "out", "index": 31},
-    ),
-    (
-        "blocks.cu",
-        "write_after_read_bad",
-        (ints(65),),
-        {"grid": 2},
-        {"kind": "race between blocks", "block": (1, 0, 0), "thread": (3, 0, 0), "array": "out", "index": 63},
-    ),
-    (
-        "blocks.cu",
-        "no_fence_bad",
-        (ints(1), ints(64), np.zeros(1, np.uint32)),
-        {"grid": 2},
-        {"kind": "race between blocks", "block": (1, 0, 0), "thread": (0, 0, 0), "array": "partial", "line": "sum"},
-    ),
-    (
-        "blocks.cu",
-        "no_barrier_bad",
-        (ints(1), ints(128), np.zeros(1, np.uint32)),
-        {"grid": 2, "block": 64},
-        {"kind": "race between blocks", "block": (1, 0, 0), "thread": (0, 0, 0), "array": "partial", "line": "sum"},
-    ),
-    (
-        "blocks.cu",
-        "atomic_and_read_bad",
-        (ints(9), ints(32) % 8),
-        {},
-        {"kind": "race", "thread": (31, 0, 0), "array": "out"},
-    ),
+    ("blocks.cu", "two_write_bad", (ints(64),), {"grid": 2},
+     {"kind": "race between blocks", "block": (1, 0, 0), "thread": (0, 0, 0), "array": "out", "index": 31}),
+    ("blocks.cu", "read_bad", (ints(64),), {"grid": 2},
+     {"kind": "race between blocks", "block": (1, 0, 0), "thread": (0, 0, 0), "array": "out", "index": 31}),
+    ("blocks.cu", "write_after_read_bad", (ints(65),), {"grid": 2},
+     {"kind": "race between blocks", "block": (1, 0, 0), "thread": (3, 0, 0), "array": "out", "index": 63}),
+    ("blocks.cu", "no_fence_bad", (ints(1), ints(64), np.zeros(1, np.uint32)), {"grid": 2},
+     {"kind": "race between blocks", "block": (1, 0, 0), "thread": (0, 0, 0), "array": "partial", "line": "sum"}),
+    ("blocks.cu", "no_barrier_bad", (ints(1), ints(128), np.zeros(1, np.uint32)), {"grid": 2, "block": 64},
+     {"kind": "race between blocks", "block": (1, 0, 0), "thread": (0, 0, 0), "array": "partial", "line": "sum"}),
+    ("blocks.cu", "atomic_and_read_bad", (ints(9), ints(32) % 8), {},
+     {"kind": "race", "thread": (31, 0, 0), "array": "out"}),
     ("warp.cu", "mask_bad", (ints(32), ints(32)), {}, {"kind": "warp mask", "thread": (16, 0, 0)}),
     ("warp.cu", "source_bad", (ints(32), ints(32)), {}, {"kind": "shuffle source", "thread": (15, 0, 0)}),
     ("warp.cu", "divergent_bad", (ints(32), ints(32)), {}, {"kind": "divergent warp", "thread": (0, 0, 0)}),
-    (
-        "warp.cu",
-        "exited_bad",
-        (ints(40), ints(40), i32(40)),
-        {"grid": 2},
-        {"kind": "divergent warp", "block": (1, 0, 0), "thread": (0, 0, 0)},
-    ),
+    ("warp.cu", "exited_bad", (ints(40), ints(40), i32(40)), {"grid": 2},
+     {"kind": "divergent warp", "block": (1, 0, 0), "thread": (0, 0, 0)}),
     ("warp.cu", "kinds_bad", (ints(32), ints(32)), {}, {"kind": "divergent warp", "thread": (0, 0, 0)}),
-    (
-        "async.cu",
-        "no_commit_bad",
-        (ints(32), ints(256)),
-        {},
-        {"kind": "cp.async in flight", "line": "first", "array": "tile"},
-    ),
-    (
-        "async.cu",
-        "no_wait_bad",
-        (ints(32), ints(256)),
-        {},
-        {"kind": "cp.async in flight", "line": "second", "array": "tile"},
-    ),
+    ("async.cu", "no_commit_bad", (ints(32), ints(256)), {},
+     {"kind": "cp.async in flight", "line": "first", "array": "tile"}),
+    ("async.cu", "no_wait_bad", (ints(32), ints(256)), {},
+     {"kind": "cp.async in flight", "line": "second", "array": "tile"}),
     ("async.cu", "no_barrier_bad", (ints(32), ints(256)), {}, {"kind": "race", "line": "first", "array": "tile"}),
-    (
-        "async.cu",
-        "misaligned_bad",
-        (ints(32), ints(256)),
-        {},
-        {"kind": "misaligned access", "array": "inp", "index": 1},
-    ),
+    ("async.cu", "misaligned_bad", (ints(32), ints(256)), {},
+     {"kind": "misaligned access", "array": "inp", "index": 1}),
     ("async.cu", "refill_bad", (ints(64), ints(8)), {"block": 64}, {"kind": "race", "array": "tile"}),
-    (
-        "async.cu",
-        "ldmatrix_bad",
-        (ints(32), ints(96)),
-        {},
-        {"kind": "misaligned access", "thread": (1, 0, 0), "array": "tile"},
-    ),
-    (
-        "undefined.cu",
-        "overflow",
-        (ints(32), i32(2**30), i32(2)),
-        {},
-        {"kind": "undefined behaviour", "thread": (0, 0, 0)},
-    ),
-    (
-        "undefined.cu",
-        "overflow",
-        (ints(32), i32(2**31 - 8), i32(1)),
-        {},
-        {"kind": "undefined behaviour", "thread": (8, 0, 0)},
-    ),
+    ("async.cu", "ldmatrix_bad", (ints(32), ints(96)), {},
+     {"kind": "misaligned access", "thread": (1, 0, 0), "array": "tile"}),
+    ("undefined.cu", "overflow", (ints(32), i32(2 ** 30), i32(2)), {},
+     {"kind": "undefined behaviour", "thread": (0, 0, 0)}),
+    ("undefined.cu", "overflow", (ints(32), i32(2 ** 31 - 8), i32(1)), {},
+     {"kind": "undefined behaviour", "thread": (8, 0, 0)}),
     ("undefined.cu", "shift", (ints(32), i32(1), i32(32)), {}, {"kind": "undefined behaviour", "thread": (0, 0, 0)}),
     ("undefined.cu", "divide", (ints(32), i32(1), i32(0)), {}, {"kind": "undefined behaviour", "thread": (0, 0, 0)}),
 ]
+# fmt: on
 
 
 @pytest.mark.parametrize(
@@ -274,8 +151,8 @@ def test_planted_fault(file, name, args, options, expected):
     ids=[f[1] for f in FAULTS if f[4]["kind"].startswith("race")],
 )
 def test_race_is_found_in_every_order(file, name, order):
-    """A race does not have to come out wrong to be found: any single order reports it. Read before it is written, an element
-    is uninitialised."""
+    """A race need not come out wrong to be found: any single order reports it. An element that is read before another
+    thread writes it is reported as uninitialised."""
     _, _, args, options, _ = next(f for f in FAULTS if f[:2] == (file, name))
     fault = caught(file, name, args, orders=(order,), dtype=FP16 if file == "async.cu" else FP32, **options)
     assert fault.kind.startswith("race") or fault.kind == "uninitialised read", str(fault)
@@ -289,6 +166,7 @@ def test_race_names_both_sides():
     assert fault.other_line == fault.line and "thread 31 of block (0,0,0)" in str(fault)
 
 
+# fmt: off
 TWINS = [
     ("barrier.cu", "missing_good", (ints(64), ints(64)), {"block": 64}, np.maximum(ints(64) - 1, 0)),
     ("barrier.cu", "reuse_good", (ints(64), ints(128)), {"block": 64}, 63 + 127 - 2 * ints(64)),
@@ -305,17 +183,13 @@ TWINS = [
     ("blocks.cu", "one_fence_good", (ints(1), ints(128), np.zeros(1, np.uint32)), {"grid": 4}, [128]),
     ("blocks.cu", "histogram_good", (np.zeros(8, i32), ints(128) % 8), {"grid": 4}, np.full(8, 16)),
     ("warp.cu", "shuffle_good", (ints(32), ints(32)), {}, np.r_[ints(16) ^ 1, ints(16, 16)]),
-    (
-        "async.cu",
-        "async_good",
-        (ints(32), ints(256)),
-        {},
-        4 * np.maximum(ints(32) - 1, 0) + np.where(ints(32) <= 16, 128 + 4 * np.maximum(ints(32) - 1, 0), 0),
-    ),
-    ("undefined.cu", "overflow", (ints(32), i32(2**30), i32(1)), {}, 2**30 + ints(32)),
+    ("async.cu", "async_good", (ints(32), ints(256)), {},
+     4 * np.maximum(ints(32) - 1, 0) + np.where(ints(32) <= 16, 128 + 4 * np.maximum(ints(32) - 1, 0), 0)),
+    ("undefined.cu", "overflow", (ints(32), i32(2 ** 30), i32(1)), {}, 2 ** 30 + ints(32)),
     ("undefined.cu", "shift", (ints(32), i32(3), i32(4)), {}, np.full(32, 48)),
     ("undefined.cu", "divide", (ints(32), i32(7), i32(2)), {}, np.full(32, 3)),
 ]
+# fmt: on
 
 
 @pytest.mark.parametrize("fast", [False, True], ids=["checked", "fast"])
@@ -476,6 +350,34 @@ def test_second_process_compiles_nothing(monkeypatch):
     simt.load(str(HERE / "faults" / "blocks.cu"), "float32", (), False)
 
 
+def test_traffic():
+    """Sectors and bank conflicts of known access patterns: out[i] = inp[stride * i] and a column of a shared tile."""
+    inp = floats(32 * 8)
+    expected = {
+        1: (4, 4),
+        2: (8, 4),
+        8: (32, 4),
+    }  # stride: 32-byte sectors of one warp's 128 bytes, the fewest possible
+    for stride, (units, ideal) in expected.items():
+        with simt.traffic() as rows:
+            launch("traffic.cu", "strided", (floats(32), inp, i32(stride)))
+        read, write = (next(r for r in rows if r.write == w) for w in (False, True))
+        assert (read.space, read.requests, read.bytes, read.units, read.ideal) == ("global", 1, 128, units, ideal)
+        assert read.line == line_of("traffic.cu", "strided") and (write.units, write.bytes) == (4, 128)
+    expected = {32: 32, 33: 1, 34: 2, 36: 4}  # floats in a row: wavefronts of reading a column
+    for row, units in expected.items():
+        with simt.traffic() as rows:
+            launch("traffic.cu", "column", (floats(32), i32(row)), shared_mem=4 * 32 * row)
+        read = next(r for r in rows if r.space == "shared" and not r.write)
+        assert (read.requests, read.bytes, read.units, read.ideal) == (1, 128, units, 1), row
+    expected = {4: 4, 8: 8}  # floats between 16-byte reads: 8 lanes at a time
+    for step, units in expected.items():
+        with simt.traffic() as rows:
+            launch("traffic.cu", "vectors", (floats(32), i32(step)), shared_mem=4 * 32 * step)
+        read = next(r for r in rows if r.space == "shared" and not r.write)
+        assert (read.requests, read.bytes, read.units, read.ideal) == (1, 512, units, 4), step
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Semantics, on the executor and on a GPU
 # ----------------------------------------------------------------------------------------------------------------------
@@ -527,7 +429,7 @@ def test_decode_all_patterns(run, dtype):
 
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
 def test_encode_rounds_to_nearest_even(run, dtype):
-    """Every number of the type, the midpoints between neighbours (ties), both neighbours of each, random bit patterns."""
+    """Every number of the type, the midpoints between neighbours (ties), the neighbours of both, random bits."""
     numbers = patterns(dtype).astype(np.float64)
     numbers = np.sort(numbers[np.isfinite(numbers)])
     middles = ((numbers[1:] + numbers[:-1]) / 2).astype(np.float32)

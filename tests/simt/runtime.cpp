@@ -71,10 +71,17 @@ struct Launch {
     u32 seed;
     int checked;
     double timeout;  // seconds of CPU time
+    int counting;    // count traffic
     int watching;
     Access watched;
     const Region* regions;
     int region_count;
+};
+
+struct Traffic {     // of one instruction, all warps and blocks together
+    u64 pc;
+    int write, shared;
+    u64 requests, bytes, units, ideal;  // units: 32-byte sectors of global, wavefronts of shared memory
 };
 
 static const size_t MAX_THREADS = 1024, STACK = 128 * 1024, SHARED_LIMIT = 227 * 1024, STATIC_LIMIT = 48 * 1024;
@@ -451,7 +458,83 @@ static bool happened_before(u32 record, const char** why) {
 static u64 watching;
 static u64 watched_pc;
 
+// Traffic: the accesses of a warp's lanes through one instruction, grouped by how often each lane has come there.
+struct Request {
+    u32 lanes, offset[32];
+};
+struct Stream {
+    int size, write;
+    u32 count[32];
+    std::vector<Request> requests;
+};
+static std::unordered_map<u64, Stream> streams;  // of the running block, by instruction and warp
+static std::unordered_map<u64, Traffic> traffic;
+
+static void count_access(size_t offset, int size, bool write, void* pc) {
+    Stream& s = streams[((uintptr_t)pc - image_begin) << 5 | me / 32];
+    u32 n = s.count[me % 32]++;
+    s.size = size, s.write = write;
+    if (n >= s.requests.size()) { s.requests.resize(n + 1); }
+    s.requests[n].lanes |= 1u << me % 32;
+    s.requests[n].offset[me % 32] = (u32)offset;
+}
+
+static size_t distinct(u32* values, size_t n) {
+    std::sort(values, values + n);
+    return std::unique(values, values + n) - values;
+}
+
+// What the block's requests cost. Global: distinct 32-byte sectors. Shared: 32 banks of 4 bytes, one word each at a time;
+// a request of 8 or 16 bytes per lane is served in 2 or 4 parts of 16 or 8 lanes.
+static void count_block() {
+    for (auto& entry : streams) {
+        const Stream& s = entry.second;
+        for (const Request& r : s.requests) {
+            u32 first = r.offset[__builtin_ctz(r.lanes)];
+            bool shared = first < ARENA;
+            Traffic& t = traffic[(entry.first >> 5) * 4 + s.write * 2 + shared];
+            t.pc = entry.first >> 5, t.write = s.write, t.shared = shared;
+            u64 bytes = (u64)__builtin_popcount(r.lanes) * s.size;
+            t.requests += 1, t.bytes += bytes;
+            u32 part = shared && s.size > 4 ? 128 / s.size : 32;
+            for (u32 begin = 0; begin < 32; begin += part) {
+                u32 words[32], bank_words[32], n = 0, worst = 0;
+                for (u32 lane = begin; lane < begin + part; ++lane) {
+                    if (r.lanes >> lane & 1u) { words[n++] = r.offset[lane] / (shared ? 4 : 32); }
+                }
+                if (n == 0) { continue; }
+                if (!shared) {
+                    t.units += distinct(words, n), t.ideal += (bytes + 31) / 32;
+                    continue;
+                }
+                for (u32 bank = 0; bank < 32; ++bank) {
+                    u32 m = 0;
+                    for (u32 i = 0; i < n; ++i) {
+                        for (u32 w = 0; w < (s.size > 4 ? (u32)s.size / 4 : 1u); ++w) {
+                            if ((words[i] + w) % 32 == bank) { bank_words[m++] = words[i] + w; }
+                        }
+                    }
+                    worst = std::max(worst, (u32)distinct(bank_words, m));
+                }
+                t.units += worst, t.ideal += 1;
+            }
+        }
+    }
+    streams.clear();
+}
+
+extern "C" int simt_traffic(Traffic* out, int capacity) {
+    int n = 0;
+    for (auto& entry : traffic) {
+        if (n < capacity) { out[n] = entry.second; }
+        ++n;
+    }
+    return n;
+}
+
 __attribute__((noinline)) static void watch(size_t offset, int size, bool write, void* pc) {
+    if (launch.counting) { count_access(offset, size, write, pc); }
+    if (!launch.watching) { return; }
     const Access& w = launch.watched;
     if (w.granule >= offset / 2 && w.granule <= (offset + size - 1) / 2 && w.tid == me && w.write == write &&
         w.time == now - (launch_record >> 12)) {
@@ -1079,7 +1162,7 @@ extern "C" void simt_cp_async_wait(int pending) {
         size_t offset = (char*)copy.to - memory;
         memcpy(copy.to, copy.bytes, 16);
         fill(offset, offset + 16, now << 12 | me);
-        if (watching) { watch(offset, 16, true, copy.pc); }
+        if (launch.watching) { watch(offset, 16, true, copy.pc); }
     }
     self->copies.resize(kept);
 }
@@ -1256,6 +1339,7 @@ static void run_block() {
     become(&scheduler);
     run_next();
     if (faulted) { return; }
+    if (launch.counting) { count_block(); }
     for (u32 i = 0; i < thread_count; ++i) {
         if (fibers[i].state != EXITED) { return report_deadlock(); }
     }
@@ -1311,7 +1395,8 @@ extern "C" int simt_launch(const Launch* what, Fault* out, u64* float_atomic) {
     random_state = launch.seed * 2654435761u | 1u;
     faulted = false;
     fault = Fault{};
-    watching = launch.watching, watched_pc = 0;
+    watching = launch.watching || launch.counting, watched_pc = 0;
+    streams.clear(), traffic.clear();
     float_atomics = 0, float_atomic_pc = 0;
     launch_number += 1;
     statics_end = STATICS, statics_bytes = 0;
