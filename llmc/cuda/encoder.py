@@ -93,7 +93,7 @@ def sort_by_token(scratch, inp, Vp, dtype):
     other, positions = scratch[:N], scratch[list_size(N) :][:N]
     bits = max(2, (Vp - 1).bit_length())
     low, high = (bits + 1) // 2, bits // 2
-    block = min(1024, -(-N // 1024) * 32)  # a warp for every 1024 positions
+    block = min(1024, -(-N // 64) * 32)  # a warp for every 64 positions
     kernel = module.kernel("encoder.cu", "sort_by_token_kernel", dtype)
     kernel((1 << low,), (block,), (other, None, inp, np.int32(N), np.int32(0), np.int32((1 << low) - 1)))
     kernel((1 << high,), (block,), (positions, other, inp, np.int32(N), np.int32(low), np.int32((1 << high) - 1)))
