@@ -249,10 +249,10 @@ class GPT2:
         return self.params_flat if on_host else np.zeros(self.params_flat.size, np.float32)
 
     def load_parameters(self, host):
-        """Parameters = host (N,) fp32, rounded to nearest in low precision; master weights = the rounded values."""
+        """Parameters = host (N,), rounded to nearest where it is finer; master weights = the rounded values."""
         if host is self.params_flat:
             return
-        rounded = host.astype(self.dtype)
+        rounded = host.astype(self.dtype, copy=False)
         self.ops.device.upload(self.params_flat, rounded)
         if self.master is not None:
             self.ops.device.upload(self.master, rounded.astype(np.float32))

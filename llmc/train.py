@@ -17,7 +17,8 @@ from llmc import UserError, command
 from llmc.flags import Parser, above_zero, below_one, count, fraction, natural, number, positive, thread_count
 
 # What a flag is when it is not given. LLMC_DEFAULTS are llm.c's; with neither -i nor -e the run is the default job, and
-# TINY_SHAKESPEARE_CPU overrides them: a byte-level model that two cores train in about two minutes.
+# one of the TINY_SHAKESPEARE tables overrides them: on a CPU a byte-level model that two cores train in about two
+# minutes, on a GPU GPT-2 124M with its own tokenizer.
 LLMC_DEFAULTS = dict(
     batch_size=4,
     learning_rate=3e-4,
@@ -50,6 +51,20 @@ TINY_SHAKESPEARE_CPU = dict(
     sample_length=400,
     temperature=0.8,
     checkpoint_every=500,
+)
+TINY_SHAKESPEARE_CUDA = dict(
+    model="d12",
+    batch_size=16,
+    sequence_length=1024,
+    learning_rate=6e-4,
+    warmup_iterations=20,
+    final_learning_rate_frac=0.1,
+    weight_decay=0.1,
+    max_steps=150,
+    val_loss_every=25,
+    sample_every=0,
+    sample_length=256,
+    checkpoint_every=150,
 )
 
 
@@ -107,6 +122,8 @@ def parser():
     add("--temperature", type=number, help="of samples (1)")
     add = p.add_argument_group("machine").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where it works, else cpu")
+    add("--dtype", choices=("bf16", "fp32"), help="of parameters and activations (bf16 on a GPU, fp32 on a CPU)")
+    add("--no-graph", action="store_true", help="GPU: launch each kernel, do not replay CUDA graphs")
     add("--threads", type=thread_count, metavar="N", help="CPU threads (default: all cores this process may use)")
     return p
 
@@ -116,24 +133,39 @@ def parser():
 
 
 def pick_device(wanted, threads=None):
-    """The op set and one line that says which, and why: (ops, text)."""
-    if wanted == "cuda":
-        raise UserError("--device cuda: this version has the CPU op set only. HINT: --device cpu.")
-    from llmc import cpu as ops
+    """The op set, its name, and one line that says which, and why: (ops, name, text)."""
+    why = "asked for"
+    if wanted != "cpu":
+        from llmc import cuda
+
+        try:
+            cuda.device.start()  # launches a kernel: only that shows that a GPU can be used
+            return cuda, "cuda", f"cuda ({why if wanted == 'cuda' else 'auto: it works'}), {cuda.device.describe()}"
+        except UserError as error:
+            if wanted == "cuda":
+                raise UserError(f"--device cuda: {error}") from error
+            why = f"auto: {str(error).partition('. HINT')[0].partition(' HINT')[0]}"
+    from llmc import cpu
 
     if threads:
-        ops.device.threads(threads)
-    why = "asked for" if wanted == "cpu" else "auto: the op set of this version"
-    return ops, f"cpu ({why}), {ops.device.describe()}"
+        cpu.device.threads(threads)
+    return cpu, "cpu", f"cpu ({why}), {cpu.device.describe()}"
 
 
-def fill_defaults(args):
+def fill_defaults(args, device="cpu"):
     """Settle every flag that was not given; returns whether this is the default job."""
     default_job = args.input_bin is None and args.model is None
     sample_at_end = default_job and args.sample_every is None
-    for name, value in {**LLMC_DEFAULTS, **(TINY_SHAKESPEARE_CPU if default_job else {})}.items():
+    preset = TINY_SHAKESPEARE_CUDA if device == "cuda" else TINY_SHAKESPEARE_CPU
+    for name, value in {**LLMC_DEFAULTS, **(preset if default_job else {})}.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
+    args.model = args.model or preset["model"]
+    args.dtype = args.dtype or ("bf16" if device == "cuda" else "fp32")
+    if device == "cpu" and args.dtype != "fp32":
+        raise UserError(
+            f"--dtype {args.dtype}: the CPU op set has fp32 only. HINT: --device cuda, or leave --dtype out."
+        )
     if sample_at_end:
         args.sample_every = args.max_steps if args.max_steps > 0 else 10**9
     if default_job and args.output_dir is None and not args.resume:
@@ -149,8 +181,14 @@ def prepare_data(args, default_job):
         return None
     from llmc.data import prepare_default
 
-    tokenizer = args.tokenizer or ("bytes" if default_job or (args.model or "").startswith("tiny:") else "gpt2")
-    train, val, text = prepare_default(tokenizer, allow_fallback=default_job and args.tokenizer != "gpt2")
+    tokenizer = args.tokenizer or ("bytes" if args.model.startswith("tiny:") else "gpt2")
+    try:
+        train, val, text = prepare_default(tokenizer, allow_fallback=default_job and tokenizer == "bytes")
+    except UserError as error:
+        if not default_job or args.tokenizer is not None:
+            raise
+        train, val, text = prepare_default("bytes", allow_fallback=True)
+        text = f"byte-level, as GPT-2's tokenizer or data cannot be had ({str(error).partition('. HINT')[0]}): {text}"
     args.input_bin, args.input_val_bin = train, args.input_val_bin or val
     return text
 
@@ -185,12 +223,21 @@ def model_config(args, resume_step):
     from llmc import checkpoint
     from llmc.gpt2 import config_from_descriptor, config_from_header
 
-    path = args.model or TINY_SHAKESPEARE_CPU["model"]
+    path = args.model
     if resume_step is not None:
         path = checkpoint.model_path(args.output_dir, resume_step)
     if path.endswith(".bin"):
         return config_from_header(checkpoint.read_model_header(path)), path
     return config_from_descriptor(path, data_vocabulary(args.input_bin), args.sequence_length), None
+
+
+def model_dtype(name):
+    """The NumPy dtype of --dtype."""
+    if name == "fp32":
+        return "float32"
+    import ml_dtypes
+
+    return ml_dtypes.bfloat16
 
 
 def data_vocabulary(pattern):
@@ -216,12 +263,11 @@ def sample_tokenizer(config, name):
 
 
 def check_memory(plan_bytes, ops):
-    free, total = ops.device.memory()
+    """A plan larger than the memory of the device is refused before anything is allocated."""
+    _, total = ops.device.memory()
     if total and plan_bytes > total:
         need, have = plan_bytes / 2**30, total / 2**30
-        raise UserError(
-            f"the plan needs {need:.1f} GiB, the machine has {have:.1f}. HINT: lower -b or -t, or raise -r."
-        )
+        raise UserError(f"the plan needs {need:.1f} GiB, the device has {have:.1f}. HINT: lower -b or -t, or raise -r.")
 
 
 class Interrupt:
@@ -274,18 +320,21 @@ def save(args, step, model, loader, detectors):
     """Model, train state and DONE marker of this step; then what -nk and -nm let go."""
     from llmc import checkpoint
 
+    host = model.ops.device.host_view
     header = {field: getattr(model.config, field) for field in checkpoint.MODEL_WORDS}
     state = dict(
         num_processes=1,
         rank=0,
         rng_state=model.rng_state,
         rng_state_last_update=model.rng_state_last_update,
-        m=model.m,
-        v=model.v,
+        m=host(model.m),
+        v=host(model.v),
+        master=None if model.master is None else host(model.master),
         loader_state=loader.state(),
         extra={name: detector.state() for name, detector in detectors.items()},
     )
-    checkpoint.save_checkpoint(args.output_dir, step, header, model.params_flat, 3, state)
+    version = 3 if model.dtype == "float32" else 5
+    checkpoint.save_checkpoint(args.output_dir, step, header, host(model.params_flat), version, state)
     let_go(args, step)
 
 
@@ -302,12 +351,26 @@ def load(args, step, model, loader, detectors):
     """Continue from the checkpoint of this step: everything the next step reads gets the bits it had."""
     from llmc import checkpoint
 
-    checkpoint.read_model(checkpoint.model_path(args.output_dir, step), model.params_flat)
-    state = checkpoint.read_state(checkpoint.state_path(args.output_dir, step, 0), model.m, model.v)
+    load_weights(model, checkpoint.model_path(args.output_dir, step))
+    arrays = [array for array in (model.m, model.v, model.master) if array is not None]
+    hosts = [model.ops.device.host_view(array) for array in arrays]
+    state = checkpoint.read_state(checkpoint.state_path(args.output_dir, step, 0), *hosts)
+    for array, host in zip(arrays, hosts, strict=True):
+        if host is not array:
+            model.ops.device.upload(array, host)
     model.rng_state, model.rng_state_last_update = state["rng_state"], state["rng_state_last_update"]
     loader.load_state(state["loader_state"])
     for name, detector in detectors.items():
         detector.load_state((state["extra"] or {}).get(name))
+
+
+def load_weights(model, path):
+    """Parameters from a model file of either version, rounded to nearest where the model's precision is lower."""
+    from llmc import checkpoint
+
+    host = model.ops.device.host_view(model.params_flat)
+    checkpoint.read_model(path, host)
+    model.load_parameters(host)
 
 
 def train_step(model, loader, args, step, steps, micro_steps, inputs, targets, detectors):
@@ -344,8 +407,9 @@ def main(argv=None):
     from llmc.outlier_detector import OutlierDetector
 
     schedulers.check(args.lr_scheduler)
-    ops, device_line = pick_device(args.device, args.threads)
-    default_job = fill_defaults(args)
+    ops, device, device_line = pick_device(args.device, args.threads)
+    default_job = fill_defaults(args, device)
+    dtype = model_dtype(args.dtype)
     data_line = prepare_data(args, default_job)
     resume_step = check_output_dir(args)
     config, model_path = model_config(args, resume_step)
@@ -377,23 +441,22 @@ def main(argv=None):
         print(f"resuming from step {resume_step} in {args.output_dir}")
     print(report(settings(args, B, T, total_batch)))
     print(report(model_rows(args, config, ops, model_path, steps, val_batches)))
-    plan = gpt2.memory_plan(config, ops, B, T, args.recompute)
+    plan = gpt2.memory_plan(config, ops, B, T, args.recompute, dtype)
     plan_bytes = sum(nbytes for *_, nbytes in plan) + ops.device.scratch_bytes()
-    print(gpt2.format_plan(plan))
-    print(f"  {'scratch of the threads':<50}{ops.device.scratch_bytes():>16,} bytes")
+    print(gpt2.format_plan(plan, dtype))
+    if ops.device.scratch_bytes():
+        print(f"  {'scratch of the threads':<50}{ops.device.scratch_bytes():>16,} bytes")
     check_memory(plan_bytes, ops)
     baseline = peak_memory()
     print(f"batch B * T = {B} * {T} = {B * T} tokens; total batch {total_batch} => {micro_steps} micro-steps a step")
 
-    model = gpt2.GPT2(config, ops, B, T, args.recompute)
+    model = gpt2.GPT2(config, ops, B, T, args.recompute, dtype=dtype, graphs=device == "cuda" and not args.no_graph)
     detectors = {"loss": OutlierDetector(), "grad_norm": OutlierDetector()}
     if resume_step is not None:
         load(args, resume_step, model, train_loader, detectors)
         let_go(args, resume_step)  # a kill may have come between its save and the removal of an old one
     elif model_path:
-        from llmc.checkpoint import read_model
-
-        read_model(model_path, model.params_flat)
+        load_weights(model, model_path)
     else:
         model.init_weights(args.seed)
 
@@ -490,8 +553,8 @@ def model_rows(args, config, ops, model_path, steps, val_batches):
     from llmc.gpt2 import num_parameters
 
     return [
-        ("precision", "FP32"),
-        ("weight init method", model_path or f"{args.model or TINY_SHAKESPEARE_CPU['model']}, seed {args.seed}"),
+        ("precision", args.dtype.upper()),
+        ("weight init method", model_path or f"{args.model}, seed {args.seed}"),
         ("max_sequence_length T", config.max_seq_len),
         ("vocab_size V", config.vocab_size),
         ("padded_vocab_size Vp", config.padded_vocab_size),

@@ -249,7 +249,8 @@ def test_memory_plan(recompute, capsys, monkeypatch):
     monkeypatch.undo()
     total = int(re.search(r"^  total +([\d,]+) bytes", printed, re.M)[1].replace(",", ""))
     assert total == sum(sizes)
-    table = re.findall(r"^  (\w+) +(?:(\d[\dx ]*) +(float32|int32|uint32))? +([\d,]+) bytes$", printed, re.M)
+    row = r"^  (\w+)(?: \([^)]*\))? +(?:(\d[\dx ]*) +(float32|int32|uint32))? +([\d,]+) bytes$"
+    table = re.findall(row, printed, re.M)
     buffers = {name: int(size.replace(",", "")) for name, shape, _, size in table if not shape and name != "total"}
     assert list(buffers) == ["parameters", "gradients", "optimizer", "activations", "scratch"]
     assert sum(buffers.values()) == total
@@ -329,6 +330,7 @@ FLAGS = [  # letter, long name, a value, what it becomes
     (None, "--temperature", "0.5", 0.5),
     (None, "--tokenizer", "bytes", "bytes"),
     (None, "--device", "cpu", "cpu"),
+    (None, "--dtype", "fp32", "fp32"),
     (None, "--threads", "1", 1),
 ]
 
@@ -343,7 +345,8 @@ def test_every_flag_has_its_letter_and_its_long_name(capsys):
         argv[True] += [letter or name, text]
         argv[False] += [name, text]
     known = {string for action in train.parser()._actions for string in action.option_strings}
-    assert known == {flag for letter, name, *_ in FLAGS for flag in (letter, name) if flag} | {"-h", "--help"}
+    listed = {flag for letter, name, *_ in FLAGS for flag in (letter, name) if flag}
+    assert known == listed | {"-h", "--help", "--no-graph"}
     assert run(*argv[True], base=[]) == 0
     os.rename("out", "letters")
     assert run(*argv[False], base=[]) == 0
@@ -354,11 +357,12 @@ def test_every_flag_has_its_letter_and_its_long_name(capsys):
 def test_defaults_are_those_of_llm_c():
     args = train.parser().parse_args(["-i", "x"])
     assert train.fill_defaults(args) is False
+    assert (args.model, args.dtype) == ("tiny:d4", "fp32")  # on a CPU; llm.c's default is gpt2_124M_bf16.bin
     expected = dict(batch_size=4, max_steps=-1, lr_scheduler="cosine", learning_rate=3e-4, warmup_iterations=0)
     expected.update(final_learning_rate_frac=1.0, weight_decay=0.0, beta1=0.9, beta2=0.95, eps=1e-8, grad_clip=1.0)
     expected.update(val_loss_every=20, val_max_steps=20, sample_every=20, sample_length=64, recompute=1, seed=42)
     expected.update(checkpoint_every=0, checkpoints_keep=0, major_checkpoint_every=0, resume=0, overfit_single_batch=0)
-    expected.update(total_batch_size=None, sequence_length=None, output_dir=None, model=None)
+    expected.update(total_batch_size=None, sequence_length=None, output_dir=None)
     assert {name: getattr(args, name) for name in expected} == expected
 
 
@@ -786,6 +790,7 @@ def test_peak_memory_is_the_plan():
     pool = f"from llmc import cpu; cpu.device.threads(2); {product}"
     baseline = int(python(f"import {modules}; {pool}; print({PEAK})"))
     argv = "-i long.bin -j long_val.bin -e tiny:d2 -b 16 -t 64 -x 2 -v 2 -m 1 -s 2 -g 3 -n 2 -o out --threads 2".split()
+    argv += ["--device", "cpu"]  # not to import CuPy where it is installed
     out = python(f"import llmc.train; assert llmc.train.main({argv}) == 0; print({PEAK})")
     peak = int(out.split()[-1])
     plan = int(re.search(r"^  total +([\d,]+) bytes", out, re.M)[1].replace(",", ""))

@@ -48,6 +48,11 @@ def download(array):
     return array.copy()
 
 
+def host_view(array):
+    """array where NumPy can read and write it: here it is array itself, on a GPU a copy."""
+    return array
+
+
 def synchronize():
     """Ops of this set have finished when they return: nothing to wait for."""
 
@@ -102,6 +107,7 @@ class _Pool:
 
     def _work(self, tasks):
         flush_denormals()
+        np.seterr(all="ignore")  # of this thread: NaN and Inf are found in the loss and the gradient norm, and reported
         _local.scratch = alloc(SCRATCH * 4).view(np.float32)
         while True:
             item = tasks.get()

@@ -43,20 +43,24 @@ def encoder_backward(dwte, dwpe, scratch, dout, inp, seed):
     rows = dout.reshape(B * T, C)
     order = np.argsort(inp, axis=None, kind="stable")
     tokens = inp.reshape(-1)[order]
-    columns = device.split(C, 256)  # a thread owns a range of channels, so that no two write one element
+    pieces = device.split(T, ROWS)
 
-    def body(i):
-        c0, c1 = columns[i]
-        for b in range(B):
-            dwpe[:T, c0:c1] += dout[b, :, c0:c1]
-        step = min(ROWS, device.SCRATCH // (2 * (c1 - c0)))
-        gathered, sums = device.scratch(2, step, c1 - c0)
+    def wte():
+        step = min(ROWS, device.SCRATCH // (2 * C))
+        gathered, sums = device.scratch(2, step, C)
         for a in range(0, B * T, step):
             ids = tokens[a : a + step]
             first = np.flatnonzero(np.diff(ids, prepend=-1))  # where a new token begins
-            n, g = len(ids), gathered[: len(ids)]
-            np.take(rows[:, c0:c1], order[a : a + n], axis=0, out=g, mode="clip")
-            np.add.reduceat(g, first, axis=0, out=sums[: len(first)])
-            dwte[ids[first], c0:c1] += sums[: len(first)]
+            g, s = gathered[: len(ids)], sums[: len(first)]
+            np.take(rows, order[a : a + step], axis=0, out=g, mode="clip")
+            dwte[ids[first]] += np.add.reduceat(g, first, axis=0, out=s)
 
-    device.parallel(body, len(columns))
+    def body(i):
+        if i == 0:
+            wte()
+        else:
+            t0, t1 = pieces[i - 1]
+            for b in range(B):
+                dwpe[t0:t1] += dout[b, t0:t1]
+
+    device.parallel(body, 1 + len(pieces))

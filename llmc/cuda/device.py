@@ -1,12 +1,27 @@
 """The GPU as a device: memory, streams, timers, and the upload of tokens while the previous batch computes.
 
-The first seven functions are those of llmc/cpu/device.py. Work goes to CuPy's current stream; `with stream():` makes a
-new one current, which is what a CUDA graph is captured on.
+The functions up to the streams are those of llmc/cpu/device.py. Work goes to CuPy's current stream; start() makes one
+of our own current, which is what a CUDA graph is captured on.
 """
+
+import collections
 
 import numpy as np
 
+from .. import UserError
 from . import module
+from .global_norm import global_norm_scratch_size, global_norm_squared
+
+
+def start():
+    """Makes a stream of our own current and launches a kernel: UserError where no GPU can be used, and why."""
+    module.capability()  # driver and device
+    cupy = module.import_cupy()
+    stream().use()
+    out, scratch, values = (cupy.ones(n, np.float32) for n in (1, global_norm_scratch_size(8), 8))
+    global_norm_squared(out, scratch, values)
+    if float(out.get()[0]) != 8.0:
+        raise UserError("the GPU computes wrong results: the sum of eight ones is not 8. HINT: use --device cpu")
 
 
 def alloc(nbytes):
@@ -22,15 +37,53 @@ def zero(array):
 
 
 def upload(array, host):
-    """array = host (a NumPy array of the same shape and dtype). Returns once `host` may be changed again."""
+    """array = host (a NumPy array of the same shape and dtype), in order with the work queued before and after.
+
+    Returns at once: the bytes are copied to pinned memory first, so `host` may be changed again.
+    """
     assert array.shape == host.shape and array.dtype == host.dtype, (array.shape, host.shape, array.dtype, host.dtype)
-    array.set(np.ascontiguousarray(host))
-    current_stream().synchronize()
+    if array.nbytes > SMALL:  # weights: once, at the start; not worth as much pinned memory
+        array.set(np.ascontiguousarray(host))
+        current_stream().synchronize()
+        return
+    while _in_flight and _in_flight[0][0].done:
+        _in_flight.popleft()
+    source = pinned(host.shape, host.dtype)
+    np.copyto(source, host)
+    copy_async(array.data.ptr, source.ctypes.data, source.nbytes, current_stream())
+    event = module.import_cupy().cuda.Event(disable_timing=True)
+    event.record()
+    _in_flight.append((event, source))  # pinned memory goes back to its pool once the copy has been made
+
+
+SMALL = 16 << 20
+_in_flight = collections.deque()
 
 
 def download(array):
     """A NumPy copy of array, taken after the work queued before it."""
     return array.get()
+
+
+def host_view(array):
+    """array where NumPy can read and write it: a copy, which upload() brings back."""
+    return array.get()
+
+
+def scratch_bytes():
+    """Memory of the ops beside the plan: none."""
+    return 0
+
+
+def capture(launch):
+    """What replays the kernels of launch() as one CUDA graph on the current stream. launch() must not synchronise."""
+    on = current_stream()
+    on.begin_capture()
+    try:
+        launch()
+    finally:
+        graph = on.end_capture()
+    return graph.launch
 
 
 def synchronize():
