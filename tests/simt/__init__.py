@@ -734,9 +734,8 @@ class Kernel:
         block, thread = tuple(fault.block), tuple(fault.thread) if fault.has_thread else None
         text = f"{fault.text.decode()} at {describe_lines(where)}{other} (block {block}, {order} order)"
         file, line = where[0] if where else (None, None)
-        index = fault.index if array else None
-        return self.fault(kind, text, file=file, line=line, other_line=other_line, block=block, thread=thread, array=array,
-                          index=index)  # fmt: skip
+        where = {"file": file, "line": line, "other_line": other_line, "block": block, "thread": thread}
+        return self.fault(kind, text, array=array, index=fault.index if array else None, **where)
 
     def count(self, code):
         """Adds the launch's traffic to `counted`, by source line."""

@@ -1,12 +1,12 @@
-// Runs one kernel launch on the CPU. A block's threads are fibers of one OS thread: each runs until it waits at a barrier
-// or a warp function, and the last one to arrive releases the others. Blocks run one after another.
+// Runs one kernel launch on the CPU. A block's threads are fibers of one OS thread: each runs until it waits at a
+// barrier or a warp function, and the last one to arrive releases the others. Blocks run one after another.
 //
 // In checked mode the kernel was compiled with -fsanitize=thread and -fsanitize=undefined, but without their libraries:
 // g++ emits a call before every load and store (__tsan_read4, __tsan_write16 ...) and at every undefined operation
 // (__ubsan_handle_...), and this file defines them.
 //
-// Sections: fibers, faults, shadow memory, hooks, barriers and warp functions, tensor cores, cp.async, shared memory and
-// atomics, launch.
+// Sections: fibers, faults, shadow memory, hooks, barriers and warp functions, tensor cores, cp.async, shared memory
+// and atomics, launch.
 #include <algorithm>
 #include <csetjmp>
 #include <csignal>
@@ -34,8 +34,13 @@ typedef uint64_t u64;
 #define RETURN_ADDRESS __builtin_return_address(0)
 #define unlikely(x) __builtin_expect(!!(x), 0)
 
-struct At { const char* file; int line; };
-struct uint3 { u32 x, y, z; };
+struct At {
+    const char* file;
+    int line;
+};
+struct uint3 {
+    u32 x, y, z;
+};
 
 // Exchanged with the Python layer. Keep in step with the ctypes structures in __init__.py.
 struct Access {  // one of the two sides of a race
@@ -50,11 +55,11 @@ struct Fault {
     int line;
     int has_thread;
     u32 block[3], thread[3];
-    u64 pc;          // otherwise: the hook's return address, relative to the kernel library
+    u64 pc;  // otherwise: the hook's return address, relative to the kernel library
     char array[80];
-    long long index; // element of `array`, -1 if unknown
-    Access other;    // of a race: what to watch for in a second run to find its line
-    u64 other_pc;    // filled by that run
+    long long index;  // element of `array`, -1 if unknown
+    Access other;     // of a race: what to watch for in a second run to find its line
+    u64 other_pc;     // filled by that run
 };
 struct Region {      // one array argument
     u64 begin, end;  // addresses
@@ -67,7 +72,7 @@ struct Launch {
     void** args;
     u32 grid[3], block[3];
     u64 dynamic_bytes, dynamic_align;
-    int order;       // 0 forward, 1 reverse, 2 random
+    int order;  // 0 forward, 1 reverse, 2 random
     u32 seed;
     int checked;
     double timeout;  // seconds of CPU time
@@ -78,7 +83,7 @@ struct Launch {
     int region_count;
 };
 
-struct Traffic {     // of one instruction, all warps and blocks together
+struct Traffic {  // of one instruction, all warps and blocks together
     u64 pc;
     int write, shared;
     u64 requests, bytes, units, ideal;  // units: 32-byte sectors of global, wavefronts of shared memory
@@ -116,7 +121,7 @@ struct Fiber {
     At at;
     int op, width;
     u32 mask;
-    u64 value;       // operand, then result
+    u64 value;  // operand, then result
     int operand;
     void* pointers[4];
     void* pc;
@@ -125,9 +130,9 @@ struct Fiber {
 };
 
 static Fiber fibers[MAX_THREADS], scheduler;
-static Fiber* self;           // the running fiber
-static u32 me;                // its number in the block
-static uintptr_t stack_begin; // its stack
+static Fiber* self;            // the running fiber
+static u32 me;                 // its number in the block
+static uintptr_t stack_begin;  // its stack
 static u32 thread_count;
 static std::vector<Fiber*> ready;  // the next to run is at the back, or anywhere if the order is random
 static Launch launch;
@@ -135,9 +140,7 @@ static uint3 block_index;
 static Fault fault;
 static bool faulted;
 
-static inline void become(Fiber* f) {
-    self = f, me = f->tid, stack_begin = (uintptr_t)f->stack;
-}
+static inline void become(Fiber* f) { self = f, me = f->tid, stack_begin = (uintptr_t)f->stack; }
 
 #if defined(__x86_64__)
 // Saves the callee-saved registers on the old stack and takes them from the new one.
@@ -280,7 +283,8 @@ static void describe_fault(const char* kind, const Fiber* f, At at, const char* 
 }
 
 // Notes a fault of thread `f` and goes on: for code that then returns to the scheduler by itself.
-__attribute__((format(printf, 4, 5))) static void report(const char* kind, const Fiber* f, At at, const char* format, ...) {
+__attribute__((format(printf, 4, 5))) static void report(const char* kind, const Fiber* f, At at, const char* format,
+                                                         ...) {
     va_list list;
     va_start(list, format);
     describe_fault(kind, f, at, format, list);
@@ -356,7 +360,8 @@ static const char* describe_address(uintptr_t a, char* array, long long* index) 
 }
 
 // A fault of the running thread at an address; `format` gets the address's description.
-__attribute__((noreturn)) static void fail_at(const char* kind, uintptr_t a, void* pc, const char* before, const char* after) {
+__attribute__((noreturn)) static void fail_at(const char* kind, uintptr_t a, void* pc, const char* before,
+                                              const char* after) {
     char array[80] = "";
     long long index = -1;
     const char* where = describe_address(a, array, &index);
@@ -371,42 +376,50 @@ __attribute__((noreturn)) static void fail_at(const char* kind, uintptr_t a, voi
 // Shadow memory: who touched each 2 bytes last
 // ---------------------------------------------------------------------------------------------------------------------
 //
-// A record is time << 12 | flags << 10 | thread. Time counts synchronisations (barriers, __syncwarp, starts of blocks and
-// launches), so two records of one block are ordered if a barrier's time lies between them. Flags: 0 a whole granule, 1
-// its low byte, 2 its high byte, 3 an atomic. For each granule: the last writer, the last reader, and the last reader that
-// was another thread than that one (an approximation; several thread orders make up for it).
+// A record is time << 12 | flags << 10 | thread. Time counts synchronisations (barriers, __syncwarp, starts of blocks
+// and launches), so two records of one block are ordered if a barrier's time lies between them. Flags: 0 a whole
+// granule, 1 its low byte, 2 its high byte, 3 an atomic. For each granule: the last writer, the last reader, and the
+// last reader that was another thread than that one (an approximation; several thread orders make up for it).
 
 static const u32 TID = 0x3ff, LOW_BYTE = 1 << 10, HIGH_BYTE = 2 << 10, ATOMIC = 3 << 10, FLAGS = 3 << 10;
 // States instead of a writer. Fresh pages are 0.
-static const u32 UNALLOCATED = 0, INITIALISED = 1, IN_FLIGHT = 0xfffffffc, READ_ONLY = 0xfffffffd, NEVER_WRITTEN = 0xfffffffe;
+static const u32 UNALLOCATED = 0, INITIALISED = 1, IN_FLIGHT = 0xfffffffc, READ_ONLY = 0xfffffffd,
+                 NEVER_WRITTEN = 0xfffffffe;
 static const u32 TIME_END = 0xffff0, TIME_SWEEP = 0xc0000;
 
 static u32 *writers, *readers, *other_readers;
 static size_t high_water = ARENA;  // no array has lain beyond
-static u32 now = 2;          // the present time
-static u32 launch_record;    // records below are from earlier launches: no matter
-static u32 block_record;     // records below are from other blocks of this launch
-static u32 limit_record;     // records up to this one happened before this block's last barrier
-static u32 known[MAX_THREADS][32];  // what lane j did until known[i][j] happened before what thread i does now (__syncwarp)
-static std::vector<u32> block_starts;      // times, in order of execution
-static std::vector<uint3> block_indices;   // and which block it was
+static u32 now = 2;                // the present time
+static u32 launch_record;          // records below are from earlier launches: no matter
+static u32 block_record;           // records below are from other blocks of this launch
+static u32 limit_record;           // records up to this one happened before this block's last barrier
+static u32 known[MAX_THREADS]
+                [32];  // what lane j did until known[i][j] happened before what thread i does now (__syncwarp)
+static std::vector<u32> block_starts;        // times, in order of execution
+static std::vector<uint3> block_indices;     // and which block it was
 static unsigned char unfenced[MAX_THREADS];  // has written global memory since its last __threadfence
 static u32 fence_time[MAX_THREADS];
 
-// Atomics on a counter order blocks. An arrival says: what block `block` did up to `base`, and its thread `tid` up to
-// `time`, happened before this atomic, provided that it was fenced.
-struct Arrival { u32 block, base, time, tid; bool fenced; };
-struct Counter { std::vector<Arrival> arrivals; u32 reader_block; size_t read; };
+// Atomics on one address order blocks: what a block had done and fenced when it came there happened before what a later
+// block does after it came. Per block and address: everything up to a barrier's time, and single threads up to later ones.
+struct Arrival {
+    u32 fenced_base, base;
+    std::unordered_map<u32, u32> fenced_threads, threads;
+};
+struct Counter {
+    std::unordered_map<u32, Arrival> arrivals;  // by block
+};
 static std::unordered_map<uintptr_t, Counter> counters;
-static std::vector<std::vector<Arrival>> acquired;  // by this block, indexed by the other block
-static std::vector<u32> acquired_list;
+static std::vector<std::vector<Counter*>> touched;  // by block, numbered as in block_starts: where it came
 
 static void fill(size_t begin, size_t end, u32 value) {
     std::fill(writers + begin / 2, writers + (end + 1) / 2, value);
 }
 
 static void tick() {
-    if (++now >= TIME_END) { fail("executor limit", At{}, "more than %u synchronisations in one block", TIME_END - TIME_SWEEP); }
+    if (++now >= TIME_END) {
+        fail("executor limit", At{}, "more than %u synchronisations in one block", TIME_END - TIME_SWEEP);
+    }
 }
 
 // Starts time anew before it runs out: records of this launch become "some earlier block", older ones vanish.
@@ -422,23 +435,40 @@ static void sweep() {
     }
     memset(known, 0, sizeof known);
     memset(fence_time, 0, sizeof fence_time);
-    block_starts.clear();
-    block_indices.clear();
+    block_starts.clear(), block_indices.clear(), counters.clear(), touched.clear();
     launch_record = 2u << 12;
     now = 3;
 }
 
-static const Arrival* arrival_of(u32 block, u32 time, u32 tid) {
-    const Arrival* unfenced_one = nullptr;
-    if (block < acquired.size()) {
-        for (const Arrival& a : acquired[block]) {
-            if (time <= a.base || (tid == a.tid && time <= a.time)) {
-                if (a.fenced) { return &a; }
-                unfenced_one = &a;
+enum Known { UNKNOWN, UNFENCED, ORDERED };
+
+// What the running block knows, through atomics, about what thread `tid` of another block did at `time`. Blocks pass on
+// what they know.
+static Known known_of(u32 block, u32 time, u32 tid) {
+    std::vector<bool> seen(touched.size());
+    std::vector<u32> waiting{(u32)touched.size() - 1};
+    Known best = UNKNOWN;
+    auto covers = [=](u32 base, const std::unordered_map<u32, u32>& threads) {
+        auto own = threads.find(tid);
+        return time <= base || (own != threads.end() && time <= own->second);
+    };
+    for (size_t i = 0; i < waiting.size(); ++i) {
+        for (Counter* counter : touched[waiting[i]]) {
+            auto found = counter->arrivals.find(block);
+            if (found != counter->arrivals.end()) {
+                const Arrival& a = found->second;
+                if (covers(a.fenced_base, a.fenced_threads)) { return ORDERED; }
+                if (covers(a.base, a.threads)) { best = UNFENCED; }
+            }
+            for (auto& other : counter->arrivals) {
+                if (!seen[other.first]) {
+                    seen[other.first] = true;
+                    waiting.push_back(other.first);
+                }
             }
         }
     }
-    return unfenced_one;
+    return best;
 }
 
 // Did what the record says happen before what the running thread does now? If not, `why` may say more.
@@ -447,12 +477,21 @@ static bool happened_before(u32 record, const char** why) {
     if (record < launch_record) { return true; }
     if (record < block_record) {
         size_t block = std::upper_bound(block_starts.begin(), block_starts.end(), time) - block_starts.begin();
-        if (block == 0) { return !acquired_list.empty(); }  // swept: which block is forgotten
-        const Arrival* a = arrival_of((u32)block - 1, time, tid);
-        if (a && !a->fenced) { *why = ": an atomic counter orders the two, but no __threadfence() stands between the write and it"; }
-        return a && a->fenced;
+        if (block == 0) { return !touched.back().empty(); }  // swept: which block it was is forgotten
+        Known known = known_of((u32)block - 1, time, tid);
+        if (known == UNFENCED) {
+            *why = ": an atomic counter orders the two, but no __threadfence() stands between the write and it";
+        }
+        return known == ORDERED;
     }
-    return record <= limit_record || tid == me || (tid / 32 == me / 32 && known[me][tid & 31] >= time);
+    if (record <= limit_record || tid == me) { return true; }
+    if (tid / 32 == me / 32 && known[me][tid & 31] >= time) { return true; }
+    for (Counter* counter : touched.back()) {  // both threads came to one address, fenced
+        const Arrival& own = counter->arrivals.find((u32)touched.size() - 1)->second;
+        auto theirs = own.fenced_threads.find(tid);
+        if (own.threads.count(me) && theirs != own.fenced_threads.end() && time <= theirs->second) { return true; }
+    }
+    return false;
 }
 
 static u64 watching;
@@ -484,8 +523,8 @@ static size_t distinct(u32* values, size_t n) {
     return std::unique(values, values + n) - values;
 }
 
-// What the block's requests cost. Global: distinct 32-byte sectors. Shared: 32 banks of 4 bytes, one word each at a time;
-// a request of 8 or 16 bytes per lane is served in 2 or 4 parts of 16 or 8 lanes.
+// What the block's requests cost. Global: distinct 32-byte sectors. Shared: 32 banks of 4 bytes, one word each at a
+// time; a request of 8 or 16 bytes per lane is served in 2 or 4 parts of 16 or 8 lanes.
 static void count_block() {
     for (auto& entry : streams) {
         const Stream& s = entry.second;
@@ -542,8 +581,8 @@ __attribute__((noinline)) static void watch(size_t offset, int size, bool write,
     }
 }
 
-__attribute__((noreturn, noinline)) static void fail_race(uintptr_t a, void* pc, bool write, u32 record, bool other_wrote, size_t granule,
-                                                         const char* why) {
+__attribute__((noreturn, noinline)) static void fail_race(uintptr_t a, void* pc, bool write, u32 record,
+                                                          bool other_wrote, size_t granule, const char* why) {
     u32 time = record >> 12, tid = record & TID;
     fault.other = Access{time - (launch_record >> 12), tid, other_wrote, granule};
     char before[200], after[400];
@@ -551,7 +590,8 @@ __attribute__((noreturn, noinline)) static void fail_race(uintptr_t a, void* pc,
     other.index = fibers[tid].index;
     snprintf(before, sizeof before, "%s %s", name_of(self), write ? "writes" : "reads");
     if (record >= block_record) {
-        snprintf(after, sizeof after, ", which %s %s with no barrier between%s%s", name_of(&other), other_wrote ? "wrote" : "read",
+        snprintf(after, sizeof after, ", which %s %s with no barrier between%s%s", name_of(&other),
+                 other_wrote ? "wrote" : "read",
                  tid / 32 == me / 32 ? " (same warp: __syncwarp is missing; shuffles do not order memory)" : "", why);
         fail_at("race", a, pc, before, after);
     }
@@ -559,7 +599,8 @@ __attribute__((noreturn, noinline)) static void fail_race(uintptr_t a, void* pc,
     uint3 b = block ? block_indices[block - 1] : uint3{};
     char name[64] = "another block";
     if (block) { snprintf(name, sizeof name, "block (%u,%u,%u)", b.x, b.y, b.z); }
-    snprintf(after, sizeof after, ", which %s of %s %s in the same launch%s", name_of(&other), name, other_wrote ? "wrote" : "read", why);
+    snprintf(after, sizeof after, ", which %s of %s %s in the same launch%s", name_of(&other), name,
+             other_wrote ? "wrote" : "read", why);
     fail_at("race between blocks", a, pc, before, after);
 }
 
@@ -576,14 +617,21 @@ __attribute__((noinline)) static void examine(uintptr_t a, int size, bool write,
         uintptr_t at = std::max(a, (uintptr_t)memory + 2 * g);
         bool shared = 2 * g < ARENA;
         u32 w = writers[g];
-        if (w == UNALLOCATED) { fail_at(shared ? "out of bounds, shared" : "out of bounds", at, pc, size_name(size, write), ""); }
+        if (w == UNALLOCATED) {
+            fail_at(shared ? "out of bounds, shared" : "out of bounds", at, pc, size_name(size, write), "");
+        }
         if (w == READ_ONLY) {
             if (!write) { continue; }
             fail_at("write to const", at, pc, size_name(size, write), ", which the kernel takes as a pointer to const");
         }
-        if (w == IN_FLIGHT) { fail_at("cp.async in flight", at, pc, size_name(size, write), ": its cp.async has not been waited for"); }
+        if (w == IN_FLIGHT) {
+            fail_at("cp.async in flight", at, pc, size_name(size, write), ": its cp.async has not been waited for");
+        }
         if (w == NEVER_WRITTEN) {
-            if (!write) { fail_at("uninitialised read", at, pc, size_name(size, write), shared ? ": nothing in this block wrote it" : ": nothing wrote it"); }
+            if (!write) {
+                fail_at("uninitialised read", at, pc, size_name(size, write),
+                        shared ? ": nothing in this block wrote it" : ": nothing wrote it");
+            }
             continue;
         }
         auto conflict = [&](u32 record, bool other_wrote) {
@@ -632,7 +680,8 @@ template <int SIZE, bool WRITE> __attribute__((noinline)) static void slow(uintp
         return;
     }
     if (a & (SIZE - 1)) {
-        fail_at("misaligned access", a, pc, size_name(SIZE, WRITE), SIZE == 16 ? ": its address is no multiple of 16" : ": its address is no multiple of its size");
+        fail_at("misaligned access", a, pc, size_name(SIZE, WRITE),
+                SIZE == 16 ? ": its address is no multiple of 16" : ": its address is no multiple of its size");
     }
     if (watching) { watch(offset, SIZE, WRITE, pc); }
     examine(a, SIZE, WRITE, flags, pc);
@@ -655,7 +704,7 @@ template <int SIZE, bool WRITE> static inline __attribute__((always_inline)) voi
     u32 *w = writers + offset / 2, *r = readers + offset / 2, *o = other_readers + offset / 2;
     if (!WRITE) {
         u32 constant = ~0u;
-        for (int i = 0; i < GRANULES<SIZE>; ++i) { constant &= (u32)-(w[i] == READ_ONLY); }
+        for (int i = 0; i < GRANULES<SIZE>; ++i) { constant &= (u32) - (w[i] == READ_ONLY); }
         if (constant) { return; }
     }
     // Wrong, or worth a closer look: a state or a time that is none yet; a record of another block; one of this block
@@ -706,13 +755,14 @@ static void hook_range(const void* p, size_t size, bool write, void* pc) {
 // ---------------------------------------------------------------------------------------------------------------------
 
 extern "C" {
-#define HOOKS(N)                                                                                                        \
-    void __tsan_read##N(void* p) { hook<N, false>(p, RETURN_ADDRESS); }                                                 \
-    void __tsan_write##N(void* p) { hook<N, true>(p, RETURN_ADDRESS); }                                                 \
-    void __tsan_unaligned_read##N(void* p) { hook_range(p, N, false, RETURN_ADDRESS); }                                 \
+#define HOOKS(N)                                                                        \
+    void __tsan_read##N(void* p) { hook<N, false>(p, RETURN_ADDRESS); }                 \
+    void __tsan_write##N(void* p) { hook<N, true>(p, RETURN_ADDRESS); }                 \
+    void __tsan_unaligned_read##N(void* p) { hook_range(p, N, false, RETURN_ADDRESS); } \
     void __tsan_unaligned_write##N(void* p) { hook_range(p, N, true, RETURN_ADDRESS); }
-HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16)
-void __tsan_read_range(void* p, size_t size) { hook_range(p, size, false, RETURN_ADDRESS); }
+HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16) void __tsan_read_range(void* p, size_t size) {
+    hook_range(p, size, false, RETURN_ADDRESS);
+}
 void __tsan_write_range(void* p, size_t size) { hook_range(p, size, true, RETURN_ADDRESS); }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
@@ -736,10 +786,23 @@ void* __wrap_memset(void* to, int value, size_t size) {
 }
 
 // Undefined behaviour. The layouts are those of g++'s -fsanitize=undefined; every record starts with the position.
-struct UbLocation { const char* file; u32 line, column; };
-struct UbType { uint16_t kind, info; char name[1]; };
-struct UbRecord { UbLocation at; const UbType *type, *other; };
-struct UbMismatch { UbLocation at; const UbType* type; unsigned char log_alignment, check; };
+struct UbLocation {
+    const char* file;
+    u32 line, column;
+};
+struct UbType {
+    uint16_t kind, info;
+    char name[1];
+};
+struct UbRecord {
+    UbLocation at;
+    const UbType *type, *other;
+};
+struct UbMismatch {
+    UbLocation at;
+    const UbType* type;
+    unsigned char log_alignment, check;
+};
 
 static const char* ub_value(const UbType* type, u64 value) {
     static char text[2][40];
@@ -754,20 +817,23 @@ static const char* ub_value(const UbType* type, u64 value) {
     return out;
 }
 static const char UB[] = "undefined behaviour";
-#define UB_BINARY(operation, sign)                                                                                      \
-    void __ubsan_handle_##operation##_overflow_abort(UbRecord* r, u64 a, u64 b) {                                            \
-        fail(UB, At{r->at.file, (int)r->at.line}, "%s %s %s overflows %s", ub_value(r->type, a), sign,                  \
-             ub_value(r->type, b), r->type->name);                                                                      \
+#define UB_BINARY(operation, sign)                                                                     \
+    void __ubsan_handle_##operation##_overflow_abort(UbRecord* r, u64 a, u64 b) {                      \
+        fail(UB, At{r->at.file, (int)r->at.line}, "%s %s %s overflows %s", ub_value(r->type, a), sign, \
+             ub_value(r->type, b), r->type->name);                                                     \
     }
-UB_BINARY(add, "+") UB_BINARY(sub, "-") UB_BINARY(mul, "*") UB_BINARY(divrem, "/ or %")
-void __ubsan_handle_negate_overflow_abort(UbRecord* r, u64 a) {
+UB_BINARY(add, "+")
+UB_BINARY(sub, "-") UB_BINARY(mul, "*")
+    UB_BINARY(divrem, "/ or %") void __ubsan_handle_negate_overflow_abort(UbRecord* r, u64 a) {
     fail(UB, At{r->at.file, (int)r->at.line}, "-(%s) overflows %s", ub_value(r->type, a), r->type->name);
 }
 void __ubsan_handle_shift_out_of_bounds_abort(UbRecord* r, u64 a, u64 b) {
-    fail(UB, At{r->at.file, (int)r->at.line}, "shift of %s (%s) by %s", ub_value(r->type, a), r->type->name, ub_value(r->other, b));
+    fail(UB, At{r->at.file, (int)r->at.line}, "shift of %s (%s) by %s", ub_value(r->type, a), r->type->name,
+         ub_value(r->other, b));
 }
 void __ubsan_handle_out_of_bounds_abort(UbRecord* r, u64 index) {
-    fail("out of bounds, array", At{r->at.file, (int)r->at.line}, "index %s of an array %s", ub_value(r->other, index), r->type->name);
+    fail("out of bounds, array", At{r->at.file, (int)r->at.line}, "index %s of an array %s", ub_value(r->other, index),
+         r->type->name);
 }
 void __ubsan_handle_type_mismatch_v1_abort(UbMismatch* r, uintptr_t a) {
     At at{r->at.file, (int)r->at.line};
@@ -775,7 +841,8 @@ void __ubsan_handle_type_mismatch_v1_abort(UbMismatch* r, uintptr_t a) {
     long long index = -1;
     const char* where = describe_address(a, array, &index);
     if (a & (((uintptr_t)1 << r->log_alignment) - 1)) {
-        report("misaligned access", self, at, "access as %s, which needs %u-byte alignment, to %s", r->type->name, 1u << r->log_alignment, where);
+        report("misaligned access", self, at, "access as %s, which needs %u-byte alignment, to %s", r->type->name,
+               1u << r->log_alignment, where);
     } else {
         report("out of bounds", self, at, "access as %s to %s", r->type->name, where);
     }
@@ -798,15 +865,17 @@ UB_PLAIN(float_cast_overflow_abort, "float to integer conversion out of range")
 // ---------------------------------------------------------------------------------------------------------------------
 
 // Keep in step with simt_cuda.h and simt_ptx.h.
-enum Op { SHFL_IDX, SHFL_UP, SHFL_DOWN, SHFL_XOR, BALLOT, ANY, ALL, MATCH_ANY, MATCH_ALL, REDUCE_ADD, REDUCE_MIN_S,
-          REDUCE_MIN_U, REDUCE_MAX_S, REDUCE_MAX_U, REDUCE_AND, REDUCE_OR, REDUCE_XOR, SYNCWARP, LDMATRIX, MMA };
+enum Op {
+    SHFL_IDX, SHFL_UP, SHFL_DOWN, SHFL_XOR, BALLOT, ANY, ALL, MATCH_ANY, MATCH_ALL, REDUCE_ADD, REDUCE_MIN_S,
+    REDUCE_MIN_U, REDUCE_MAX_S, REDUCE_MAX_U, REDUCE_AND, REDUCE_OR, REDUCE_XOR, SYNCWARP, LDMATRIX, MMA
+};
 enum Vote { VOTE_NONE, VOTE_OR, VOTE_AND, VOTE_COUNT };
 enum Mma { MMA_16816_BF16, MMA_16816_F16, MMA_1688_F16, MMA_1688_TF32 };
 static const char* const op_names[] = {
-    "__shfl_sync", "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync", "__ballot_sync", "__any_sync", "__all_sync",
-    "__match_any_sync", "__match_all_sync", "__reduce_add_sync", "__reduce_min_sync", "__reduce_min_sync",
-    "__reduce_max_sync", "__reduce_max_sync", "__reduce_and_sync", "__reduce_or_sync", "__reduce_xor_sync", "__syncwarp",
-    "ldmatrix", "mma"};
+    "__shfl_sync",       "__shfl_up_sync",    "__shfl_down_sync",  "__shfl_xor_sync",   "__ballot_sync",
+    "__any_sync",        "__all_sync",        "__match_any_sync",  "__match_all_sync",  "__reduce_add_sync",
+    "__reduce_min_sync", "__reduce_min_sync", "__reduce_max_sync", "__reduce_max_sync", "__reduce_and_sync",
+    "__reduce_or_sync",  "__reduce_xor_sync", "__syncwarp",        "ldmatrix",          "mma"};
 
 static u32 barrier_arrived;
 
@@ -832,7 +901,8 @@ extern "C" int simt_barrier(int vote, int value, At at) {
             if (fibers[i].at.line != at.line || strcmp(fibers[i].at.file, at.file) != 0 || fibers[i].op != vote) {
                 Fiber* other = &fibers[i];
                 fail("divergent barrier", at, "%s waits at the __syncthreads of %s:%d while %s waits at that of %s:%d",
-                     name_of(self), base_name(at.file), at.line, name_of(other), base_name(other->at.file), other->at.line);
+                     name_of(self), base_name(at.file), at.line, name_of(other), base_name(other->at.file),
+                     other->at.line);
             }
         }
         finish_barrier();
@@ -857,8 +927,9 @@ static u64 shuffle_source(const Fiber& f, Fiber* lanes) {
     case SHFL_XOR: source = (lane ^ f.operand) > last ? lane : (lane ^ f.operand) & 31; break;
     }
     if (!(f.mask >> source & 1u)) {
-        report("shuffle source", &f, f.at, "lane %d of warp %u reads lane %d, which the mask 0x%08x of its %s leaves out",
-               lane, f.warp, source, f.mask, op_names[f.op]);
+        report("shuffle source", &f, f.at,
+               "lane %d of warp %u reads lane %d, which the mask 0x%08x of its %s leaves out", lane, f.warp, source,
+               f.mask, op_names[f.op]);
     }
     return lanes[source].value;
 }
@@ -905,7 +976,10 @@ static void finish_warp(Fiber* lanes, const Gathering& g) {
         Fiber& f = lanes[i];
         u64 r = 0;
         switch (g.op) {
-        case SHFL_IDX: case SHFL_UP: case SHFL_DOWN: case SHFL_XOR: r = shuffle_source(f, lanes); break;
+        case SHFL_IDX:
+        case SHFL_UP:
+        case SHFL_DOWN:
+        case SHFL_XOR: r = shuffle_source(f, lanes); break;
         case BALLOT: r = any; break;
         case ANY: r = any != 0; break;
         case ALL: r = any == g.mask; break;
@@ -937,10 +1011,14 @@ static u64 gather(int op, u32 mask, int width, At at) {
         fail("warp mask", at, "lane %u of warp %u calls %s with the mask 0x%08x, which leaves it out", f->lane, f->warp,
              op_names[op], mask);
     }
-    if (width < 1 || width > 32 || (width & (width - 1))) { fail("shuffle width", at, "width %d is no power of two up to 32", width); }
+    if (width < 1 || width > 32 || (width & (width - 1))) {
+        fail("shuffle width", at, "width %d is no power of two up to 32", width);
+    }
     std::vector<Gathering>& waiting = gatherings[f->warp];
     size_t i = 0;
-    while (i < waiting.size() && !(waiting[i].op == op && waiting[i].mask == mask && waiting[i].width == width)) { ++i; }
+    while (i < waiting.size() && !(waiting[i].op == op && waiting[i].mask == mask && waiting[i].width == width)) {
+        ++i;
+    }
     if (i == waiting.size()) { waiting.push_back({op, width, mask, 0}); }
     waiting[i].arrived |= 1u << f->lane;
     f->state = IN_WARP;
@@ -980,23 +1058,26 @@ static void report_deadlock() {
             if (!(f.mask >> lane & 1u)) { continue; }
             u32 tid = f.warp * 32 + lane;
             Fiber& other = fibers[tid < MAX_THREADS ? tid : 0];
-            if (tid < thread_count && other.state == IN_WARP && other.op == f.op && other.mask == f.mask && other.width == f.width) {
+            if (tid < thread_count && other.state == IN_WARP && other.op == f.op && other.mask == f.mask &&
+                other.width == f.width) {
                 continue;
             }
             char what[300];
             if (tid >= thread_count) {
-                snprintf(what, sizeof what, "lane %u, which does not exist: the block has %u threads", lane, thread_count);
+                snprintf(what, sizeof what, "lane %u, which does not exist: the block has %u threads", lane,
+                         thread_count);
             } else if (other.state == EXITED) {
                 snprintf(what, sizeof what, "%s (lane %u), which has exited", name_of(&other), lane);
             } else if (other.state == AT_BARRIER) {
-                snprintf(what, sizeof what, "%s (lane %u), which waits at the __syncthreads of %s:%d", name_of(&other), lane,
-                         base_name(other.at.file), other.at.line);
+                snprintf(what, sizeof what, "%s (lane %u), which waits at the __syncthreads of %s:%d", name_of(&other),
+                         lane, base_name(other.at.file), other.at.line);
             } else {
-                snprintf(what, sizeof what, "%s (lane %u), which waits in %s (mask 0x%08x, width %d) of %s:%d", name_of(&other),
-                         lane, op_names[other.op], other.mask, other.width, base_name(other.at.file), other.at.line);
+                snprintf(what, sizeof what, "%s (lane %u), which waits in %s (mask 0x%08x, width %d) of %s:%d",
+                         name_of(&other), lane, op_names[other.op], other.mask, other.width, base_name(other.at.file),
+                         other.at.line);
             }
-            report("divergent warp", &f, f.at, "%s (lane %u of warp %u) waits in %s (mask 0x%08x, width %d) for %s", name_of(&f),
-                   f.lane, f.warp, op_names[f.op], f.mask, f.width, what);
+            report("divergent warp", &f, f.at, "%s (lane %u of warp %u) waits in %s (mask 0x%08x, width %d) for %s",
+                   name_of(&f), f.lane, f.warp, op_names[f.op], f.mask, f.width, what);
             return;
         }
     }
@@ -1006,8 +1087,9 @@ static void report_deadlock() {
         if (fibers[i].state == EXITED && !gone) { gone = &fibers[i]; }
     }
     if (waiting && gone) {
-        report("divergent barrier", waiting, waiting->at, "%s waits at __syncthreads, but %s has exited (%u of %u threads arrived)",
-               name_of(waiting), name_of(gone), barrier_arrived, thread_count);
+        report("divergent barrier", waiting, waiting->at,
+               "%s waits at __syncthreads, but %s has exited (%u of %u threads arrived)", name_of(waiting),
+               name_of(gone), barrier_arrived, thread_count);
     } else {
         report("deadlock", waiting, waiting ? waiting->at : At{}, "no thread can run");
     }
@@ -1073,7 +1155,9 @@ static void finish_mma(Fiber* lanes) {
                 }
             }
             for (u32 i = 0; i < (u32)k / 8; ++i) {
-                for (u32 half = 0; half < 2; ++half) { B[2 * t + 8 * i + half][g] = value(b[i] >> 16 * half & 0xffffu); }
+                for (u32 half = 0; half < 2; ++half) {
+                    B[2 * t + 8 * i + half][g] = value(b[i] >> 16 * half & 0xffffu);
+                }
             }
         }
         for (u32 i = 0; i < 4; ++i) { D[g + 8 * (i / 2)][2 * t + i % 2] = c[i]; }
@@ -1090,7 +1174,9 @@ static void finish_mma(Fiber* lanes) {
 }
 
 static void check_shared(void* p, void* pc) {
-    if ((size_t)((char*)p - memory) >= ARENA) { fail_at("out of bounds", (uintptr_t)p, pc, "shared-memory access to", ""); }
+    if ((size_t)((char*)p - memory) >= ARENA) {
+        fail_at("out of bounds", (uintptr_t)p, pc, "shared-memory access to", "");
+    }
 }
 
 extern "C" void simt_ldmatrix(u32* r, const void* row, int matrices, int transposed, At at) {
@@ -1176,16 +1262,16 @@ static size_t statics_end, statics_bytes;
 static u64 launch_number;  // a static's key says where it lies: launch_number << 20 | offset
 
 // No more aligned than the kernel asked for, so that reliance on luck shows.
-extern "C" void* simt_dynamic_shared(size_t align) {
-    return memory + align;
-}
+extern "C" void* simt_dynamic_shared(size_t align) { return memory + align; }
 
-extern "C" void* simt_shared(u64* key, size_t size, size_t align, int item_size, const char* name, const char* file, int line) {
+extern "C" void* simt_shared(u64* key, size_t size, size_t align, int item_size, const char* name, const char* file,
+                             int line) {
     if (*key >> 20 != launch_number) {
         statics_end = (statics_end + align - 1) / align * align;
         statics_bytes += size;
         if (statics_bytes > STATIC_LIMIT || statics_bytes + launch.dynamic_bytes > SHARED_LIMIT) {
-            fail("shared memory size", At{file, line}, "%zu bytes of static shared memory with `%s` and %zu of dynamic; the limits are %zu and %zu in all",
+            fail("shared memory size", At{file, line},
+                 "%zu bytes of static shared memory with `%s` and %zu of dynamic; the limits are %zu and %zu in all",
                  statics_bytes, name, (size_t)launch.dynamic_bytes, STATIC_LIMIT, SHARED_LIMIT);
         }
         *key = launch_number << 20 | statics_end;
@@ -1201,31 +1287,21 @@ extern "C" u32 simt_shared_address(const void* p, At) {
     return (u32)((const char*)p - memory);
 }
 
-// A counter in global memory orders blocks: what was fenced before an atomic on it happened before what follows a later
-// atomic on it.
-static void synchronise(uintptr_t a) {
-    u32 block = (u32)block_starts.size();  // this block's number + 1
-    Counter& c = counters[a];
-    if (c.reader_block != block) { c.reader_block = block, c.read = 0; }
-    for (; c.read < c.arrivals.size(); ++c.read) {
-        const Arrival& arrival = c.arrivals[c.read];
-        if (arrival.block + 1 == block) { continue; }
-        if (acquired.size() <= arrival.block) { acquired.resize(arrival.block + 1); }
-        if (acquired[arrival.block].empty()) { acquired_list.push_back(arrival.block); }
-        acquired[arrival.block].push_back(arrival);
+// The running thread comes to an address in global memory with an atomic.
+static void arrive(uintptr_t a) {
+    u32 block = (u32)touched.size() - 1, base = limit_record >> 12;
+    Counter& counter = counters[a];
+    auto found = counter.arrivals.find(block);
+    if (found == counter.arrivals.end()) {
+        found = counter.arrivals.emplace(block, Arrival{}).first;
+        touched.back().push_back(&counter);
     }
-    if (block == 0) { return; }
-    bool fenced = memchr(unfenced, 1, thread_count) == nullptr || fence_time[me] << 12 > limit_record;
-    Arrival mine{block - 1, limit_record >> 12, now, me, fenced};
-    if (!c.arrivals.empty()) {
-        const Arrival& last = c.arrivals.back();
-        if (last.block == mine.block && last.base == mine.base && last.time == now && last.tid == me && last.fenced == fenced) { return; }
-    }
-    c.arrivals.push_back(mine);
-    for (u32 b : acquired_list) {  // what this block has learnt through other counters it passes on
-        if (c.arrivals.size() < 100000) { c.arrivals.push_back(acquired[b].back()); }
-    }
-    c.read = c.arrivals.size();
+    Arrival& mine = found->second;
+    mine.base = base, mine.threads[me] = now;
+    // Fenced by everybody after their last write, or by this thread after the last barrier.
+    if (!memchr(unfenced, 1, thread_count) || fence_time[me] > base) { mine.fenced_base = base; }
+    if (!unfenced[me]) { mine.fenced_threads[me] = now; }
+    if (now < TIME_END - (TIME_END - TIME_SWEEP) / 2) { ++now; }  // what follows is not covered
 }
 
 static int float_atomics;
@@ -1241,7 +1317,7 @@ template <int SIZE> static void check_atomic(void* p, void* pc) {
     examine(a, SIZE, false, ATOMIC, pc);
     slow<SIZE, true>(a, ATOMIC, pc);
     unfenced[me] = before;  // an atomic needs no fence itself
-    if (offset >= ARENA) { synchronise(a); }
+    if (offset >= ARENA) { arrive(a); }
 }
 
 extern "C" u64 simt_atomic(void* p, int size, u64 a, u64 b, u64 (*change)(u64, u64, u64), int is_float, At) {
@@ -1314,7 +1390,9 @@ __attribute__((constructor)) static void set_up() {
 static int find_image(dl_phdr_info* info, size_t, void*) {
     for (int i = 0; info->dlpi_addr == image_begin && i < info->dlpi_phnum; ++i) {
         const auto& segment = info->dlpi_phdr[i];
-        if (segment.p_type == PT_LOAD) { image_end = std::max(image_end, (uintptr_t)(image_begin + segment.p_vaddr + segment.p_memsz)); }
+        if (segment.p_type == PT_LOAD) {
+            image_end = std::max(image_end, (uintptr_t)(image_begin + segment.p_vaddr + segment.p_memsz));
+        }
     }
     return 0;
 }
@@ -1330,8 +1408,7 @@ static void run_block() {
         block_starts.push_back(now);
         block_indices.push_back(block_index);
         memset(unfenced, 0, sizeof unfenced);
-        for (u32 b : acquired_list) { acquired[b].clear(); }
-        acquired_list.clear();
+        touched.emplace_back();
         for (const SharedVariable& v : shared_variables) { fill(v.offset, v.offset + v.size, NEVER_WRITTEN); }
     }
     for (u32 i = 0; i < thread_count; ++i) { make_fiber(fibers[i]); }
@@ -1376,8 +1453,8 @@ extern "C" u32* simt_writers() { return writers; }
 extern "C" u64 simt_arena_size() { return ARENA; }
 extern "C" u64 simt_memory_size() { return MEMORY; }
 
-// Makes the arrays of a launch accessible and everything else inaccessible. The Python layer then fills them, and may mark
-// parts as never written.
+// Makes the arrays of a launch accessible and everything else inaccessible. The Python layer then fills them, and may
+// mark parts as never written.
 extern "C" void simt_prepare(const Region* regions, int count) {
     static std::vector<Region> current;
     launch.regions = regions, launch.region_count = count;
@@ -1390,7 +1467,8 @@ extern "C" int simt_launch(const Launch* what, Fault* out, u64* float_atomic) {
     launch = *what;
     thread_count = launch.block[0] * launch.block[1] * launch.block[2];
     for (u32 i = 0; i < thread_count; ++i) {
-        fibers[i].index = {i % launch.block[0], i / launch.block[0] % launch.block[1], i / launch.block[0] / launch.block[1]};
+        fibers[i].index = {i % launch.block[0], i / launch.block[0] % launch.block[1],
+                           i / launch.block[0] / launch.block[1]};
     }
     random_state = launch.seed * 2654435761u | 1u;
     faulted = false;
@@ -1410,7 +1488,7 @@ extern "C" int simt_launch(const Launch* what, Fault* out, u64* float_atomic) {
         if (now > TIME_SWEEP / 2) { sweep(); }
         now += 1;
         launch_record = now << 12;
-        block_starts.clear(), block_indices.clear(), counters.clear(), acquired.clear(), acquired_list.clear();
+        block_starts.clear(), block_indices.clear(), counters.clear(), touched.clear();
         if (launch.dynamic_bytes) {
             shared_variables.push_back({launch.dynamic_align, launch.dynamic_bytes, 1, "dynamic shared memory"});
         }
@@ -1432,7 +1510,8 @@ extern "C" int simt_launch(const Launch* what, Fault* out, u64* float_atomic) {
     bool timed = launch.timeout > 0 && timer_create(CLOCK_THREAD_CPUTIME_ID, &event, &timer) == 0;
     if (timed) {
         itimerspec when = {};
-        when.it_value.tv_sec = (time_t)launch.timeout, when.it_value.tv_nsec = (long)((launch.timeout - (time_t)launch.timeout) * 1e9);
+        when.it_value.tv_sec = (time_t)launch.timeout,
+        when.it_value.tv_nsec = (long)((launch.timeout - (time_t)launch.timeout) * 1e9);
         timer_settime(timer, 0, &when, nullptr);
     }
 #if defined(__x86_64__)

@@ -1,5 +1,5 @@
-// What the executor's vocabulary computes, one kernel per group of functions: tests/test_simt.py compares the results with
-// NumPy, with ml_dtypes, and on a machine with a GPU with the hardware.
+// What the executor's vocabulary computes, one kernel per group of functions: tests/test_simt.py compares the results
+// with NumPy, with ml_dtypes, and on a machine with a GPU with the hardware.
 #include "ptx.cuh"
 
 // ---- 16-bit types ----
@@ -153,9 +153,13 @@ template <int K> __device__ void mma_by_table(float* D, const floatX* A, const f
 #endif
     for (int i = 0; i < 4; ++i) { D[(g + 8 * (i / 2)) * 8 + 2 * t + i % 2] = d[i]; }
 }
-extern "C" __global__ void mma_k16(float* D, const floatX* A, const floatX* B, const float* C) { mma_by_table<16>(D, A, B, C); }
+extern "C" __global__ void mma_k16(float* D, const floatX* A, const floatX* B, const float* C) {
+    mma_by_table<16>(D, A, B, C);
+}
 #ifdef ENABLE_FP16
-extern "C" __global__ void mma_k8(float* D, const floatX* A, const floatX* B, const float* C) { mma_by_table<8>(D, A, B, C); }
+extern "C" __global__ void mma_k8(float* D, const floatX* A, const floatX* B, const float* C) {
+    mma_by_table<8>(D, A, B, C);
+}
 #endif
 
 // The same through shared memory and ldmatrix: A with x4, B (stored by rows) with x2.trans.

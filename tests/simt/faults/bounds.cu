@@ -52,7 +52,8 @@ extern "C" __global__ void uninitialised_good(float* out, const float* inp) {
     __syncthreads();
     out[blockIdx.x * 32 + threadIdx.x] = tile[31 - threadIdx.x];
 }
-extern "C" __global__ void uninitialised_bad(float* out, const float* inp) {  // the second block must not see the first's
+extern "C" __global__ void uninitialised_bad(float* out,
+                                             const float* inp) {  // the second block must not see the first's
     __shared__ float tile[32];
     if (threadIdx.x < 31 || blockIdx.x == 0) { tile[threadIdx.x] = inp[threadIdx.x]; }
     __syncthreads();

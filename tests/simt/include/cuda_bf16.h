@@ -1,5 +1,5 @@
-// __nv_bfloat16 and __nv_bfloat162 for g++: the upper half of an fp32 number, arithmetic in fp32 rounded back to nearest
-// even (one rounding in effect: fp32 has more than 2 * 8 + 2 bits).
+// __nv_bfloat16 and __nv_bfloat162 for g++: the upper half of an fp32 number, arithmetic in fp32 rounded back to
+// nearest even (one rounding in effect: fp32 has more than 2 * 8 + 2 bits).
 #pragma once
 #include "cuda_fp16.h"
 

@@ -84,39 +84,39 @@ inline short __half_as_short(__half h) { return (short)h.__x; }
 inline __half __ushort_as_half(unsigned short x) { return __half_raw{x}; }
 inline __half __short_as_half(short x) { return __half_raw{(unsigned short)x}; }
 
-#define SIMT_ARITHMETIC(T, T2)                                                                                          \
-    inline T operator+(T a, T b) { return T((float)a + (float)b); }                                                     \
-    inline T operator-(T a, T b) { return T((float)a - (float)b); }                                                     \
-    inline T operator*(T a, T b) { return T((float)a * (float)b); }                                                     \
-    inline T operator/(T a, T b) { return T((float)a / (float)b); }                                                     \
-    inline T operator-(T a) { a.__x ^= 0x8000u; return a; }                                                             \
-    inline T& operator+=(T& a, T b) { return a = a + b; }                                                               \
-    inline T& operator-=(T& a, T b) { return a = a - b; }                                                               \
-    inline T& operator*=(T& a, T b) { return a = a * b; }                                                               \
-    inline T& operator/=(T& a, T b) { return a = a / b; }                                                               \
-    inline bool operator==(T a, T b) { return (float)a == (float)b; }                                                   \
-    inline bool operator!=(T a, T b) { return (float)a != (float)b; }                                                   \
-    inline bool operator<(T a, T b) { return (float)a < (float)b; }                                                     \
-    inline bool operator>(T a, T b) { return (float)a > (float)b; }                                                     \
-    inline bool operator<=(T a, T b) { return (float)a <= (float)b; }                                                   \
-    inline bool operator>=(T a, T b) { return (float)a >= (float)b; }                                                   \
-    inline T __hadd(T a, T b) { return a + b; }                                                                         \
-    inline T __hsub(T a, T b) { return a - b; }                                                                         \
-    inline T __hmul(T a, T b) { return a * b; }                                                                         \
-    inline T __hdiv(T a, T b) { return a / b; }                                                                         \
-    inline T __hfma(T a, T b, T c) { return T(fma((double)(float)a, (double)(float)b, (double)(float)c)); }             \
-    inline T __hneg(T a) { return -a; }                                                                                 \
-    inline T __habs(T a) { a.__x &= 0x7fffu; return a; }                                                                \
-    inline T __hmax(T a, T b) { return T(fmaxf((float)a, (float)b)); }                                                  \
-    inline T __hmin(T a, T b) { return T(fminf((float)a, (float)b)); }                                                  \
-    inline bool __hisnan(T a) { return (float)a != (float)a; }                                                          \
-    inline T2 __hadd2(T2 a, T2 b) { return {a.x + b.x, a.y + b.y}; }                                                    \
-    inline T2 __hsub2(T2 a, T2 b) { return {a.x - b.x, a.y - b.y}; }                                                    \
-    inline T2 __hmul2(T2 a, T2 b) { return {a.x * b.x, a.y * b.y}; }                                                    \
-    inline T2 __hfma2(T2 a, T2 b, T2 c) { return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)}; }                      \
-    inline T2 __hmax2(T2 a, T2 b) { return {__hmax(a.x, b.x), __hmax(a.y, b.y)}; }                                      \
-    inline T2 __hmin2(T2 a, T2 b) { return {__hmin(a.x, b.x), __hmin(a.y, b.y)}; }                                      \
-    inline T2 operator+(T2 a, T2 b) { return __hadd2(a, b); }                                                           \
-    inline T2 operator-(T2 a, T2 b) { return __hsub2(a, b); }                                                           \
+#define SIMT_ARITHMETIC(T, T2) \
+    inline T operator+(T a, T b) { return T((float)a + (float)b); } \
+    inline T operator-(T a, T b) { return T((float)a - (float)b); } \
+    inline T operator*(T a, T b) { return T((float)a * (float)b); } \
+    inline T operator/(T a, T b) { return T((float)a / (float)b); } \
+    inline T operator-(T a) { a.__x ^= 0x8000u; return a; } \
+    inline T& operator+=(T& a, T b) { return a = a + b; } \
+    inline T& operator-=(T& a, T b) { return a = a - b; } \
+    inline T& operator*=(T& a, T b) { return a = a * b; } \
+    inline T& operator/=(T& a, T b) { return a = a / b; } \
+    inline bool operator==(T a, T b) { return (float)a == (float)b; } \
+    inline bool operator!=(T a, T b) { return (float)a != (float)b; } \
+    inline bool operator<(T a, T b) { return (float)a < (float)b; } \
+    inline bool operator>(T a, T b) { return (float)a > (float)b; } \
+    inline bool operator<=(T a, T b) { return (float)a <= (float)b; } \
+    inline bool operator>=(T a, T b) { return (float)a >= (float)b; } \
+    inline T __hadd(T a, T b) { return a + b; } \
+    inline T __hsub(T a, T b) { return a - b; } \
+    inline T __hmul(T a, T b) { return a * b; } \
+    inline T __hdiv(T a, T b) { return a / b; } \
+    inline T __hfma(T a, T b, T c) { return T(fma((double)(float)a, (double)(float)b, (double)(float)c)); } \
+    inline T __hneg(T a) { return -a; } \
+    inline T __habs(T a) { a.__x &= 0x7fffu; return a; } \
+    inline T __hmax(T a, T b) { return T(fmaxf((float)a, (float)b)); } \
+    inline T __hmin(T a, T b) { return T(fminf((float)a, (float)b)); } \
+    inline bool __hisnan(T a) { return (float)a != (float)a; } \
+    inline T2 __hadd2(T2 a, T2 b) { return {a.x + b.x, a.y + b.y}; } \
+    inline T2 __hsub2(T2 a, T2 b) { return {a.x - b.x, a.y - b.y}; } \
+    inline T2 __hmul2(T2 a, T2 b) { return {a.x * b.x, a.y * b.y}; } \
+    inline T2 __hfma2(T2 a, T2 b, T2 c) { return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)}; } \
+    inline T2 __hmax2(T2 a, T2 b) { return {__hmax(a.x, b.x), __hmax(a.y, b.y)}; } \
+    inline T2 __hmin2(T2 a, T2 b) { return {__hmin(a.x, b.x), __hmin(a.y, b.y)}; } \
+    inline T2 operator+(T2 a, T2 b) { return __hadd2(a, b); } \
+    inline T2 operator-(T2 a, T2 b) { return __hsub2(a, b); } \
     inline T2 operator*(T2 a, T2 b) { return __hmul2(a, b); }
 SIMT_ARITHMETIC(__half, __half2)

@@ -42,14 +42,14 @@ typedef unsigned long long simt_uint64_t;
 // Vector types, with CUDA's alignments
 // ---------------------------------------------------------------------------------------------------------------------
 
-#define SIMT_VECTOR(T, name, align1, align2, align4)                                                                    \
-    struct name##1 { T x; };                                                                                            \
-    struct alignas(align2) name##2 { T x, y; };                                                                         \
-    struct name##3 { T x, y, z; };                                                                                      \
-    struct alignas(align4) name##4 { T x, y, z, w; };                                                                   \
-    inline name##1 make_##name##1(T x) { return {x}; }                                                                  \
-    inline name##2 make_##name##2(T x, T y) { return {x, y}; }                                                          \
-    inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }                                                  \
+#define SIMT_VECTOR(T, name, align1, align2, align4) \
+    struct name##1 { T x; }; \
+    struct alignas(align2) name##2 { T x, y; }; \
+    struct name##3 { T x, y, z; }; \
+    struct alignas(align4) name##4 { T x, y, z, w; }; \
+    inline name##1 make_##name##1(T x) { return {x}; } \
+    inline name##2 make_##name##2(T x, T y) { return {x, y}; } \
+    inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; } \
     inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 
 SIMT_VECTOR(signed char, char, 1, 2, 4)
@@ -107,7 +107,8 @@ unsigned long long simt_atomic(void* p, int size, unsigned long long a, unsigned
 void simt_fence();
 
 // The block's storage of one __shared__ variable; `key` is a static of the declaration (one per template instance).
-void* simt_shared(unsigned long long* key, size_t size, size_t align, int item_size, const char* name, const char* file, int line);
+void* simt_shared(unsigned long long* key, size_t size, size_t align, int item_size, const char* name, const char* file,
+                  int line);
 void* simt_dynamic_shared(size_t align);
 unsigned simt_shared_address(const void* p, At at);
 }
@@ -132,11 +133,11 @@ template <class T> constexpr int size_of = sizeof(T);
 template <> inline constexpr int size_of<void> = 1;
 
 struct Param {
-    int kind;     // 'i' signed, 'u' unsigned, 'f' float, 'b' bool, 'h' __half, 'B' __nv_bfloat16, 'S' struct, 'P' pointer
+    int kind;  // 'i' signed, 'u' unsigned, 'f' float, 'b' bool, 'h' __half, 'B' __nv_bfloat16, 'S' struct, 'P' pointer
     int size;
     int pointee;  // kind of what a pointer points to, 'v' for void
     int pointee_size;
-    int constant; // pointer to const
+    int constant;  // pointer to const
 };
 template <class T> struct Describe {
     static constexpr Param value = {Kind<typename Bare<T>::type>::value, sizeof(T), 0, 0, 0};
@@ -169,7 +170,9 @@ SIMT_UNCHECKED inline void call(void (*kernel)(P...), void** args) {
 }
 
 constexpr size_t largest(size_t a) { return a; }
-template <class... T> constexpr size_t largest(size_t a, T... rest) { return a > largest((size_t)rest...) ? a : largest((size_t)rest...); }
+template <class... T> constexpr size_t largest(size_t a, size_t b, T... rest) {
+    return largest(a > b ? a : b, rest...);
+}
 
 template <class To, class From> inline To bits(From from) {
     static_assert(sizeof(To) == sizeof(From), "same size");
@@ -207,15 +210,17 @@ inline int __syncthreads_count(int p, SIMT_AT) { return simt::simt_barrier(simt:
 inline void __threadfence() { simt::simt_fence(); }
 inline void __threadfence_system() { simt::simt_fence(); }
 inline void __threadfence_block() {}
-inline void __syncwarp(unsigned mask = 0xffffffffu, SIMT_AT) { simt::simt_warp(simt::SYNCWARP, mask, 0, 0, 32, SIMT_HERE); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, SIMT_AT) {
+    simt::simt_warp(simt::SYNCWARP, mask, 0, 0, 32, SIMT_HERE);
+}
 inline void __nanosleep(unsigned) {}
 inline long long clock64() { return 0; }
 inline int clock() { return 0; }
 inline unsigned __activemask() { return simt::simt_active_mask(); }
 
-#define SIMT_SHFL(name, op, operand)                                                                                    \
-    template <class T> inline T name(unsigned mask, T value, operand source, int width = 32, SIMT_AT) {                 \
-        return simt::narrow<T>(simt::simt_warp(simt::op, mask, simt::widen(value), (int)source, width, SIMT_HERE));            \
+#define SIMT_SHFL(name, op, operand) \
+    template <class T> inline T name(unsigned mask, T value, operand source, int width = 32, SIMT_AT) { \
+        return simt::narrow<T>(simt::simt_warp(simt::op, mask, simt::widen(value), (int)source, width, SIMT_HERE)); \
     }
 SIMT_SHFL(__shfl_sync, SHFL_IDX, int)
 SIMT_SHFL(__shfl_up_sync, SHFL_UP, unsigned)
@@ -223,9 +228,15 @@ SIMT_SHFL(__shfl_down_sync, SHFL_DOWN, unsigned)
 SIMT_SHFL(__shfl_xor_sync, SHFL_XOR, int)
 #undef SIMT_SHFL
 
-inline unsigned __ballot_sync(unsigned mask, int p, SIMT_AT) { return (unsigned)simt::simt_warp(simt::BALLOT, mask, p != 0, 0, 32, SIMT_HERE); }
-inline int __any_sync(unsigned mask, int p, SIMT_AT) { return (int)simt::simt_warp(simt::ANY, mask, p != 0, 0, 32, SIMT_HERE); }
-inline int __all_sync(unsigned mask, int p, SIMT_AT) { return (int)simt::simt_warp(simt::ALL, mask, p != 0, 0, 32, SIMT_HERE); }
+inline unsigned __ballot_sync(unsigned mask, int p, SIMT_AT) {
+    return (unsigned)simt::simt_warp(simt::BALLOT, mask, p != 0, 0, 32, SIMT_HERE);
+}
+inline int __any_sync(unsigned mask, int p, SIMT_AT) {
+    return (int)simt::simt_warp(simt::ANY, mask, p != 0, 0, 32, SIMT_HERE);
+}
+inline int __all_sync(unsigned mask, int p, SIMT_AT) {
+    return (int)simt::simt_warp(simt::ALL, mask, p != 0, 0, 32, SIMT_HERE);
+}
 template <class T> inline unsigned __match_any_sync(unsigned mask, T value, SIMT_AT) {
     return (unsigned)simt::simt_warp(simt::MATCH_ANY, mask, simt::widen(value), 0, 32, SIMT_HERE);
 }
@@ -236,7 +247,9 @@ template <class T> inline unsigned __match_all_sync(unsigned mask, T value, int*
 }
 
 #define SIMT_REDUCE(name, T, op) \
-    inline T name(unsigned mask, T value, SIMT_AT) { return (T)simt::simt_warp(simt::op, mask, (unsigned)value, 0, 32, SIMT_HERE); }
+    inline T name(unsigned mask, T value, SIMT_AT) { \
+        return (T)simt::simt_warp(simt::op, mask, (unsigned)value, 0, 32, SIMT_HERE); \
+    }
 SIMT_REDUCE(__reduce_add_sync, unsigned, REDUCE_ADD) SIMT_REDUCE(__reduce_add_sync, int, REDUCE_ADD)
 SIMT_REDUCE(__reduce_min_sync, unsigned, REDUCE_MIN_U) SIMT_REDUCE(__reduce_min_sync, int, REDUCE_MIN_S)
 SIMT_REDUCE(__reduce_max_sync, unsigned, REDUCE_MAX_U) SIMT_REDUCE(__reduce_max_sync, int, REDUCE_MAX_S)
@@ -250,20 +263,20 @@ SIMT_REDUCE(__reduce_xor_sync, unsigned, REDUCE_XOR)
 
 namespace simt {
 template <class T> constexpr int is_float = Kind<T>::value == 'f' || Kind<T>::value == 'h' || Kind<T>::value == 'B';
-#define SIMT_ATOMIC(name, T, expression)                                                                                \
-    inline T name(T* p, T operand, SIMT_AT) {                                                                           \
-        auto change = [](unsigned long long old_, unsigned long long a_, unsigned long long) {                          \
-            T old = simt::narrow<T>(old_), a = simt::narrow<T>(a_);                                                     \
-            (void)old;                                                                                                  \
-            return simt::widen<T>(expression);                                                                          \
-        };                                                                                                              \
-        return simt::narrow<T>(                                                                                         \
-            simt::simt_atomic(p, sizeof(T), simt::widen(operand), 0, change, simt::is_float<T>, SIMT_HERE));                   \
+#define SIMT_ATOMIC(name, T, expression) \
+    inline T name(T* p, T operand, SIMT_AT) { \
+        auto change = [](unsigned long long old_, unsigned long long a_, unsigned long long) { \
+            T old = simt::narrow<T>(old_), a = simt::narrow<T>(a_); \
+            (void)old; \
+            return simt::widen<T>(expression); \
+        }; \
+        return simt::narrow<T>( \
+            simt::simt_atomic(p, sizeof(T), simt::widen(operand), 0, change, simt::is_float<T>, SIMT_HERE)); \
     }
 }  // namespace simt
-#define SIMT_ATOMIC_INTEGERS(name, expression)                                                                          \
-    SIMT_ATOMIC(name, int, expression)                                                                                  \
-    SIMT_ATOMIC(name, unsigned, expression)                                                                             \
+#define SIMT_ATOMIC_INTEGERS(name, expression) \
+    SIMT_ATOMIC(name, int, expression) \
+    SIMT_ATOMIC(name, unsigned, expression) \
     SIMT_ATOMIC(name, unsigned long long, expression)
 SIMT_ATOMIC(atomicAdd, int, (int)((unsigned)old + (unsigned)a)) SIMT_ATOMIC(atomicAdd, unsigned, old + a)
 SIMT_ATOMIC(atomicAdd, unsigned long long, old + a) SIMT_ATOMIC(atomicAdd, float, old + a)
@@ -280,10 +293,12 @@ SIMT_ATOMIC(atomicDec, unsigned, old == 0 || old > a ? a : old - 1)
 #undef SIMT_ATOMIC_INTEGERS
 #undef SIMT_ATOMIC
 
-#define SIMT_CAS(T)                                                                                                     \
-    inline T atomicCAS(T* p, T compare, T value, SIMT_AT) {                                                             \
-        auto change = [](unsigned long long old, unsigned long long c, unsigned long long v) { return old == c ? v : old; }; \
-        return simt::narrow<T>(simt::simt_atomic(p, sizeof(T), simt::widen(compare), simt::widen(value), change, 0, SIMT_HERE)); \
+#define SIMT_CAS(T) \
+    inline T atomicCAS(T* p, T compare, T value, SIMT_AT) { \
+        typedef unsigned long long u64; \
+        auto change = [](u64 old, u64 c, u64 v) { return old == c ? v : old; }; \
+        u64 c = simt::widen(compare), v = simt::widen(value); \
+        return simt::narrow<T>(simt::simt_atomic(p, sizeof(T), c, v, change, 0, SIMT_HERE)); \
     }
 SIMT_CAS(int) SIMT_CAS(unsigned) SIMT_CAS(unsigned long long) SIMT_CAS(unsigned short)
 #undef SIMT_CAS

@@ -18,9 +18,9 @@ void simt_cp_async_wait(int pending);
 }  // namespace simt
 
 // d = a b + c. a is 16 x k by rows, b is k x 8 by columns, c and d are 16 x 8 in fp32.
-#define SIMT_MMA(name, shape)                                                                                           \
-    inline void name(float* d, const uint32_t* a, const uint32_t* b, const float* c, SIMT_AT) {                         \
-        simt::simt_mma(simt::shape, d, a, b, c, SIMT_HERE);                                                                    \
+#define SIMT_MMA(name, shape) \
+    inline void name(float* d, const uint32_t* a, const uint32_t* b, const float* c, SIMT_AT) { \
+        simt::simt_mma(simt::shape, d, a, b, c, SIMT_HERE); \
     }
 SIMT_MMA(mma_m16n8k16_bf16, MMA_16816_BF16)
 SIMT_MMA(mma_m16n8k16_f16, MMA_16816_F16)
