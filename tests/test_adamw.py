@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 BETA1, BETA2, EPS, CLIP = 0.9, 0.95, 1e-8, 1.0
 SIZES = [512, 64, 8, 8, 192, 24, 64, 8, 8, 8, 256, 32, 256, 8, 8, 8]  # elements of the 16 tensors, as in a tiny model
-ODD = [1, 3, 100000, 7, 1, 1, 65, 2, 5, 9, 33, 1, 11, 40001, 1, 2]
+ODD = [1, 3, 7, 7, 1, 1, 65, 2, 5, 9, 33, 1, 11, 300, 1, 2]
+ODD_AND_LARGE = [1, 3, 100000, 7, 1, 1, 65, 2, 5, 9, 33, 1, 11, 40001, 1, 2]
 DECAYS = np.array([0.1, 0.1, 0, 0, 0.1, 0, 0.1, 0, 0, 0, 0.1, 0, 0.1, 0, 0, 0], np.float32)
 
 
@@ -94,9 +95,14 @@ def test_adamw_without_master(op, clip):
 
 
 @pytest.mark.parametrize("with_master", (False, True), ids=("params", "master"))
-@pytest.mark.op("adamw_update", sets=("cpu",))
+@pytest.mark.op("adamw_update", dtypes=("fp32",))
 def test_adamw_of_odd_sizes(op, with_master):
     check_against_torch(op, ODD, with_master, 1.0, ref.FP32)
+
+
+@pytest.mark.op("adamw_update", sets=("cpu", "gpu"), dtypes=("fp32",))
+def test_adamw_of_odd_and_large_sizes(op):
+    check_against_torch(op, ODD_AND_LARGE, True, 1.0, ref.FP32)
 
 
 @pytest.mark.op("adamw_update", dtypes=("fp16", "bf16"))

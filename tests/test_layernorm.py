@@ -98,6 +98,12 @@ def test_layernorm_backward(op, shape):
     check_backward(op, shape)
 
 
+@pytest.mark.op("layernorm_backward", public=True, shapes=[(1, 8200, 8)])
+def test_layernorm_backward_many_rows(op, shape):
+    """More rows than there are slices with sums of their own."""
+    check_backward(op, shape)
+
+
 @pytest.mark.op("layernorm_backward")
 def test_layernorm_backward_accumulates_over_micro_steps(op):
     check_backward(op, (2, 33, 40), calls=2)
