@@ -2,7 +2,7 @@
 //
 //   forward   out = gelu(inp) = 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))        backward  d = d * gelu'(inp), in place
 //
-//   any shape, N elements of floatX, N % 8 == 0; arithmetic in fp32. gelu() and gelu_grad() are in common.cuh: the matmul epilogues
+//   any shape, N elements of floatX; arithmetic in fp32. gelu() and gelu_grad() are in common.cuh: the matmul epilogues
 //   use them too, and these kernels remain for recomputation and for the rungs below the fused matmul.
 //
 // version                  | idea                | bytes moved | measured
@@ -25,20 +25,26 @@ extern "C" __global__ void gelu_backward_inplace_kernel1(floatX* d_in_out, const
     if (i < N) { d_in_out[i] = (floatX)((float)d_in_out[i] * gelu_grad((float)inp[i])); }
 }
 
-// One thread per 16 bytes. grid ceil(N / x128::size / block), any block; N % x128::size == 0.
+// One thread per 16 bytes; the last one takes what is left of N. grid ceil(N / x128::size / block), any block.
 // out is read by the next matmul, so it stays in L2; inp is not needed again before the backward pass.
 extern "C" __global__ void gelu_forward_kernel2(floatX* out, const floatX* inp, i64 N) {
     i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * x128::size;
-    if (i >= N) { return; }
-    x128 pack = load128cs(inp + i);
-    for (int k = 0; k < x128::size; k++) { pack[k] = (floatX)gelu((float)pack[k]); }
-    store128(out + i, pack);
+    if (i + x128::size <= N) {
+        x128 pack = load128cs(inp + i);
+        for (int k = 0; k < x128::size; k++) { pack[k] = (floatX)gelu((float)pack[k]); }
+        store128(out + i, pack);
+    } else {
+        for (; i < N; i++) { out[i] = (floatX)gelu((float)inp[i]); }
+    }
 }
 
 extern "C" __global__ void gelu_backward_inplace_kernel2(floatX* d_in_out, const floatX* inp, i64 N) {
     i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * x128::size;
-    if (i >= N) { return; }
-    x128 grad = load128(d_in_out + i), pack = load128cs(inp + i);
-    for (int k = 0; k < x128::size; k++) { grad[k] = (floatX)((float)grad[k] * gelu_grad((float)pack[k])); }
-    store128(d_in_out + i, grad);
+    if (i + x128::size <= N) {
+        x128 grad = load128(d_in_out + i), pack = load128cs(inp + i);
+        for (int k = 0; k < x128::size; k++) { grad[k] = (floatX)((float)grad[k] * gelu_grad((float)pack[k])); }
+        store128(d_in_out + i, grad);
+    } else {
+        for (; i < N; i++) { d_in_out[i] = (floatX)((float)d_in_out[i] * gelu_grad((float)inp[i])); }
+    }
 }
