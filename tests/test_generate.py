@@ -23,7 +23,7 @@ def trained(tmp_path_factory):
     tokens = np.frombuffer((WORDS * 40).encode(), np.uint8).astype(np.uint16)
     write_shard(str(folder / "train.bin"), tokens, V)
     write_shard(str(folder / "val.bin"), tokens[:400], V)
-    flags = "-e tiny:d1 -b 4 -t 32 -x 300 -l 4e-3 -u 20 -q 0.1 -v 0 -s 300 -g 50 -n 200".split()
+    flags = "--device cpu -e tiny:d1 -b 4 -t 32 -x 300 -l 4e-3 -u 20 -q 0.1 -v 0 -s 300 -g 50 -n 200".split()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         lines = []

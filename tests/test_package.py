@@ -127,7 +127,7 @@ def test_wheel_trains_from_an_empty_folder(installed, source, tmp_path):
     file, kernels = map(Path, done.stdout.split())
     assert file == site / "llmc" / "__init__.py" and kernels == site / "llmc" / "kernels"
     assert kernel_files(kernels) == kernel_files(source / "kernels")
-    flags = ("-x", 2, "-b", 2, "-t", 32, "-v", 0, "-g", 20, "--threads", 1)
+    flags = ("--device", "cpu", "-x", 2, "-b", 2, "-t", 32, "-v", 0, "-g", 20, "--threads", 1)
     done = run(python, "-m", "llmc.train", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "step    2/2 | loss" in done.stdout and "generating:" in done.stdout

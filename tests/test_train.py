@@ -7,6 +7,7 @@ epoch. Every test runs in an empty folder of its own, with a cache folder of its
 import contextlib
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -31,6 +32,8 @@ from llmc.outlier_detector import OutlierDetector
 ROOT = Path(__file__).resolve().parents[1]
 B, T, V = 2, 32, 257
 BASE = ["-i", "train_*.bin", "-j", "val.bin", "-e", "tiny:d1", "-b", str(B), "-t", str(T), "-v", "0", "-s", "0"]
+BASE += ["--device", "cpu"]
+DEFAULT = [] if importlib.util.find_spec("cupy") is None else ["--device", "cpu"]  # the default job, here on a CPU
 EPOCH = 12  # batches in the three training shards
 TIMINGS = ("dt_ms", "tokens_per_second")
 STEP_LINE = re.compile(  # llm.c train_gpt2.cu; where there is no peak to compare with, MFU is n/a
@@ -347,7 +350,7 @@ def test_every_flag_has_its_letter_and_its_long_name(capsys):
     known = {string for action in train.parser()._actions for string in action.option_strings}
     listed = {flag for letter, name, *_ in FLAGS for flag in (letter, name) if flag}
     assert known == listed | {"-h", "--help", "--no-graph"}
-    assert run(*argv[True], base=[]) == 0
+    assert run(*argv[True], "--no-graph", base=[]) == 0
     os.rename("out", "letters")
     assert run(*argv[False], base=[]) == 0
     assert "generating:" in capsys.readouterr().out
@@ -557,9 +560,9 @@ def test_retention_after_a_kill_before_it(monkeypatch):
 @pytest.mark.slow
 def test_default_job(capsys):
     """With no flags but -x: prepares the data, trains, validates on all of it, samples, saves; twice, two folders."""
-    code, out, err = finish(start("-x", 3, base=[]))
+    code, out, err = finish(start("-x", 3, "-g", 60, base=DEFAULT))
     assert code == 0 and not err, err
-    assert re.match(r"cpu \(auto: .+\), .+, 1 thread\n", out)
+    assert re.match(r"cpu \((auto: .+|asked for)\), .+, 1 thread\n", out)
     assert "Tiny Shakespeare in" in out or "Python's own documentation" in out
     assert len([line for line in lines_of(out, "step ") if STEP_LINE.fullmatch(line)]) == 3
     events = ("val loss", "generating:", "wrote checkpoint", "validation loss on all")
@@ -573,7 +576,7 @@ def test_default_job(capsys):
     assert 'python -m llmc.generate runs/shakespeare-001 --prompt "ROMEO:"' in out
 
     # a second one, with everything off: its own folder, nothing validated or sampled
-    assert run("-x", 2, "-b", 1, "-t", 32, "-v", 0, "-s", 0, base=[]) == 0
+    assert run("-x", 2, "-b", 1, "-t", 32, "-v", 0, "-s", 0, base=DEFAULT) == 0
     out = capsys.readouterr().out
     assert checkpoint.latest_checkpoint("runs/shakespeare-002") == 2
     assert not lines_of(out, "val loss", "validation loss", "generating")
@@ -582,17 +585,17 @@ def test_default_job(capsys):
 def test_default_job_for_an_epoch_samples_once(capsys, monkeypatch):
     """-x -1 in the default job: the sample comes at the end, not in every step."""
     monkeypatch.setattr(train, "train_step", lambda *a: (1.0, float("nan"), 1.0, float("nan"), 0.0))
-    assert run("-x", -1, "-b", 32, "-t", 256, "-v", 0, "-n", 0, "-g", 3, base=[]) == 0
+    assert run("-x", -1, "-b", 32, "-t", 256, "-v", 0, "-n", 0, "-g", 3, base=DEFAULT) == 0
     out = capsys.readouterr().out
     assert len(lines_of(out, "generating:")) == 1 and len(lines_of(out, "step ")) > 40
 
 
 def test_default_job_resumes_where_it_is_told(capsys):
-    assert run("-x", 1, "-b", 1, "-t", 32, "-v", 0, "-s", 0, base=[]) == 0
-    assert run("-x", 2, "-b", 1, "-t", 32, "-v", 0, "-s", 0, "-o", "runs/shakespeare-001", "-y", 1, base=[]) == 0
+    assert run("-x", 1, "-b", 1, "-t", 32, "-v", 0, "-s", 0, base=DEFAULT) == 0
+    assert run("-x", 2, "-b", 1, "-t", 32, "-v", 0, "-s", 0, "-o", "runs/shakespeare-001", "-y", 1, base=DEFAULT) == 0
     assert os.listdir("runs") == ["shakespeare-001"] and checkpoint.checkpoint_steps("runs/shakespeare-001") == [1, 2]
     capsys.readouterr()
-    assert run("-x", 3, "-y", 1, base=[]) == 2  # not a new folder, where it would start again
+    assert run("-x", 3, "-y", 1, base=DEFAULT) == 2  # not a new folder, where it would start again
     assert "-y 1 resumes from -o" in capsys.readouterr().err and os.listdir("runs") == ["shakespeare-001"]
 
 
@@ -608,7 +611,7 @@ def offline(monkeypatch):
 def test_offline_the_default_job_still_trains(monkeypatch, capsys):
     """No network and no data folder: it says so in one line, and trains on text that every Python carries."""
     offline(monkeypatch)
-    assert run("-x", 2, "-b", 2, "-t", 32, "-v", 2, "-s", 0, "-l", 1e-2, "-u", 0, "-m", 1, base=[]) == 0
+    assert run("-x", 2, "-b", 8, "-t", 64, "-v", 2, "-s", 0, "-l", 1e-2, "-u", 0, "-m", 1, base=DEFAULT) == 0
     out, err = capsys.readouterr()
     said = [line for line in out.splitlines() if "Tiny Shakespeare cannot be had" in line]
     assert len(said) == 1 and "Python's own documentation" in said[0] and "name resolution" in said[0] and not err
@@ -621,7 +624,7 @@ def test_what_was_named_is_never_substituted(argv, monkeypatch, capsys):
     """Only the run that names nothing falls back to other text."""
     offline(monkeypatch)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.environ.get("TIKTOKEN_CACHE_DIR") or "no-cache")
-    assert run("-x", 1, *argv, base=[]) == 2
+    assert run("-x", 1, *argv, base=DEFAULT) == 2
     out, err = capsys.readouterr()
     assert_one_line(err, "HINT:")
     assert "Python's own documentation" not in out + err and not os.path.exists("runs")
@@ -957,7 +960,7 @@ def test_bad_files(case, capsys):
 
 VALUES = [
     ("-e", "d13"), ("-e", "gpt2"), ("-e", "tiny:d5"), ("-e", "gpt3:c5140"), ("-e", "no-such-folder/model"),
-    ("-k", "step"), ("--tokenizer", "words"), ("--device", "tpu"),
+    ("-k", "step"), ("--tokenizer", "words"), ("--device", "tpu"), ("--dtype", "fp64"), ("--dtype", "bf16"),
     ("-b", "0"), ("-b", "-1"), ("-b", "two"), ("-b", "1.5"), ("-t", "0"), ("-t", "-32"), ("-t", "x"), ("-d", "0"),
     ("-d", "-64"), ("-d", "x"), ("-n", "-1"), ("-n", "x"), ("-nk", "-1"), ("-nk", "x"), ("-nm", "-1"), ("-nm", "x"),
     ("-x", "0"), ("-x", "-2"), ("-x", "x"), ("-x", "1e3"), ("-l", "-1"), ("-l", "-1e-3"), ("-l", "nan"), ("-l", "inf"),
@@ -977,6 +980,15 @@ def test_bad_values(flag, value, capsys):
     out, err = capsys.readouterr()
     assert_one_line(err, flag, value, "HINT: ")
     assert not out and files() == before
+
+
+@pytest.mark.skipif(DEFAULT, reason="CuPy is installed")
+def test_device_cuda_without_cupy(capsys):
+    """It is an error, and not the CPU: only auto may choose."""
+    assert run("-x", 1, "--device", "cuda") == 2
+    out, err = capsys.readouterr()
+    assert_one_line(err, "--device cuda", "CuPy", "HINT: ")
+    assert not out
 
 
 @pytest.mark.parametrize("argv", [["-zz", "3"], ["--learning_rate", "1"], ["stray"], ["-x"], ["--max-step", "3"]])
