@@ -448,7 +448,8 @@ def main(argv=None):
         print(f"  {'scratch of the threads':<50}{ops.device.scratch_bytes():>16,} bytes")
     check_memory(plan_bytes, ops)
     baseline = peak_memory()
-    print(f"batch B * T = {B} * {T} = {B * T} tokens; total batch {total_batch} => {micro_steps} micro-steps a step")
+    each = "1 micro-step" if micro_steps == 1 else f"{micro_steps} micro-steps"
+    print(f"batch B * T = {B} * {T} = {B * T} tokens; total batch {total_batch} => {each} a step")
 
     model = gpt2.GPT2(config, ops, B, T, args.recompute, dtype=dtype, graphs=device == "cuda" and not args.no_graph)
     detectors = {"loss": OutlierDetector(), "grad_norm": OutlierDetector()}
@@ -512,7 +513,11 @@ def main(argv=None):
     if default_job and val_loss is not None:
         print(f"validation loss on all {all_val_batches * B * T} held-out tokens: {val_loss:.4f} nats per token")
     peak = peak_memory()
-    if peak:
+    if device == "cuda":
+        free, total = ops.device.memory()
+        used = (total - free) / 2**20
+        print(f"device memory in use: {used:.0f} MiB (plan {plan_bytes / 2**20:.0f} MiB, the rest is CUDA's)")
+    elif peak:
         parts = f"plan {plan_bytes / 2**20:.0f} MiB + Python, NumPy and BLAS {baseline / 2**20:.0f} MiB"
         print(f"peak memory: {peak / 2**20:.0f} MiB ({parts})")
     if args.output_dir and args.checkpoint_every:
