@@ -47,9 +47,6 @@ def names_in(folder, pattern):
 @pytest.fixture(params=("cpu", "cuda"))
 def either(request):
     """The package llmc.cpu or llmc.cuda, which both import without a GPU."""
-    missing = set(ref.OPS) - names_in(f"llmc/{request.param}", "*.py")
-    if missing:
-        pytest.skip(f"llmc/{request.param} has no {', '.join(sorted(missing))} yet")
     return importlib.import_module(f"llmc.{request.param}")
 
 
@@ -77,19 +74,16 @@ def test_every_op_has_its_test():
 
 
 def test_every_op_has_its_kernels():
-    missing = set(ref.OPS) - names_in("kernels", "*.cu")
-    if missing:
-        pytest.skip(f"kernels/ has no {', '.join(sorted(missing))} yet")
     assert names_in("kernels", "*.cu") == set(ref.OPS)
 
 
 def test_docstrings_state_shapes_and_source(either):
-    """Shapes such as (B, T, C) or (N,) and the source in llm.c; "layernorm_forward1 with ..." stands for that rung's."""
+    """Shapes such as (B, T, C) or (N,) and the source in llm.c; "gelu_forward1 with ..." stands for that rung's."""
     for file, names in ref.OPS.items():
         module = importlib.import_module(f"{either.__name__}.{file}")
         for name in names:
             text = inspect.getdoc(getattr(module, name)) or ""
-            if rung := re.match(rf"{name}\d+\b", text):
+            while rung := re.match(rf"{name}\d+\b", text):
                 text = inspect.getdoc(getattr(module, rung.group())) or ""
             assert re.search(r"\([A-Z0-9][\w*]*,", text) or "shape" in text, (
                 f"{module.__name__}.{name} states no shapes"
