@@ -982,12 +982,14 @@ def test_bad_values(flag, value, capsys):
     assert not out and files() == before
 
 
-@pytest.mark.skipif(DEFAULT, reason="CuPy is installed")
-def test_device_cuda_without_cupy(capsys):
+def test_device_cuda_without_a_gpu(capsys):
     """It is an error, and not the CPU: only auto may choose."""
+    with contextlib.suppress(Exception):  # no CuPy, or no driver
+        if importlib.import_module("cupy").cuda.runtime.getDeviceCount():
+            pytest.skip("there is a GPU")
     assert run("-x", 1, "--device", "cuda") == 2
     out, err = capsys.readouterr()
-    assert_one_line(err, "--device cuda", "CuPy", "HINT: ")
+    assert_one_line(err, "--device cuda", "HINT: ")
     assert not out
 
 
