@@ -202,7 +202,7 @@ def test_recomputation_saves_the_stated_activations():
 
 
 def test_a_training_step_allocates_nothing_of_the_size_of_an_activation():
-    config, B, T = GPT2Config(128, 300, 384, 2, 4, 64), 16, 128
+    config, B, T = GPT2Config(128, 300, 384, 2, 4, 64), 32, 128
     model = GPT2(config, ops, B, T, recompute=2)
     model.init_weights()
     (x, y), *_ = batches(config, B, T, 1)
@@ -319,8 +319,8 @@ def batches(config, B, T, count, seed=1):
     return [(np.ascontiguousarray(x), np.ascontiguousarray(y)) for x, y in pairs]
 
 
-def build(config, B, T, recompute=1, params=None):
-    model = GPT2(config, ops, B, T, recompute)
+def build(config, B, T, recompute=1, params=None, graphs=False):
+    model = GPT2(config, ops, B, T, recompute, graphs=graphs)
     model.grads_flat[:] = np.nan  # a gradient that is not written shows
     model.acts_flat[:] = 0xFF  # NaN, and -1 as an integer
     for name, values in (params or weights(config)).items():
@@ -527,10 +527,10 @@ def test_ten_steps_equal_torch_adamw(name):
         assert_close(name, tensor, got, expected)
 
 
-def run(config, B, T, steps, recompute=1, seed=3):
+def run(config, B, T, steps, recompute=1, seed=3, graphs=False):
     """Losses, then the bits of logits, gradients, parameters and moments, after a few steps."""
-    model = build(config, B, T, recompute, weights(config, seed))
-    losses = [step(model, micro_batches, t, **LLMC) for t, micro_batches in enumerate(steps, 1)]
+    model = build(config, B, T, recompute, weights(config, seed), graphs)
+    losses = [step(model, micro_batches, t, **LLMC) for t, micro_batches in enumerate(steps, 1)]  # and gradient norms
     logits = model.forward(steps[0][0][0]).output
     arrays = dict(logits=logits, grads=model.grads_flat, params=model.params_flat, m=model.m, v=model.v)
     return losses, {name: array.copy() for name, array in arrays.items()}
@@ -575,6 +575,53 @@ def test_gradient_accumulation_equals_one_large_batch(B, G):
     assert_passes(f"{G} micro-steps", model, x, y, expected, pieces)
     # the next update starts from zero, whatever the last one left
     assert_passes(f"{G} micro-steps again", model, x, y, expected, pieces)
+
+
+def test_replayed_passes_give_the_same_bits(monkeypatch):
+    """graphs=True with a capture that, like CUDA's, runs nothing by itself; here replaying is calling."""
+    captured = []
+    monkeypatch.setattr(ops.device, "capture", lambda passes: captured.append(passes) or passes, raising=False)
+    config, B, T = GPT2Config(16, 131, 256, 2, 2, 16), 3, 9
+    steps = micro_steps(config, B, T, 4, 3)
+    steps[2] = steps[2][:2]  # another number of micro-steps: another dloss
+    assert_same_run("graphs", run(config, B, T, steps), run(config, B, T, steps, graphs=True))
+    # forward; backward: first and later micro-steps of 3 (those of 2 come but once); update
+    assert len(captured) == 4
+
+    model, plain = (build(config, B, T, graphs=graphs) for graphs in (True, False))
+    for b, t in ((3, 9), (2, 9), (3, 4), (3, 9), (1, 1), (3, 9)):
+        ((x, y),) = batches(config, b, t, 1, seed=b * t)
+        assert model.validate(x, y) == plain.validate(x, y), (b, t)
+
+
+def test_the_gradient_norm():
+    config, B, T = GPT2Config(16, 200, 256, 2, 3, 24), 3, 11
+    ((x, y),) = batches(config, B, T, 1)
+    expected = torch_passes(config, weights(config), x, y)
+    norms = [math.sqrt(sum((expected[f"d{name}"][i] ** 2).sum() for name in GPT2_TENSORS)) for i in (0, 1)]
+    for grad_clip in (0.0, 0.5):  # before clipping
+        model = build(config, B, T)
+        norm = step(model, [(x, y)], 1, **LLMC | dict(grad_clip=grad_clip))[1]
+        assert_close("grad_norm", "norm", np.array(norm, np.float32), Expected(*map(np.array, norms)))
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])  # the square of the last one overflows
+def test_a_norm_that_is_not_finite_updates_nothing(value):
+    config = GPT2Config(8, 61, 128, 1, 1, 8)
+    model = build(config, 1, 4)
+    (first, second) = micro_steps(config, 1, 4, 2, 1)
+    step(model, first, 1, **LLMC)
+    ((x, y),) = second
+    model.forward(x)
+    model.backward(x, y)
+    model.grads.h[0].fcw[3, 2] = value
+    arrays = dict(params=model.params_flat, m=model.m, v=model.v)
+    before = {name: array.copy() for name, array in arrays.items()}
+    model.update(**LLMC, t=2)
+    assert not math.isfinite(model.grad_norm())
+    for name, array in arrays.items():
+        assert_bits(f"gradient {value}", name, array, before[name])
 
 
 def test_padded_vocabulary_stays_zero():
