@@ -129,6 +129,8 @@ FAULTS = [
      {"kind": "undefined behaviour", "thread": (8, 0, 0)}),
     ("undefined.cu", "shift", (ints(32), i32(1), i32(32)), {}, {"kind": "undefined behaviour", "thread": (0, 0, 0)}),
     ("undefined.cu", "divide", (ints(32), i32(1), i32(0)), {}, {"kind": "undefined behaviour", "thread": (0, 0, 0)}),
+    ("undefined.cu", "asserts", (ints(32), i32(9), i32(0)), {}, {"kind": "assertion", "thread": (9, 0, 0)}),
+    ("undefined.cu", "variable", (ints(32),), {}, {"kind": "unsupported", "thread": (2, 0, 0)}),
 ]
 # fmt: on
 
@@ -195,6 +197,7 @@ TWINS = [
     ("undefined.cu", "overflow", (ints(32), i32(2 ** 30), i32(1)), {}, 2 ** 30 + ints(32)),
     ("undefined.cu", "shift", (ints(32), i32(3), i32(4)), {}, np.full(32, 48)),
     ("undefined.cu", "divide", (ints(32), i32(7), i32(2)), {}, np.full(32, 3)),
+    ("undefined.cu", "asserts", (ints(32), i32(32), i32(5)), {}, np.full(32, 5)),
 ]
 # fmt: on
 

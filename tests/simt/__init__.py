@@ -33,6 +33,7 @@ What it catches, with kernel, source line, block, thread, array and element
     divergent barrier       __syncthreads that some threads do not reach, or at different lines
     divergent warp, warp mask, shuffle source    lanes of the mask that do not come, or are read and not in it
     undefined behaviour     signed overflow, shifts, division by zero
+    assertion               assert() and __trap()
     order-dependent result  different bits in another thread order
     argument type, argument count, launch    CuPy checks none of these
     crash, timeout          without taking the process down
@@ -42,8 +43,8 @@ What it cannot see
     Timing and the hardware's memory model: every access takes effect at once and in program order, so a missing
     `volatile` or a fence of too small a scope inside a block goes unnoticed. Blocks that wait for each other do not end
     (timeout). Of several readers of an element only two are remembered, so a single order may miss a write after read.
-    Neighbouring bytes of one 2-byte pair are told apart only for 1-byte accesses. Inline assembly, textures, clusters,
-    wgmma, TMA. Rounding of approximate instructions (__expf, rsqrtf) and the order of sums inside the tensor cores are
+    Neighbouring bytes of one 2-byte pair are told apart only for 1-byte accesses. Inline assembly, __device__ variables
+    that are written, textures, clusters, wgmma, TMA. Rounding of approximate instructions (__expf, rsqrtf) and the order of sums inside the tensor cores are
     the CPU's; denormals are flushed as with -ftz=true; a * b + c is not contracted. Registers, occupancy and speed.
 
 Settings, `with simt.mode(...)`: orders=("forward",) for one run instead of three; fast=True compiles without

@@ -29,6 +29,10 @@
 #include <xmmintrin.h>
 #endif
 
+#if defined(__x86_64__) && !defined(SIMT_UCONTEXT)
+#define FAST_SWITCH  // otherwise fibers are ucontexts, which is slow but portable
+#endif
+
 typedef uint32_t u32;
 typedef uint64_t u64;
 #define RETURN_ADDRESS __builtin_return_address(0)
@@ -108,7 +112,7 @@ struct Copy {
 };
 
 struct Fiber {
-#if defined(__x86_64__)
+#if defined(FAST_SWITCH)
     void* sp;
 #else
     ucontext_t context;
@@ -142,7 +146,7 @@ static bool faulted;
 
 static inline void become(Fiber* f) { self = f, me = f->tid, stack_begin = (uintptr_t)f->stack; }
 
-#if defined(__x86_64__)
+#if defined(FAST_SWITCH)
 // Saves the callee-saved registers on the old stack and takes them from the new one.
 asm(R"(
 .text
@@ -205,7 +209,7 @@ static void fiber_main() {
 static void make_fiber(Fiber& f) {
     size_t color = f.tid % 61 * 64;  // equal offsets in every stack would share a few cache sets
     char* top = f.stack + STACK - 4096 - color;
-#if defined(__x86_64__)
+#if defined(FAST_SWITCH)
     void** sp = (void**)((uintptr_t)top & ~(uintptr_t)15);
     *--sp = nullptr;  // return address of fiber_main; keeps the stack aligned as after a call
     *--sp = (void*)fiber_main;
@@ -651,7 +655,10 @@ __attribute__((noinline)) static void examine(uintptr_t a, int size, bool write,
 }
 
 __attribute__((noinline)) static void outside(uintptr_t a, int size, bool write, void* pc) {
-    if (a >= image_begin && a < image_end) { return; }  // constants, tables, literals
+    if (a >= image_begin && a < image_end) {  // constants, tables, literals
+        if (!write) { return; }
+        fail_at("unsupported", a, pc, "write to a __device__ variable,", ": it would outlive the launch");
+    }
     fail_at("out of bounds", a, pc, size_name(size, write), "");
 }
 
@@ -1338,6 +1345,9 @@ extern "C" void simt_fence() {
     unfenced[me] = 0;
     fence_time[me] = now;
 }
+
+extern "C" void simt_assert(const char* condition, At at) { fail("assertion", at, "assert(%s) fails", condition); }
+extern "C" void simt_trap(At at) { fail("assertion", at, "__trap()"); }
 
 extern "C" uint3 simt_thread_idx() { return self->index; }
 extern "C" uint3 simt_block_idx() { return block_index; }

@@ -9,6 +9,16 @@ extern "C" __global__ void shift(int* out, int a, int b) {
 extern "C" __global__ void divide(int* out, int a, int b) {
     out[threadIdx.x] = a / b;  // divide
 }
+extern "C" __global__ void asserts(int* out, int a, int b) {
+    assert((int)threadIdx.x < a);  // asserts
+    out[threadIdx.x] = b;
+}
+__device__ int calls;
+extern "C" __global__ void variable(int* out) {
+    if (threadIdx.x == 2) {
+        out[0] = calls++;  // variable
+    }
+}
 extern "C" __global__ void endless(int* out) {
     while (atomicAdd(out, 0) == 0) {}
 }

@@ -8,7 +8,6 @@
 // `__shared__`, `__global__` and `__launch_bounds__` stay undefined on purpose: the Python layer rewrites them after
 // preprocessing (see __init__.py).
 #pragma once
-#include <assert.h>
 #include <limits.h>
 #include <float.h>
 #include <math.h>
@@ -111,6 +110,8 @@ void* simt_shared(unsigned long long* key, size_t size, size_t align, int item_s
                   int line);
 void* simt_dynamic_shared(size_t align);
 unsigned simt_shared_address(const void* p, At at);
+void simt_assert(const char* condition, At at);
+void simt_trap(At at);
 }
 
 // One argument-by-argument description of a kernel's signature for the Python layer, and the call itself.
@@ -213,6 +214,9 @@ inline void __threadfence_block() {}
 inline void __syncwarp(unsigned mask = 0xffffffffu, SIMT_AT) {
     simt::simt_warp(simt::SYNCWARP, mask, 0, 0, 32, SIMT_HERE);
 }
+#undef assert
+#define assert(condition) ((condition) ? (void)0 : simt::simt_assert(#condition, {__builtin_FILE(), __builtin_LINE()}))
+inline void __trap(SIMT_AT) { simt::simt_trap(SIMT_HERE); }
 inline void __nanosleep(unsigned) {}
 inline long long clock64() { return 0; }
 inline int clock() { return 0; }
