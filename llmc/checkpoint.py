@@ -548,15 +548,17 @@ def delete_checkpoint(folder, step):
             remove(os.path.join(folder, name))
 
 
-def apply_retention(folder, step, every, keep, major):
-    """After the checkpoint of `step`: delete that of step - keep * every, unless it is a multiple of `major`.
+def apply_retention(folder, step, keep, major):
+    """After the checkpoint of `step`: of those up to it only the newest `keep` stay, and multiples of `major`.
 
-    every, keep, major: -n, -nk (0 keeps all), -nm (0: none is special). Call it once more after resuming at `step`:
-    the run may have been killed after the save and before the deletion.
+    keep, major: -nk (0 keeps all), -nm (0: none is special). llm.c deletes step - nk * n alone, which leaves strays at
+    the last step and after an interruption. Call it once more after resuming at `step`: the run may have been killed
+    after the save and before the deletion.
     """
-    old = step - keep * every
-    if keep > 0 and old > 0 and not (major > 0 and old % major == 0):
-        delete_checkpoint(folder, old)
+    past = [s for s in checkpoint_steps(folder) if s <= step]
+    for old in past[:-keep] if keep > 0 else ():
+        if not (major > 0 and old % major == 0):
+            delete_checkpoint(folder, old)
 
 
 def prune_stray(folder):

@@ -342,9 +342,7 @@ def let_go(args, step):
     """What -nk and -nm say after the checkpoint of this step."""
     from llmc.checkpoint import apply_retention
 
-    every, keep, major = args.checkpoint_every, args.checkpoints_keep, args.major_checkpoint_every
-    if every:  # without -n there are only the checkpoints of Ctrl-C
-        apply_retention(args.output_dir, step, every, keep, major)
+    apply_retention(args.output_dir, step, args.checkpoints_keep, args.major_checkpoint_every)
 
 
 def load(args, step, model, loader, detectors):

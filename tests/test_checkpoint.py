@@ -610,18 +610,18 @@ def test_delete_checkpoint(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "keep, major, kept",
     [
-        (0, 0, [20, 40, 60, 80, 100, 110]),
-        (1, 0, [100, 110]),  # as in llm.c: 110 - 20 = 90 was never written, so 100 stays beside the last step
-        (2, 0, [80, 100, 110]),
-        (1, 40, [40, 80, 100, 110]),
-        (9, 0, [20, 40, 60, 80, 100, 110]),
+        (0, 0, [0, 20, 40, 60, 80, 100, 110]),
+        (1, 0, [110]),  # llm.c would look for 110 - 20 = 90, which was never written, and leave 100 too
+        (2, 0, [100, 110]),
+        (1, 40, [0, 40, 80, 110]),
+        (9, 0, [0, 20, 40, 60, 80, 100, 110]),
     ],
 )
 def test_retention(tmp_path, keep, major, kept):
     for step in (0, 20, 40, 60, 80, 100, 110):
         (tmp_path / f"DONE_{step:08d}").touch()
-        checkpoint.apply_retention(tmp_path, step, 20, keep, major)
-    assert checkpoint.checkpoint_steps(tmp_path) == [0, *kept]
+        checkpoint.apply_retention(tmp_path, step, keep, major)
+    assert checkpoint.checkpoint_steps(tmp_path) == kept
 
 
 def test_prune_stray(tmp_path):
@@ -648,10 +648,10 @@ def run(folder):
     latest = checkpoint.latest_checkpoint(folder)
     if latest is not None:
         assert_whole(folder, latest)
-        checkpoint.apply_retention(folder, latest, 20, 1, 60)
+        checkpoint.apply_retention(folder, latest, 1, 60)
     for step in range((latest or 0) + 20, 81, 20):
         save(folder, step)
-        checkpoint.apply_retention(folder, step, 20, 1, 60)
+        checkpoint.apply_retention(folder, step, 1, 60)
 
 
 def test_killed_at_every_file_operation(tmp_path, monkeypatch):
@@ -704,7 +704,7 @@ for step in range(1, 10**6):
     values = np.full(N, step, np.float32)
     state = dict(num_processes=1, rank=0, rng_state=step, rng_state_last_update=0, m=values, v=values)
     checkpoint.save_checkpoint(folder, step, header, values, 3, state)
-    checkpoint.apply_retention(folder, step, 1, 2, 0)
+    checkpoint.apply_retention(folder, step, 2, 0)
 """
 
 
