@@ -31,8 +31,9 @@ extern "C" __global__ void fused_classifier_kernel1(floatX* logits, float* losse
     int target = targets[row];
     float top = -INFINITY;
     for (int v = 0; v < V; v++) { top = fmaxf(top, (float)x[v]); }
-    float sum = 0.0f;
-    for (int v = 0; v < V; v++) { sum += expf((float)x[v] - top); }
+    double total = 0.0;  // one thread adds V terms, which in float would cost it four digits
+    for (int v = 0; v < V; v++) { total += expf((float)x[v] - top); }
+    float sum = (float)total;
     losses[row] += logf(sum) - ((float)x[target] - top);
     if (!write_dlogits) { return; }
     float scale = dloss / sum;

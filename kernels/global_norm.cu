@@ -17,10 +17,10 @@
 
 // out[0] = sum of squares. grid 1, block a multiple of 32 up to 1024.
 extern "C" __global__ void global_norm_squared_kernel1(float* out, const floatX* values, i64 N) {
-    float sum = 0.0f;
+    double sum = 0.0;  // a thread adds many thousand terms, which in float would cost it four digits
     for (i64 i = threadIdx.x; i < N; i += blockDim.x) { sum += (float)values[i] * (float)values[i]; }
-    sum = blockReduceSum(sum);
-    if (threadIdx.x == 0) { out[0] = sum; }
+    float total = blockReduceSum((float)sum);
+    if (threadIdx.x == 0) { out[0] = total; }
 }
 
 // partials[block] = sum of squares of the elements this block visits. Any grid; block a multiple of 32 up to 1024.
