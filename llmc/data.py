@@ -201,12 +201,24 @@ class DataLoader:
             if not count:
                 raise UserError(f"{self.path} became shorter while it was read. HINT: keep data files unchanged")
             done += count
-        if self.vocab_size and self._buffer.max() >= self.vocab_size:
-            at = int(np.argmax(self._buffer >= self.vocab_size))
+        self._check_ids(self.path, position, self._buffer)
+
+    def _check_ids(self, path, position, tokens):
+        if self.vocab_size and tokens.max() >= self.vocab_size:
+            at = int(np.argmax(tokens >= self.vocab_size))
             raise UserError(
-                f"{self.path}: token {position + at} has id {self._buffer[at]}, the model's vocabulary ends at "
+                f"{path}: token {position + at} has id {tokens[at]}, the model's vocabulary ends at "
                 f"{self.vocab_size - 1}. HINT: prepare the data with the model's tokenizer (--tokenizer)"
             )
+
+    def check_all_ids(self, limit=1 << 25):
+        """Look at every id before training where there are at most `limit` tokens; of more, each batch is checked."""
+        for path in self.paths if self.num_tokens <= limit else ():
+            header = read_shard_header(path)
+            with open(path, "rb") as file:
+                file.seek(HEADER_BYTES)
+                for position in range(0, header.num_tokens, 1 << 20):
+                    self._check_ids(path, position, np.fromfile(file, header.dtype, 1 << 20))
 
     def state(self):
         """The position, to be saved: what llm.c keeps in its train-state files, under its names.

@@ -421,6 +421,8 @@ def main(argv=None):
         train_pattern, B, T, should_shuffle=not args.overfit_single_batch, vocab_size=config.vocab_size
     )
     val_loader = DataLoader(args.input_val_bin, B, T, vocab_size=config.vocab_size)
+    train_loader.check_all_ids()
+    val_loader.check_all_ids()
     steps = train_loader.num_tokens // total_batch if args.max_steps == -1 else args.max_steps
     all_val_batches = val_loader.num_tokens // (B * T)
     val_batches = all_val_batches if args.val_max_steps == -1 else args.val_max_steps

@@ -739,3 +739,15 @@ def test_cache_folder_of_each_platform(monkeypatch):
     monkeypatch.setattr("sys.platform", "win32")
     monkeypatch.setenv("LOCALAPPDATA", "/appdata")
     assert data.cache_dir() == "/appdata/llmc/cache"
+
+
+def test_ids_are_checked_before_training_where_that_is_quick(tmp_path):
+    tokens = np.arange(3000, dtype=np.uint16) % 50
+    tokens[2990] = 77  # after the last whole sample: no batch would ever read it
+    data.write_shard(tmp_path / "a.bin", tokens)
+    loader = data.DataLoader(str(tmp_path / "a.bin"), 2, 40, vocab_size=60)
+    loader.check_all_ids(limit=2999)
+    with pytest.raises(UserError, match=r"a\.bin: token 2990 has id 77, the model's vocabulary ends at 59\. HINT:"):
+        loader.check_all_ids()
+    data.DataLoader(str(tmp_path / "a.bin"), 2, 40, vocab_size=78).check_all_ids()
+    data.DataLoader(str(tmp_path / "a.bin"), 2, 40).check_all_ids()
