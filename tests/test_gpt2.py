@@ -564,6 +564,19 @@ def test_a_run_repeats_bit_for_bit():
     assert once[0] != run(config, B, T, micro_steps(config, B, T, 8, 1)[4:])[0]  # the comparison can fail
 
 
+def test_the_number_of_threads_changes_no_bit():
+    config, B, T = GPT2Config(64, 257, 384, 2, 4, 128), 4, 64  # several blocks to share in every op
+    steps, before = micro_steps(config, B, T, 2, 2), ops.device.threads()
+    try:
+        ops.device.threads(1)
+        alone = run(config, B, T, steps)
+        for threads in (2, 3):
+            ops.device.threads(threads)
+            assert_same_run(f"{threads} threads", alone, run(config, B, T, steps))
+    finally:
+        ops.device.threads(before)
+
+
 @pytest.mark.parametrize("B, G", [(6, 1), (3, 2), (2, 3), (1, 6)])
 def test_gradient_accumulation_equals_one_large_batch(B, G):
     config, T = GPT2Config(16, 200, 256, 2, 3, 24), 11
@@ -589,9 +602,10 @@ def test_replayed_passes_give_the_same_bits(monkeypatch):
     assert len(captured) == 4
 
     model, plain = (build(config, B, T, graphs=graphs) for graphs in (True, False))
-    for b, t in ((3, 9), (2, 9), (3, 4), (3, 9), (1, 1), (3, 9)):
+    for b, t in ((3, 9), (2, 9), (3, 4), (3, 9), (1, 1), (3, 9), (2, 9), (3, 4), (1, 1)):
         ((x, y),) = batches(config, b, t, 1, seed=b * t)
         assert model.validate(x, y) == plain.validate(x, y), (b, t)
+    assert len(captured) == 4 + 1  # forward over a full batch; smaller ones are launched
 
 
 def test_the_gradient_norm():
