@@ -118,7 +118,7 @@ def cpu_trainer(params, shards, val, batches=shuffled_batches, beta2=0.999, grad
 
 def flags(folder, out):
     named = f"-e {folder}/model.bin -i {folder}/train_*.bin -j {folder}/val.bin -o {out}"
-    sizes = f"-b {B} -t {T} -x {STEPS} -v {VAL_EVERY} -m {VAL_BATCHES} -s 0 -n 0"
+    sizes = f"--device cpu -b {B} -t {T} -x {STEPS} -v {VAL_EVERY} -m {VAL_BATCHES} -s 0 -n 0"
     return f"{named} {sizes} -k constant -l 1e-4 -c 0 --beta1 0.9 --beta2 0.999 --eps 1e-8 --grad-clip 0".split()
 
 
