@@ -100,15 +100,19 @@ def test_matmul_backward_accumulates_over_micro_steps(op, shape):
 
 
 @pytest.mark.op("matmul_backward", shapes=[(1, 3, 8, 8456)], big=[(1, 33, 40, 8456)])
-def test_matmul_backward_bias_gradient_of_exact_numbers(op, shape):
-    """Small integers have no rounding in any dtype: column sums, added to what was there, are exact."""
+def test_matmul_backward_of_exact_numbers(op, shape):
+    """Small integers have no rounding in any dtype: sums of them, added to what was there, are exact."""
     B, T, C, OC = shape
     rng = np.random.default_rng(0)
-    inp, weight, _, _ = inputs(shape, op.dtype)
-    dout = rng.integers(-1, 2, (B, T, OC)).astype(np.float32).astype(op.dtype)
-    dinp, dweight, dbias = np.empty_like(inp), np.zeros_like(weight), np.ones(OC, op.dtype)
-    op(dinp, dweight, dbias, op.scratch(B, T, C, OC), dout, inp, weight)
-    ref.assert_bits(op, "dbias", dbias, (1 + dout.astype(np.float32).sum(axis=(0, 1))).astype(op.dtype))
+    inp = rng.integers(-1, 2, (B, T, C)).astype(np.float32)
+    dout = rng.integers(-1, 2, (B, T, OC)).astype(np.float32)
+    weight = np.zeros((OC, C), op.dtype)
+    weight[:40] = 1
+    dinp, dweight, dbias = np.empty((B, T, C), op.dtype), np.ones((OC, C), op.dtype), np.ones(OC, op.dtype)
+    op(dinp, dweight, dbias, op.scratch(B, T, C, OC), dout.astype(op.dtype), inp.astype(op.dtype), weight)
+    ref.assert_bits(op, "dinp", dinp, (dout[..., :40].sum(axis=2, keepdims=True) + np.zeros_like(inp)).astype(op.dtype))
+    ref.assert_bits(op, "dweight", dweight, (1 + np.einsum("btn,btc->nc", dout, inp)).astype(op.dtype))
+    ref.assert_bits(op, "dbias", dbias, (1 + dout.sum(axis=(0, 1))).astype(op.dtype))
 
 
 @pytest.mark.op("matmul_forward", shapes=[(1, 65, 136, 72)])
