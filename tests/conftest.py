@@ -56,6 +56,10 @@ def pytest_generate_tests(metafunc):
         return
     (name,), options = marker.args, marker.kwargs
     cases = []
+
+    def add(label, *values):
+        cases.append(pytest.param(*values, id=label, marks=[pytest.mark.gpu] if label.startswith("gpu") else []))
+
     for kind in options.get("sets", SETS):
         shapes = options.get("shapes", []) + options.get("big", []) * (kind != "executor")
         shapes += options.get("cpu", []) * (kind == "cpu")
@@ -66,11 +70,11 @@ def pytest_generate_tests(metafunc):
             for version in names:
                 label = f"{kind}-{dtype}" + (f"-{version}" if kind != "cpu" else "")
                 if "shape" not in metafunc.fixturenames:
-                    cases.append(pytest.param((kind, dtype, name, version), id=label))
+                    add(label, (kind, dtype, name, version))
                     continue
                 for shape in shapes[-1:] if version == name and len(names) > 1 else shapes:
                     size = "x".join(map(str, shape))
-                    cases.append(pytest.param((kind, dtype, name, version), shape, id=f"{label}-{size}"))
+                    add(f"{label}-{size}", (kind, dtype, name, version), shape)
     metafunc.parametrize("op,shape" if "shape" in metafunc.fixturenames else "op", cases, indirect=["op"])
 
 
@@ -176,6 +180,6 @@ def op(request, monkeypatch):
     return Op(op_set(kind, monkeypatch), kind, *rest)
 
 
-@pytest.fixture(params=SETS)
+@pytest.fixture(params=("cpu", "executor", pytest.param("gpu", marks=pytest.mark.gpu)))
 def ops(request, monkeypatch):
     return op_set(request.param, monkeypatch)
