@@ -133,7 +133,7 @@ class Op:
         return garbage
 
     def sibling(self, name):
-        """Another op of the same file."""
+        """Another op of the same op set and dtype."""
         dtype = next(label for label, dtype in DTYPES.items() if dtype == self.dtype)
         return Op(self.ops, self.kind, dtype, name, name)
 

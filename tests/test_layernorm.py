@@ -93,6 +93,17 @@ def test_fused_residual_forward(op, shape):
     check_normalised(op, "normed", normed, mean, rstd, residual, weight, bias)
 
 
+@pytest.mark.op("fused_residual_forward", public=True, shapes=SHAPES, big=BIG, cpu=CPU)
+def test_fused_residual_forward_is_layernorm_forward(op, shape):
+    """Recomputing the normalisation from the residual gives its bits: recomputation changes nothing."""
+    inp1, weight, bias, inp2 = inputs(shape, op.dtype)
+    residual, fused, again = np.empty(shape, op.dtype), empty_outputs(shape, op.dtype), empty_outputs(shape, op.dtype)
+    op(residual, *fused, inp1, inp2, weight, bias)
+    op.sibling("layernorm_forward")(*again, residual, weight, bias)
+    for name, got, expected in zip(("normed", "mean", "rstd"), fused, again, strict=True):
+        ref.assert_bits(op, name, got, expected)
+
+
 @pytest.mark.op("layernorm_backward", shapes=SHAPES, big=BIG, cpu=CPU)
 def test_layernorm_backward(op, shape):
     check_backward(op, shape)

@@ -127,6 +127,19 @@ def test_matmul_forward_of_exact_numbers(op, shape):
     ref.assert_bits(op, "out", out, (inp @ weight.T).astype(op.dtype))
 
 
+@pytest.mark.op(
+    "matmul_forward", public=True, shapes=[(2, 33, 40, 72)], big=[(1, 257, 768, 3072)], cpu=[(2, 7, 13, 29)]
+)
+def test_matmul_forward_gelu_is_that_of_gelu_forward(op, shape):
+    """Recomputing the activation from pre_gelu gives its bits: recomputation changes nothing."""
+    B, T, C, OC = shape
+    inp, weight, bias, _ = inputs(shape, op.dtype)
+    out, pre_gelu, again = (np.empty((B, T, OC), op.dtype) for _ in range(3))
+    op(out, inp, weight, bias, pre_gelu)
+    op.sibling("gelu_forward")(again, pre_gelu)
+    ref.assert_bits(op, "out", out, again)
+
+
 @pytest.mark.op("matmul_forward", public=True)
 @given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 20), st.integers(1, 20), st.sampled_from(FLAGS))
 def test_matmul_forward_any_shape(op, B, T, C, OC, flags):
