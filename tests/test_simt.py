@@ -78,7 +78,7 @@ FAULTS = [
     ("bounds.cu", "shared_read_bad", (floats(32), floats(32)), {},
      {"kind": "out of bounds, shared", "thread": (0, 0, 0), "array": "tile", "index": 32}),
     ("bounds.cu", "shared_write_bad", (floats(32), floats(32)), {"shared_mem": 128},
-     {"kind": "out of bounds, shared", "thread": (31, 0, 0), "array": "dynamic shared memory", "index": 128}),
+     {"kind": "out of bounds, shared", "thread": (31, 0, 0), "array": "dynamic", "index": 32}),
     ("bounds.cu", "row_bad", (floats(32), floats(32)), {}, {"kind": "out of bounds, array", "thread": (8, 0, 0)}),
     ("bounds.cu", "uninitialised_bad", (floats(64), floats(32)), {"grid": 2},
      {"kind": "uninitialised read", "block": (1, 0, 0), "thread": (0, 0, 0), "array": "tile", "index": 31}),

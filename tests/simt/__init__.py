@@ -44,8 +44,9 @@ What it cannot see
     `volatile` or a fence of too small a scope inside a block goes unnoticed. Blocks that wait for each other do not end
     (timeout). Of several readers of an element only two are remembered, so a single order may miss a write after read.
     Neighbouring bytes of one 2-byte pair are told apart only for 1-byte accesses. Inline assembly, __device__ variables
-    that are written, textures, clusters, wgmma, TMA. Rounding of approximate instructions (__expf, rsqrtf) and the order of sums inside the tensor cores are
-    the CPU's; denormals are flushed as with -ftz=true; a * b + c is not contracted. Registers, occupancy and speed.
+    that are written, textures, clusters, wgmma, TMA. Rounding of approximate instructions (__expf, rsqrtf) and the
+    order of sums inside the tensor cores are the CPU's; denormals are flushed as with -ftz=true; a * b + c is not
+    contracted. Registers, occupancy and speed.
 
 Settings, `with simt.mode(...)`: orders=("forward",) for one run instead of three; fast=True compiles without
 instrumentation and runs straight on the arrays: for whole models, after the ops were checked. `with simt.traffic() as
@@ -66,9 +67,10 @@ import stat
 import subprocess
 import tempfile
 import threading
+import time
 import warnings
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,7 +81,7 @@ KERNELS = HERE.parents[1] / "kernels"
 DTYPE_DEFINE = {"float32": "ENABLE_FP32", "float16": "ENABLE_FP16", "bfloat16": "ENABLE_BF16"}
 ALL_ORDERS = ("forward", "reverse", "random")
 COMMON_FLAGS = (
-    "-std=c++17 -O2 -g -fPIC -ffp-contract=off -fno-exceptions -fno-rtti -fno-strict-aliasing -fno-gnu-unique -w"
+    "-std=c++17 -O2 -g1 -fPIC -ffp-contract=off -fno-exceptions -fno-rtti -fno-strict-aliasing -fno-gnu-unique -w"
 ).split()
 CHECKED_FLAGS = (  # -fno-tree-sra: a 16-byte access stays one access
     "-fno-plt -fno-tree-sra -fsanitize=thread --param=tsan-instrument-func-entry-exit=0 -fno-sanitize-recover=all "
@@ -162,7 +164,7 @@ def key_of(*parts):
 
 def build(target, *arguments, link=(), text=None):
     """Compiles to the shared library `target`. Written beside it first: a second process never sees half a file. Linked
-    in a step of its own, because g++ -fsanitize=thread would add libtsan."""
+    in a step of its own, because g++ -fsanitize=thread would add libtsan. Clears away what is a month old."""
     stem = f"{target.name}.{os.getpid()}"
     object_, partial = target.with_name(f"{stem}.o"), target.with_name(f"{stem}.partial")
     try:
@@ -171,6 +173,10 @@ def build(target, *arguments, link=(), text=None):
         os.replace(partial, target)
     finally:
         object_.unlink(missing_ok=True)
+    for old in target.parent.iterdir():
+        with suppress(FileNotFoundError):  # another process clears away too
+            if old.stat().st_mtime < time.time() - 30 * 86400:
+                old.unlink()
 
 
 @functools.cache
@@ -242,7 +248,8 @@ def rewrite_shared(text):
             type_ = declarator[1] if type_ is None else type_
             name, dims = declarator[2], declarator[3]
             if "extern" in before:
-                out += f"{type_}* const {name} = ({type_}*)simt::simt_dynamic_shared({dynamic_align});"
+                call = f'simt::simt_dynamic_shared({dynamic_align}, "{name}", sizeof({type_}))'
+                out += f"{type_}* const {name} = ({type_}*){call};"
             else:
                 align = " , ".join([f"alignof(simt_type_{name})", *aligns, *more])
                 out += (

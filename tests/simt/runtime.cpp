@@ -1268,8 +1268,14 @@ extern "C" void simt_cp_async_wait(int pending) {
 static size_t statics_end, statics_bytes;
 static u64 launch_number;  // a static's key says where it lies: launch_number << 20 | offset
 
-// No more aligned than the kernel asked for, so that reliance on luck shows.
-extern "C" void* simt_dynamic_shared(size_t align) { return memory + align; }
+// No more aligned than the kernel asked for, so that reliance on luck shows. Of several declarations, reports name the
+// one that was reached last.
+extern "C" void* simt_dynamic_shared(size_t align, const char* name, int item_size) {
+    if (!shared_variables.empty() && shared_variables[0].offset == align) {
+        shared_variables[0].name = name, shared_variables[0].item_size = item_size;
+    }
+    return memory + align;
+}
 
 extern "C" void* simt_shared(u64* key, size_t size, size_t align, int item_size, const char* name, const char* file,
                              int line) {
@@ -1493,6 +1499,7 @@ extern "C" int simt_launch(const Launch* what, Fault* out, u64* float_atomic) {
     image_begin = (uintptr_t)info.dli_fbase, image_end = image_begin;
     dl_iterate_phdr(find_image, nullptr);
 
+    if (!launch.checked) { shared_variables.clear(); }
     if (launch.checked) {
         launch_record = (TIME_END + 1) << 12;  // all records are old
         if (now > TIME_SWEEP / 2) { sweep(); }

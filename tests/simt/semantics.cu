@@ -115,6 +115,7 @@ extern "C" __global__ void atomics(unsigned* out, const unsigned* inp) {
 
 // By the layout tables of the PTX ISA, element by element: A (16, K) by rows, B (K, 8) by rows, C and D (16, 8).
 #ifdef ENABLE_FP32
+#if __CUDA_ARCH__ >= 800
 extern "C" __global__ void mma_tf32(float* D, const float* A, const float* B, const float* C) {
     int g = threadIdx.x / 4, t = threadIdx.x % 4;
     u32 a[4], b[2];
@@ -125,6 +126,7 @@ extern "C" __global__ void mma_tf32(float* D, const float* A, const float* B, co
     mma_m16n8k8_tf32(d, a, b, c);
     for (int i = 0; i < 4; ++i) { D[(g + 8 * (i / 2)) * 8 + 2 * t + i % 2] = d[i]; }
 }
+#endif
 #else
 __device__ inline u32 two(floatX low, floatX high) {
     floatX pair[2] = {low, high};

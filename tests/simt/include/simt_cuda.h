@@ -108,7 +108,7 @@ void simt_fence();
 // The block's storage of one __shared__ variable; `key` is a static of the declaration (one per template instance).
 void* simt_shared(unsigned long long* key, size_t size, size_t align, int item_size, const char* name, const char* file,
                   int line);
-void* simt_dynamic_shared(size_t align);
+void* simt_dynamic_shared(size_t align, const char* name, int item_size);
 unsigned simt_shared_address(const void* p, At at);
 void simt_assert(const char* condition, At at);
 void simt_trap(At at);
