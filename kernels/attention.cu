@@ -256,7 +256,7 @@ __device__ inline void store_row2(floatX* at, const float (&result)[PARTS2][4], 
     }
 }
 
-extern "C" __global__ void __launch_bounds__(Y_FORWARD * 8) attention_forward_kernel2(
+extern "C" __global__ void __launch_bounds__(Y_FORWARD * 8, 2) attention_forward_kernel2(
     floatX* out, float* att, const floatX* qkvr, float scale, int B, int T, int NH) {
     constexpr int Y = Y_FORWARD, ROWS = 4 * Y;
     extern __shared__ int4 dynamic_shared[];
@@ -316,7 +316,7 @@ extern "C" __global__ void __launch_bounds__(Y_FORWARD * 8) attention_forward_ke
     }
 }
 
-extern "C" __global__ void __launch_bounds__(Y_BACKWARD * 8) attention_backward_dq_kernel2(
+extern "C" __global__ void __launch_bounds__(Y_BACKWARD * 8, 2) attention_backward_dq_kernel2(
     floatX* dqkvr, const float* D, const floatX* dout, const floatX* qkvr, const float* att, float scale, int B, int T,
     int NH) {
     constexpr int Y = Y_BACKWARD, ROWS = 4 * Y;
@@ -362,7 +362,7 @@ extern "C" __global__ void __launch_bounds__(Y_BACKWARD * 8) attention_backward_
     }
 }
 
-extern "C" __global__ void __launch_bounds__(Y_BACKWARD * 8) attention_backward_dkv_kernel2(
+extern "C" __global__ void __launch_bounds__(Y_BACKWARD * 8, 2) attention_backward_dkv_kernel2(
     floatX* dqkvr, const float* D, const floatX* dout, const floatX* qkvr, const float* att, float scale, int B, int T,
     int NH) {
     constexpr int Y = Y_BACKWARD, ROWS = 4 * Y;
@@ -436,6 +436,7 @@ constexpr int KEYS = 64;                            // forward: keys in a tile
 constexpr int ROW_TILES = HS <= 64 ? 2 : 1;         // forward: 16-row fragments per warp, as many as registers allow
 constexpr int QUERIES = 64 * ROW_TILES;             // forward: queries in a block
 constexpr int COLUMNS = HS <= 64 ? 64 : 32;         // backward: columns in a tile
+constexpr bool KEEP = HS <= 96;                     // backward: k and v in registers; else in shared memory
 
 // Starts the copy of rows row0 .. row0 + ROWS - 1 of a matrix; zeros from T and from HS on. A thread's pieces lie at
 // constant distances from one address: to compute each anew costs 20 registers.
@@ -487,6 +488,23 @@ __device__ inline void dots(float (&s)[R][N][4], const u32 (&a)[R][STEPS][4], co
             ldmatrix_x4(b, tile + (n * 8 + lane % 8 + lane / 16 * 8) * STRIDE + step * 16 + lane / 8 % 2 * 8);
 #pragma unroll
             for (int r = 0; r < R; r++) { mma(s[r][n], a[r][step], b), mma(s[r][n + 1], a[r][step], b + 2); }
+        }
+    }
+}
+
+// The same with a, 16 rows, in shared memory.
+template <int N> __device__ inline void dots(float (&s)[N][4], const floatX* a_tile, const floatX* tile) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < N; n++) { s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f; }
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+        u32 a[4], b[4];
+        ldmatrix_x4(a, a_tile + lane % 16 * STRIDE + step * 16 + lane / 16 * 8);
+#pragma unroll
+        for (int n = 0; n < N; n += 2) {
+            ldmatrix_x4(b, tile + (n * 8 + lane % 8 + lane / 16 * 8) * STRIDE + step * 16 + lane / 8 % 2 * 8);
+            mma(s[n], a, b), mma(s[n + 1], a, b + 2);
         }
     }
 }
@@ -714,7 +732,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_backward_dkv_kernel3
     floatX* dqkvr, const float* D, const floatX* dout, const floatX* qkvr, const float* att, float scale, int B, int T,
     int NH) {
     extern __shared__ int4 dynamic_shared[];
-    floatX* shared = (floatX*)dynamic_shared;  // 2 x {queries, dout}; afterwards staging for dk and dv
+    floatX* shared = (floatX*)dynamic_shared;  // 2 x {queries, dout}, then keys and values if not KEEP
     constexpr int N = COLUMNS / 8, SIZE = COLUMNS * STRIDE;
     __shared__ float statistics[2][2][COLUMNS];  // of the queries of a buffer: att * log2(e), D
     int tiles = ceil_div(T, 64), tile, head, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -737,12 +755,17 @@ extern "C" __global__ void __launch_bounds__(128) attention_backward_dkv_kernel3
     auto place_statistic = [&](int i, float value) {
         if (threadIdx.x < 2 * COLUMNS) { statistics[i % 2][threadIdx.x / COLUMNS][threadIdx.x % COLUMNS] = value; }
     };
+    u32 k[1][STEPS][4], v[1][STEPS][4];  // this warp's keys and values
+    const floatX *k_rows = shared + 4 * SIZE + warp * 16 * STRIDE, *v_rows = k_rows + 64 * STRIDE;
+    if constexpr (KEEP) {
+        load_rows(k[0], packed(qkvr, K, head, T, NH), row0);
+        load_rows(v[0], packed(qkvr, V, head, T, NH), row0);
+    } else {
+        copy_rows<64>(shared + 4 * SIZE, packed(qkvr, K, head, T, NH), j0);
+        copy_rows<64>(shared + 4 * SIZE + 64 * STRIDE, packed(qkvr, V, head, T, NH), j0);
+    }
     copy(first);
     place_statistic(first, load_statistic(first));
-
-    u32 k[1][STEPS][4], v[1][STEPS][4];
-    load_rows(k[0], packed(qkvr, K, head, T, NH), row0);
-    load_rows(v[0], packed(qkvr, V, head, T, NH), row0);
     float dk[1][2 * STEPS][4] = {}, dv[1][2 * STEPS][4] = {};
 
     for (int i = first; i < query_tiles; i++) {
@@ -761,7 +784,11 @@ extern "C" __global__ void __launch_bounds__(128) attention_backward_dkv_kernel3
             bool diagonal = t0 < row0 + 15;
             float s[1][N][4], dp[1][N][4];
             u32 p[1][N / 2][4];
-            dots(s, k, q_tile);
+            if constexpr (KEEP) {
+                dots(s, k, q_tile);
+            } else {
+                dots(s[0], k_rows, q_tile);
+            }
 #pragma unroll
             for (int n = 0; n < N; n++) {
                 float2 lse2 = *(const float2*)(lse + n * 8 + lane % 4 * 2);
@@ -774,7 +801,11 @@ extern "C" __global__ void __launch_bounds__(128) attention_backward_dkv_kernel3
             }
             round_to_a<N>(p[0], s[0]);
             accumulate<N>(dv, p, dout_tile);
-            dots(dp, v, dout_tile);
+            if constexpr (KEEP) {
+                dots(dp, v, dout_tile);
+            } else {
+                dots(dp[0], v_rows, dout_tile);
+            }
 #pragma unroll
             for (int n = 0; n < N; n++) {
                 float2 D2 = *(const float2*)(D_tile + n * 8 + lane % 4 * 2);

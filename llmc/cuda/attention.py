@@ -35,9 +35,9 @@ def smem2(HS, backward):
     return 4 * (((1 + backward) * rows + 2 * COLUMNS2) * (HS + 4) + rows * (COLUMNS2 + 4))
 
 
-def smem3(HS, columns):
-    """Kernel 3: dynamic shared memory in bytes, two buffers of two 16-bit tiles."""
-    return 2 * 4 * columns * (ceil_div(HS, 16) * 16 + 8)
+def smem3(HS, columns, own=0):
+    """Kernel 3: dynamic shared memory in bytes, two buffers of two 16-bit tiles, and two tiles of the block's own rows."""
+    return 2 * (4 * columns + 2 * own) * (ceil_div(HS, 16) * 16 + 8)
 
 
 def production(HS, dtype, backward):
@@ -93,9 +93,10 @@ def backward(version, dqkvr, scratch, dout, out, qkvr, att):
         launch("backward_dq", 2, dtype, HS, blocks, rows * 2, args, smem)
         launch("backward_dkv", 2, dtype, HS, blocks, rows * 2, args, smem)
     else:
-        blocks, smem = ceil_div(T, 64) * B * NH, smem3(HS, 64 if HS <= 64 else 32)
-        launch("backward_dq", 3, dtype, HS, blocks, 128, (dqkvr, scratch, dout, out, qkvr, att, *dims), smem)
-        launch("backward_dkv", 3, dtype, HS, blocks, 128, args, smem)
+        blocks, columns = ceil_div(T, 64) * B * NH, 64 if HS <= 64 else 32
+        dq_args = (dqkvr, scratch, dout, out, qkvr, att, *dims)
+        launch("backward_dq", 3, dtype, HS, blocks, 128, dq_args, smem3(HS, columns))
+        launch("backward_dkv", 3, dtype, HS, blocks, 128, args, smem3(HS, columns, 0 if HS <= 96 else 64))
 
 
 def attention_forward1(out, att, qkvr):
