@@ -124,6 +124,11 @@ def parser():
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where it works, else cpu")
     add("--dtype", choices=("bf16", "fp32"), help="of parameters and activations (bf16 on a GPU, fp32 on a CPU)")
     add("--no-graph", action="store_true", help="GPU: launch each kernel, do not replay CUDA graphs")
+    add(
+        "--check",
+        action="store_true",
+        help="GPU: wait for each kernel and name the one that fails (implies --no-graph)",
+    )
     add("--threads", type=thread_count, metavar="N", help="CPU threads (default: all cores this process may use)")
     return p
 
@@ -268,6 +273,19 @@ def check_memory(plan_bytes, ops):
     if total and plan_bytes > total:
         need, have = plan_bytes / 2**30, total / 2**30
         raise UserError(f"the plan needs {need:.1f} GiB, the device has {have:.1f}. HINT: lower -b or -t, or raise -r.")
+
+
+def prepare_kernels(config, dtype, check):
+    """Compile what is not in the cache yet, several files at a time, and say so; the first step then has nothing to."""
+    import numpy as np
+
+    from llmc.cuda import module
+
+    module.check_launches = check
+    timer = time.perf_counter()
+    HS = config.channels // config.num_heads
+    module.compile_all(np.dtype(dtype).name, {"attention.cu": (f"HEAD_SIZE={HS}",)} if HS != 64 else None)
+    print(f"kernels ready after {time.perf_counter() - timer:.1f} s, {len(module.compilations)} files compiled")
 
 
 class Interrupt:
@@ -451,7 +469,10 @@ def main(argv=None):
     each = "1 micro-step" if micro_steps == 1 else f"{micro_steps} micro-steps"
     print(f"batch B * T = {B} * {T} = {B * T} tokens; total batch {total_batch} => {each} a step")
 
-    model = gpt2.GPT2(config, ops, B, T, args.recompute, dtype=dtype, graphs=device == "cuda" and not args.no_graph)
+    graphs = device == "cuda" and not (args.no_graph or args.check)
+    if device == "cuda":
+        prepare_kernels(config, dtype, args.check)
+    model = gpt2.GPT2(config, ops, B, T, args.recompute, dtype=dtype, graphs=graphs)
     detectors = {"loss": OutlierDetector(), "grad_norm": OutlierDetector()}
     if resume_step is not None:
         load(args, resume_step, model, train_loader, detectors)

@@ -1,4 +1,4 @@
-"""The GPU as a device: memory, streams, timers, and the upload of tokens while the previous batch computes.
+"""The GPU as a device: memory, timers, streams, graphs, and uploads that do not wait for what the GPU is doing.
 
 The functions up to the streams are those of llmc/cpu/device.py. Work goes to CuPy's current stream; start() makes one
 of our own current, which is what a CUDA graph is captured on.
@@ -125,7 +125,7 @@ def describe():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# streams and overlapped uploads
+# streams and asynchronous copies
 
 
 def stream():
@@ -148,38 +148,3 @@ def copy_async(to, source, nbytes, on):
     """Queues a copy between two addresses, host or device, on the stream `on`."""
     runtime = module.import_cupy().cuda.runtime
     runtime.memcpyAsync(to, source, nbytes, runtime.memcpyDefault, on.ptr)
-
-
-class Upload:
-    """Brings host batches into one device array, each copied while the GPU computes on the one before.
-
-        tokens = Upload(inputs)            # inputs (B, T) i32 on the device: a fixed address, as a CUDA graph needs
-        tokens.start(batch)                # host -> staging, on a stream of its own; returns at once
-        tokens.finish()                    # staging -> inputs, on the current stream, after both are ready
-        ...launch the step...; tokens.start(next_batch)
-
-    Bytes go twice over the device (0.1 us for 256 KB) so that the batch in use is never overwritten.
-    """
-
-    def __init__(self, array):
-        cupy = module.import_cupy()
-        self.array, self.staging, self.host = array, cupy.empty_like(array), pinned(array.shape, array.dtype)
-        self.stream = stream()
-        self.copied, self.taken = (cupy.cuda.Event(disable_timing=True) for _ in range(2))
-        self.taken.record()
-
-    def start(self, batch):
-        """Copies `batch` (NumPy, array's shape and dtype) out of the caller's memory and begins to send it."""
-        assert batch.shape == self.host.shape and batch.dtype == self.host.dtype, (batch.shape, batch.dtype)
-        self.stream.synchronize()  # the last transfer out of self.host has ended
-        np.copyto(self.host, batch)
-        self.stream.wait_event(self.taken)
-        copy_async(self.staging.data.ptr, self.host.ctypes.data, self.host.nbytes, self.stream)
-        self.copied.record(self.stream)
-
-    def finish(self):
-        """array = the batch of the last start(), for the work that is queued after this call."""
-        current = current_stream()
-        current.wait_event(self.copied)
-        copy_async(self.array.data.ptr, self.staging.data.ptr, self.array.nbytes, current)
-        self.taken.record(current)
