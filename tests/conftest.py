@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from reference import DTYPES, OPS, assert_bits, file_of
 
@@ -32,6 +33,7 @@ settings.load_profile("llmc")
 
 
 def pytest_configure(config):
+    torch.set_num_threads(1)  # the shapes are small, and the cores busy with other workers
     config.addinivalue_line("markers", "op(name, shapes, big, cpu, dtypes, sets, public): see conftest.py")
 
 
