@@ -896,8 +896,10 @@ static void finish_barrier() {
     u64 result = vote == VOTE_OR ? any : vote == VOTE_AND ? all : vote == VOTE_COUNT ? count : 0;
     for (u32 i = 0; i < thread_count; ++i) { fibers[i].value = result; }
     barrier_arrived = 0;
-    limit_record = now << 12 | 0xfff;
-    tick();
+    if (launch.checked) {
+        limit_record = now << 12 | 0xfff;
+        tick();
+    }
 }
 
 extern "C" int simt_barrier(int vote, int value, At at) {
@@ -946,6 +948,7 @@ static void finish_mma(Fiber* lanes);
 
 // What each lane of the mask did, or knew to have happened, now happened before what the others do next.
 static void finish_syncwarp(Fiber* lanes, u32 mask) {
+    if (!launch.checked) { return; }
     u32(*rows)[32] = known + lanes[0].tid;
     u32 merged[32] = {};
     for (u32 i = 0; i < 32; ++i) {
