@@ -36,7 +36,7 @@ def smem2(HS, backward):
 
 
 def smem3(HS, columns, own=0):
-    """Kernel 3: dynamic shared memory in bytes, two buffers of two 16-bit tiles, and two tiles of the block's own rows."""
+    """Kernel 3: bytes of dynamic shared memory: two buffers of two 16-bit tiles, two tiles of the block's own rows."""
     return 2 * (4 * columns + 2 * own) * (ceil_div(HS, 16) * 16 + 8)
 
 
