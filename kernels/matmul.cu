@@ -42,7 +42,8 @@ struct Product {
     floatX* gelu_input;      // (M, N) or null: the sum is stored here, and its gelu in out
     const floatX* gelu_at;   // (M, N) or null: the sum is multiplied by gelu'(gelu_at)
     int accumulate;          // out += instead of =
-    float* partial;          // (M, N) fp32 or null: the bare sum goes here instead
+    float* partials;         // (splits, M, N) fp32 or null: the bare sum goes here instead,
+    int partial_row;         // to row m + partial_row, partial_row = split * M
 };
 
 template <int OP> constexpr bool a_by_k = OP == WGRAD;
@@ -98,8 +99,8 @@ template <int W>
 __device__ inline void finish(const Product& p, float (&v)[W], const float (&bias)[W], const float (&other)[W], int m,
                               int n) {
     size_t at = (size_t)m * p.N + n;
-    if (p.partial) {
-        store<W>(p.partial + at, v);
+    if (p.partials) {
+        store<W>(p.partials + (size_t)(p.partial_row + m) * p.N + n, v);
         return;
     }
 #pragma unroll
@@ -177,19 +178,30 @@ template <int OP> __device__ inline void product2(const Product& p) {
 
 constexpr int TILE3 = 128, DEPTH3 = 16, ROW3 = TILE3 + 4;  // + 4: float4 stays aligned, columns change bank
 
-// 8 consecutive values of an operand for this thread's place in the (128, 16) tile at (row0, k0), zero outside and from
-// k_end on.
-template <bool BY_K>
-__device__ inline void fetch3(float (&v)[8], const floatX* operand, int rows, int K, int row0, int k0, int k_end) {
-    int row = row0 + (BY_K ? threadIdx.x % 16 * 8 : threadIdx.x / 2);
-    int k = k0 + (BY_K ? threadIdx.x / 16 : threadIdx.x % 2 * 8);
-    if (row < rows && k < k_end) {
-        load<8>(v, operand + (BY_K ? (size_t)k * rows + row : (size_t)row * K + k));
-    } else {
-#pragma unroll
-        for (int i = 0; i < 8; i++) { v[i] = 0.0f; }
+// Reads an operand tile by tile along k: 8 consecutive values for this thread's place in the (128, 16) tile, zero
+// outside the operand.
+template <bool BY_K> struct Reader3 {
+    const floatX* from;
+    i64 step;
+    int k;  // this thread's place in a tile, or past its end
+
+    __device__ Reader3(const floatX* operand, int rows, int K, int row0, int k_begin) {
+        int row = row0 + (BY_K ? threadIdx.x % 16 * 8 : threadIdx.x / 2);
+        k = BY_K ? threadIdx.x / 16 : threadIdx.x % 2 * 8;
+        from = operand + (BY_K ? (i64)(k_begin + k) * rows + row : (i64)row * K + k_begin + k);
+        step = BY_K ? (i64)DEPTH3 * rows : DEPTH3;
+        if (row >= rows) { k = DEPTH3; }
     }
-}
+    __device__ void next(float (&v)[8], int depth) {  // depth: k steps left, at most DEPTH3 matter
+        if (k < min(depth, DEPTH3)) {
+            load<8>(v, from);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 8; i++) { v[i] = 0.0f; }
+        }
+        from += step;
+    }
+};
 
 // Into tile[k][row]: the inner loop reads rows of one k.
 template <bool BY_K> __device__ inline void place3(float (&tile)[DEPTH3][ROW3], const float (&v)[8]) {
@@ -208,36 +220,42 @@ template <int OP> __device__ inline void product3(const Product& p, int k_begin,
     // every shared-memory read of a warp is then a conflict-free float4 with broadcast.
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int y = warp / 4 * 64 + lane / 4 * 4, x = warp % 4 * 32 + lane % 4 * 8;
-    float sums[8][8] = {};
-    float a_next[8], b_next[8];
+    float sums[8][8] = {}, next[8];
+    Reader3<a_by_k<OP>> a_reader(p.a, p.M, p.K, m0, k_begin);
+    Reader3<b_by_k<OP>> b_reader(p.b, p.N, p.K, n0, k_begin);
+    int left = k_end - k_begin;
 
-    fetch3<a_by_k<OP>>(a_next, p.a, p.M, p.K, m0, k_begin, k_end);
-    fetch3<b_by_k<OP>>(b_next, p.b, p.N, p.K, n0, k_begin, k_end);
-    place3<a_by_k<OP>>(a_tile[0], a_next);
-    place3<b_by_k<OP>>(b_tile[0], b_next);
+    a_reader.next(next, left);
+    place3<a_by_k<OP>>(a_tile[0], next);
+    b_reader.next(next, left);
+    place3<b_by_k<OP>>(b_tile[0], next);
     __syncthreads();
-    for (int k0 = k_begin, buffer = 0; k0 < k_end; k0 += DEPTH3, buffer ^= 1) {
-        bool more = k0 + DEPTH3 < k_end;
-        if (more) {  // the loads run while the tile in shared memory is multiplied
-            fetch3<a_by_k<OP>>(a_next, p.a, p.M, p.K, m0, k0 + DEPTH3, k_end);
-            fetch3<b_by_k<OP>>(b_next, p.b, p.N, p.K, n0, k0 + DEPTH3, k_end);
-        }
+    for (int buffer = 0; left > 0; buffer ^= 1) {
+        left -= DEPTH3;
+        // The next tile is read while this one is multiplied: a during the first half, b during the second.
 #pragma unroll
-        for (int k = 0; k < DEPTH3; k++) {
-            float a[8], b[8];
-            f128 a0 = load128(&a_tile[buffer][k][y]), a1 = load128(&a_tile[buffer][k][y + 32]);
-            load<8>(b, &b_tile[buffer][k][x]);
+        for (int half = 0; half < 2; half++) {
+            if (left > 0) { half == 0 ? a_reader.next(next, left) : b_reader.next(next, left); }
 #pragma unroll
-            for (int i = 0; i < 4; i++) { a[i] = a0[i], a[i + 4] = a1[i]; }
+            for (int k = half * DEPTH3 / 2; k < (half + 1) * DEPTH3 / 2; k++) {
+                float a[8], b[8];
+                f128 a0 = load128(&a_tile[buffer][k][y]), a1 = load128(&a_tile[buffer][k][y + 32]);
+                load<8>(b, &b_tile[buffer][k][x]);
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
+                for (int i = 0; i < 4; i++) { a[i] = a0[i], a[i + 4] = a1[i]; }
 #pragma unroll
-                for (int j = 0; j < 8; j++) { sums[i][j] += a[i] * b[j]; }
+                for (int i = 0; i < 8; i++) {
+#pragma unroll
+                    for (int j = 0; j < 8; j++) { sums[i][j] += a[i] * b[j]; }
+                }
             }
-        }
-        if (more) {
-            place3<a_by_k<OP>>(a_tile[buffer ^ 1], a_next);
-            place3<b_by_k<OP>>(b_tile[buffer ^ 1], b_next);
+            if (left > 0) {
+                if (half == 0) {
+                    place3<a_by_k<OP>>(a_tile[buffer ^ 1], next);
+                } else {
+                    place3<b_by_k<OP>>(b_tile[buffer ^ 1], next);
+                }
+            }
         }
         __syncthreads();
     }
@@ -255,7 +273,7 @@ __device__ inline void choose_split(Product& p, float* partials, int split, int 
     constexpr int UNIT = 32;
     int range = ceil_div(ceil_div(p.K, UNIT), splits) * UNIT;
     k_begin = split * range, k_end = min(k_begin + range, p.K);
-    if (splits > 1) { p.partial = partials + (size_t)split * p.M * p.N; }
+    if (splits > 1) { p.partials = partials, p.partial_row = split * p.M; }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -454,15 +472,15 @@ template <int OP> __device__ inline void product5(const Product& p, int tile, in
 
 __device__ inline Product forward_product(floatX* out, floatX* pre_gelu, const floatX* inp, const floatX* weight,
                                           const floatX* bias, int M, int N, int K) {
-    return {out, inp, weight, M, N, K, bias, pre_gelu, nullptr, 0, nullptr};
+    return {out, inp, weight, M, N, K, bias, pre_gelu, nullptr, 0, nullptr, 0};
 }
 __device__ inline Product dgrad_product(floatX* dinp, const floatX* dout, const floatX* weight, const floatX* pre_gelu,
                                         int M, int N, int K) {
-    return {dinp, dout, weight, M, N, K, nullptr, nullptr, pre_gelu, 0, nullptr};
+    return {dinp, dout, weight, M, N, K, nullptr, nullptr, pre_gelu, 0, nullptr, 0};
 }
 __device__ inline Product wgrad_product(floatX* dweight, const floatX* dout, const floatX* inp, int M, int N, int K,
                                         int accumulate) {
-    return {dweight, dout, inp, M, N, K, nullptr, nullptr, nullptr, accumulate, nullptr};
+    return {dweight, dout, inp, M, N, K, nullptr, nullptr, nullptr, accumulate, nullptr, 0};
 }
 
 extern "C" __global__ void __launch_bounds__(256) matmul_forward_kernel1(
