@@ -14,13 +14,16 @@
 //
 // Backward has no atomics: dk and dv of a key tile are summed by the one block that owns it, over the query tiles at or
 // below it, and dq likewise in a second kernel, which computes p and ds again (7 products instead of 5).
+// No kernel needs anything zeroed. All tensors are 16-byte aligned.
 //
-// version | idea                                                                    | expected      | measured
-//       1 | one thread per query (backward: per query and per key), running softmax | <1 % of peak  | not measured yet
-//       2 | tiles in shared memory, 4 x 4 scores per thread, FFMA.                  | 40-60 % of    | not measured yet
-//         | fp32: production                                                        | the FFMA peak |
-//       3 | tensor cores: 64-key tiles by cp.async, double-buffered; q, scores and  | 200-300       | not measured yet
-//         | output in registers. bf16, fp16: production                             | TFLOP/s, H200 |
+// TFLOP/s on an H200 at B = 32, T = 1024, NH = 12, HS = 64 (causal half of 4 or 10 B NH T T HS), forward, backward:
+// version | idea                                                                   | expected       | measured
+//       1 | one thread per query (backward: per query and per key), running        | 0.3, 0.2       | not measured yet
+//         | softmax, everything else from global memory                            |                |
+//       2 | tiles in shared memory, 4 x 4 scores per thread, FFMA.                 | 20, 15         | not measured yet
+//         | fp32: production                                                       |                |
+//       3 | tensor cores: tiles by cp.async, double-buffered; scores, softmax and  | 200-260,       | not measured yet
+//         | results in registers. bf16, fp16: production                           | 120-170        |
 //
 // Source: llm.c dev/cuda/attention_forward.cu, attention_backward.cu, llmc/attention.cuh; Milakov and Gimelshein 2018
 // (arXiv:1805.02867) for the running softmax; Dao et al. 2022, 2023 (FlashAttention, arXiv:2205.14135, 2307.08691).
@@ -36,8 +39,8 @@ constexpr float LOG2E = 1.4426950408889634f;
 
 static_assert(HS % 8 == 0 && HS > 0, "HEAD_SIZE must be a multiple of 8");
 
-// One head's q, k, v or out, or the gradient of one: a (T, HS) matrix in the rows of a larger tensor. 32-bit numbers until
-// the last moment: a 64-bit start per matrix would cost the large kernels registers that they do not have.
+// One head's q, k, v or out, or the gradient of one: a (T, HS) matrix in the rows of a larger tensor. 32-bit numbers
+// until the last moment: a 64-bit start per matrix would cost the large kernels registers that they do not have.
 template <class X> struct Matrix {
     X* columns;  // the head's columns of token 0 of the batch
     int stride, first, T;

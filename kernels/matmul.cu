@@ -16,14 +16,16 @@
 //   dgrad    (M, K) rows of k        (K, N) rows of n        or weight row; the long direction is strided
 //   wgrad    (K, M) rows of m        (K, N) rows of n       "by k": a row of the tile is one k
 //
-// version | idea                                                                    | expected      | measured
-//       1 | one thread per output, operands from global memory                      | <1 % of peak  | not measured yet
-//       2 | 16 x 16 tiles in shared memory: each value is loaded once per tile      | 3-5 x of 1    | not measured yet
-//       3 | 128 x 128 tile, 8 x 8 outputs in a thread's registers, 16-byte loads,   | 70-85 % of    | not measured yet
-//         | double buffer. fp32: production (exact FFMA)                            | the FFMA peak |
-//       4 | tensor cores: mma m16n8k16, ldmatrix, swizzled shared memory            | 10 x of 3     | not measured yet
-//       5 | 4 + cp.async ring of stages, block order for L2, split-K for wgrad.     | 1.5 x of 4    | not measured yet
-//         | bf16, fp16: production
+// TFLOP/s on an H200 at B = 32, T = 1024, C = 768, OC = 3072:
+// version | idea                                                                   | expected       | measured
+//       1 | one thread per output, operands from global memory                     | 0.5-1          | not measured yet
+//       2 | 16 x 16 tiles in shared memory: each value is loaded once per tile     | 4-6            | not measured yet
+//       3 | 128 x 128 tile, 8 x 8 outputs in a thread's registers, 16-byte loads,  | 40-50          | not measured yet
+//         | double buffer, split-K for wgrad. fp32: production (FFMA, exact)       | (peak 67)      |
+//       4 | tensor cores: mma m16n8k16, ldmatrix, swizzled shared memory           | 200-250        | not measured yet
+//       5 | 4 + ring of three stages filled by cp.async, fragments loaded one step | 350-420 (limit | not measured yet
+//         | ahead, block order for L2, split-K for wgrad. bf16, fp16: production   | of mma.sync    |
+//         |                                                                        | about 620)     |
 //
 // Source: llm.c dev/cuda/matmul_forward.cu, dev/cuda/matmul_backward_bias.cu, llmc/matmul.cuh; the tile hierarchy is
 // the one of CUTLASS (Kerr et al. 2017, "CUTLASS: Fast Linear Algebra in CUDA C++").
@@ -366,7 +368,7 @@ __device__ inline void product_mma(const Product& p, int m0, int n0, int k_begin
     };
     static_assert(DEPTH == 32, "two k steps in a stage");
 
-    if constexpr (STAGES == 1) {
+    if constexpr (STAGES == 1) {  // kernel 4: copy, wait, multiply
         for (int step = 0; step < steps; step++) {
             copy(step);
             cp_async_commit();
@@ -378,7 +380,7 @@ __device__ inline void product_mma(const Product& p, int m0, int n0, int k_begin
             multiply(0);
             multiply(1);
         }
-    } else {
+    } else {  // kernel 5: the copies run STAGES - 1 steps ahead, the fragments one
         // One commit per step, also when there is nothing left to copy: the waits count groups.
         for (int step = 0; step < STAGES - 1; step++) {
             if (step < steps) { copy(step); }
@@ -585,10 +587,10 @@ extern "C" __global__ void __launch_bounds__(256) matmul_wgrad_reduce(
 // ---------------------------------------------------------------------------------------------------------------------
 // bias gradient: column sums of dout (M, N)
 //
-// version | idea                                                                    | expected      | measured
-//       1 | one thread per column                                                   | N threads     | not measured yet
-//       2 | 256 columns x a range of rows per block, 16-byte loads; fp32 partials,  | 70-90 % of    | not measured yet
-//         | then a second kernel adds them in order                                 | copy speed    |
+// version | idea                                                                   | expected       | measured
+//       1 | one thread per column: N threads for the whole GPU                     | 2-5 % of copy  | not measured yet
+//       2 | 256 columns x a range of rows per block, 16-byte loads; fp32 partials, | 70-90 % of     | not measured yet
+//         | which a second kernel adds in order. Production                        | copy speed     |
 // ---------------------------------------------------------------------------------------------------------------------
 
 // Grid ceil(N / 256), block 256.
