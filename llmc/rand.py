@@ -12,13 +12,16 @@ Source: llm.c llmc/rand.h (manual_seed, randint32, normal_, random_permutation) 
 coefficients of logf, sinf and cosf are those of Arm Optimized Routines (MIT licence), which glibc uses.
 """
 
+import concurrent.futures
+
 import numpy as np
 
 from llmc import UserError
 
 N = 624  # words of MT19937 state
 LOG_EPSILON = np.float32(1e-12)  # llm.c's guard against log(0)
-BLOCK = 1 << 13  # normals computed at a time: larger float64 temporaries fall out of cache and into page faults
+BLOCK = 1 << 16  # normals transformed at a time by one thread
+DRAWS = 1 << 21  # draws made at a time, 16 MiB, which all cores then transform
 
 STATE_STRUCT = np.dtype(  # llm.c's mt19937_state, as found in its train-state files: 2520 bytes
     [("seed_", "<u8"), ("left_", "<i4"), ("next_", "<u4"), ("state_", "<u4", (N,)), ("MATRIX_A", "<u4", (2,))]
@@ -108,15 +111,20 @@ def normal_(array, mean, std, mt):
         _normal_small(flat, mean, std, mt)
         return
     full = flat.size - flat.size % 16
-    for start in range(0, full, BLOCK):
-        _normal_groups_of_16(flat[start : min(start + BLOCK, full)], mean, std, mt)
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # draws come one after another, their transforms need not
+        for start in range(0, full, DRAWS):
+            out = flat[start : min(start + DRAWS, full)]
+            draws = mt.random_u32s(out.size)
+            blocks = [slice(a, a + BLOCK) for a in range(0, out.size, BLOCK)]
+            work = (lambda b, out=out, draws=draws: _normal_groups_of_16(out[b], draws[b], mean, std)), blocks
+            list(map(*work) if len(blocks) == 1 else pool.map(*work))
     if full < flat.size:
         mt.random_u32s(flat.size - full)  # these uniforms are drawn and overwritten in llm.c
-        _normal_groups_of_16(flat[-16:], mean, std, mt)
+        _normal_groups_of_16(flat[-16:], mt.random_u32s(16), mean, std)
 
 
-def _normal_groups_of_16(out, mean, std, mt):
-    uniform = (mt.random_u32s(out.size) & 0xFFFFFF).astype(np.float32) * np.float32(2**-24)
+def _normal_groups_of_16(out, draws, mean, std):
+    uniform = (draws & 0xFFFFFF).astype(np.float32) * np.float32(2**-24)
     u1, u2 = uniform.reshape(-1, 2, 8).swapaxes(0, 1)  # (groups, 8) each
     rho, cos, sin = _box_muller(np.float32(1) - u1, u2)
     out = out.reshape(-1, 2, 8)
