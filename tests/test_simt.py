@@ -63,6 +63,8 @@ FAULTS = [
     ("barrier.cu", "missing_bad", (ints(64), ints(64)), {"block": 64},
      {"kind": "race", "thread": (1, 0, 0), "array": "tile", "index": 0}),
     ("barrier.cu", "reuse_bad", (ints(64), ints(128)), {"block": 64}, {"kind": "race", "array": "tile"}),
+    ("barrier.cu", "last_reader_bad", (ints(64), ints(64)), {"block": 64},
+     {"kind": "race", "thread": (63, 0, 0), "array": "value"}),
     ("barrier.cu", "exit_bad", (ints(64), ints(64), i32(40)), {"block": 64},
      {"kind": "divergent barrier", "thread": (0, 0, 0)}),
     ("barrier.cu", "branch_bad", (ints(64), ints(64)), {"block": 64}, {"kind": "divergent barrier"}),
@@ -232,11 +234,12 @@ def test_float_atomic_is_reported():
 
 def test_views_have_their_own_bounds():
     """Two views side by side in one buffer: a step past the end of one is a fault, though the next begins there."""
-    flat = floats(200)
-    fault = caught("bounds.cu", "global_write_bad", (flat[:100], flat[100:], i32(100)), grid=4)
-    assert (fault.kind, fault.array, fault.index) == ("out of bounds", "out", 100)
-    launch("bounds.cu", "global_good", (flat[:100], flat[100:], i32(100)), grid=4)
-    np.testing.assert_array_equal(flat, np.r_[2 * floats(200)[100:], floats(200)[100:]])
+    for n in (100, 128):  # 128 floats end at a multiple of 256 bytes
+        flat = floats(2 * n)
+        fault = caught("bounds.cu", "global_write_bad", (flat[:n], flat[n:], i32(n)), grid=5)
+        assert (fault.kind, fault.array, fault.index) == ("out of bounds", "out", n)
+        launch("bounds.cu", "global_good", (flat[:n], flat[n:], i32(n)), grid=4)
+        np.testing.assert_array_equal(flat, np.r_[2 * floats(2 * n)[n:], floats(2 * n)[n:]])
 
 
 def test_overlapping_arguments_share_memory():

@@ -36,6 +36,15 @@ extern "C" __global__ void reuse_bad(int* out, const int* inp) {
     out[threadIdx.x] = sum;
 }
 
+// The writer is itself the last one to read.
+extern "C" __global__ void last_reader_bad(int* out, const int* inp) {
+    __shared__ int value;
+    if (threadIdx.x == 0) { value = inp[0]; }
+    __syncthreads();
+    out[threadIdx.x] = value;
+    if (threadIdx.x == 63) { value = 1; }  // last_reader_bad
+}
+
 // Some threads leave before the barrier.
 extern "C" __global__ void exit_good(int* out, const int* inp, int n) {
     __shared__ int tile[64];
