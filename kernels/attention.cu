@@ -22,8 +22,8 @@
 //         | softmax, everything else from global memory                            |                |
 //       2 | tiles in shared memory, 4 x 4 scores per thread, FFMA.                 | 20, 15         | not measured yet
 //         | fp32: production                                                       |                |
-//       3 | tensor cores: tiles by cp.async, double-buffered; scores, softmax and  | 200-260,       | not measured yet
-//         | results in registers. bf16, fp16: production                           | 120-170        |
+//       3 | tensor cores: tiles by cp.async, double-buffered; scores, softmax and  | 200-260,       | 225, 138
+//         | results in registers. bf16, fp16: production                           | 120-170        | 2026-11-23
 //
 // Source: llm.c dev/cuda/attention_forward.cu, attention_backward.cu, llmc/attention.cuh; Milakov and Gimelshein 2018
 // (arXiv:1805.02867) for the running softmax; Dao et al. 2022, 2023 (FlashAttention, arXiv:2205.14135, 2307.08691).
