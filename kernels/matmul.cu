@@ -405,9 +405,8 @@ __device__ inline void product_mma(const Product& p, int m0, int n0, int k_begin
     }
 
     // Epilogue: a warp passes its outputs through shared memory, 32 rows at a time, so that a thread gets 8 neighbours
-    // of one row and a row of the warp is one 128-byte line (16-bit) in global memory.
-    cp_async_wait<0>();
-    __syncthreads();  // the stages are free
+    // of one row and a row of the warp is one 128-byte line (16-bit) in global memory. The stages are free: every warp
+    // had read its last fragments before the last barrier.
     float* staging = (float*)dynamic_shared + warp * 32 * ROW_STAGING;
     int n = n0 + wn + lane % 8 * 8;
     float bias[8] = {};
