@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 
 from llmc import UserError
@@ -121,7 +120,10 @@ class Display:
         if live:
             from tqdm import tqdm  # only here: its import takes longer than the rest of the start
 
-            columns = shutil.get_terminal_size((0, 0)).columns  # 0: a terminal that does not know its width
+            try:  # what tqdm will ask, too; $COLUMNS may say otherwise
+                columns = os.get_terminal_size(sys.stdout.fileno()).columns
+            except (OSError, ValueError):
+                columns = 0  # a terminal that does not know its width
             self.bar = tqdm(
                 total=total_steps,
                 initial=first_step,

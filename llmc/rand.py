@@ -20,8 +20,8 @@ from llmc import UserError
 
 N = 624  # words of MT19937 state
 LOG_EPSILON = np.float32(1e-12)  # llm.c's guard against log(0)
-BLOCK = 1 << 16  # normals transformed at a time by one thread
-DRAWS = 1 << 21  # draws made at a time, 16 MiB, which all cores then transform
+BLOCK = 1 << 15  # normals transformed at a time by one thread
+DRAWS = 1 << 19  # draws made at a time, 4 MiB, which all cores then transform
 
 STATE_STRUCT = np.dtype(  # llm.c's mt19937_state, as found in its train-state files: 2520 bytes
     [("seed_", "<u8"), ("left_", "<i4"), ("next_", "<u4"), ("state_", "<u4", (N,)), ("MATRIX_A", "<u4", (2,))]
