@@ -45,12 +45,12 @@ TINY_SHAKESPEARE_CPU = dict(
     warmup_iterations=150,
     final_learning_rate_frac=0.02,
     weight_decay=0.1,
-    max_steps=1500,
-    val_loss_every=250,
+    max_steps=1200,
+    val_loss_every=200,
     sample_every=0,
     sample_length=400,
     temperature=0.8,
-    checkpoint_every=500,
+    checkpoint_every=400,
 )
 TINY_SHAKESPEARE_CUDA = dict(
     model="d12",
