@@ -17,8 +17,8 @@ from llmc import UserError, command
 from llmc.flags import Parser, above_zero, below_one, count, fraction, natural, number, positive, thread_count
 
 # What a flag is when it is not given. LLMC_DEFAULTS are llm.c's; with neither -i nor -e the run is the default job, and
-# one of the TINY_SHAKESPEARE tables overrides them: on a CPU a byte-level model that two cores train in about two
-# minutes, on a GPU GPT-2 124M with its own tokenizer.
+# one of the TINY_SHAKESPEARE tables overrides them: on a CPU a byte-level model that two cores train in under
+# three minutes, on a GPU GPT-2 124M with its own tokenizer.
 LLMC_DEFAULTS = dict(
     batch_size=4,
     learning_rate=3e-4,
