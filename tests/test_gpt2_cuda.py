@@ -1,0 +1,95 @@
+"""The whole model on the CUDA op set: on the CPU executor everywhere, and on a GPU where there is one.
+
+tests/test_gpt2.py has the same checks for the CPU op set; its weights, batches and PyTorch references are used here.
+"""
+
+import numpy as np
+import pytest
+import torch
+from conftest import to_host
+from reference import DTYPES, GPT2_TENSORS, TORCH_DTYPES, Expected, assert_bits, assert_close, cross_entropy, gpt2_logits
+from reference import to_float64, to_torch
+from test_gpt2 import LLMC, batches, step, torch_training, weights
+
+from llmc import gpt2
+from llmc.buffers import carve
+from llmc.gpt2 import GPT2, GPT2Config
+
+CONFIG, B, T = GPT2Config(24, 61, 128, 2, 2, 32), 2, 17  # two layers and heads, an odd T below maxT, padded vocabulary
+SETS = pytest.mark.parametrize("ops", ("executor", pytest.param("gpu", marks=pytest.mark.gpu)), indirect=True)
+
+
+def build(ops, dtype="fp32", recompute=1, params=None):
+    """A model on this op set: every buffer holds garbage except for the weights and the optimizer state."""
+    model = GPT2(CONFIG, ops, B, T, recompute, dtype=DTYPES[dtype])
+    for flat in (model.grads_flat, model.acts_flat):
+        ops.device.upload(flat.view(np.uint8), np.full(flat.nbytes, 0xFF, np.uint8))
+    host = np.empty(model.params_flat.size, np.float32)
+    views = carve(host.view(np.uint8), gpt2.parameter_specs(CONFIG), CONFIG.num_layers, np.float32)
+    for name, values in (params or weights(CONFIG)).items():
+        getattr(views, name)[...] = values
+    model.load_parameters(host)
+    return model
+
+
+def torch_passes(params, x, y, dtype):
+    """{"logits", "loss", "dwte", ...: Expected}: the truth is of the weights that `dtype` holds."""
+    results = []
+    for precision in (torch.float64, TORCH_DTYPES[dtype]):
+        tensors = {n: to_torch(v.astype(dtype)).to(precision).requires_grad_() for n, v in params.items()}
+        logits = gpt2_logits(tensors, to_torch(x), CONFIG.num_heads, CONFIG.vocab_size)
+        loss = cross_entropy(logits.float() if precision != torch.float64 else logits, to_torch(y)).mean()
+        loss.backward()
+        results.append({"logits": logits, "loss": loss, **{f"d{n}": t.grad for n, t in tensors.items()}})
+    truth, own = results
+    return {name: Expected(to_float64(truth[name]), to_float64(own[name])) for name in truth}
+
+
+@SETS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_passes_equal_pytorch(ops, dtype):
+    params, ((x, y),) = weights(CONFIG), batches(CONFIG, B, T, 1)
+    model, expected = build(ops, dtype, params=params), torch_passes(params, x, y, DTYPES[dtype])
+    logits = to_host(model.forward(x).output)
+    V = CONFIG.vocab_size
+    assert_close(dtype, "logits", logits[..., :V], expected["logits"])
+    assert_bits(dtype, "padded logits", logits[..., V:], np.zeros_like(logits[..., V:]))
+    model.backward(x, y)
+    assert_close(dtype, "loss", np.array(model.mean_loss(), np.float32), expected["loss"])
+    for name in GPT2_TENSORS:
+        assert_close(dtype, f"d{name}", to_host(getattr(model.grads, name)), expected[f"d{name}"])
+    assert not to_host(model.grads.wpe)[T:].any() and not to_host(model.grads.wte)[V:].any()
+
+
+@SETS
+def test_ten_steps_equal_torch_adamw(ops):
+    params, steps = weights(CONFIG), batches(CONFIG, B, T, 10)
+    model = build(ops, params=params)
+    losses = [step(model, [pair], t, **LLMC)[0] for t, pair in enumerate(steps, 1)]
+    truth, own = (torch_training(CONFIG, params, steps, d, **LLMC)[0] for d in (torch.float64, torch.float32))
+    assert_close("ten steps", "losses", np.array(losses, np.float32), Expected(np.array(truth), np.array(own)))
+
+
+@SETS
+@pytest.mark.parametrize("dtype, tolerance", (("bf16", 0.005), ("fp16", 0.002)))
+def test_ten_steps_in_16_bits_follow_float64(ops, dtype, tolerance):
+    params, steps = weights(CONFIG), batches(CONFIG, B, T, 10)
+    params = {name: values.astype(DTYPES[dtype]).astype(np.float32) for name, values in params.items()}
+    model = build(ops, dtype, params=params)
+    losses = [step(model, [pair], t, **LLMC)[0] for t, pair in enumerate(steps, 1)]
+    truth = torch_training(CONFIG, params, steps, torch.float64, **LLMC)[0]
+    np.testing.assert_allclose(losses, truth, rtol=tolerance)
+
+
+@SETS
+@pytest.mark.parametrize("dtype", ("fp32", "bf16"))
+def test_recomputation_changes_no_bit(ops, dtype):
+    pairs, results = batches(CONFIG, B, T, 4), []
+    for recompute in (0, 1, 2):
+        model = build(ops, dtype, recompute)
+        losses = [step(model, pairs[i : i + 2], t, **LLMC) for t, i in ((1, 0), (2, 2))]  # two micro-steps each
+        results.append((losses, to_host(model.grads_flat).copy(), to_host(model.params_flat).copy()))
+    for recompute, (losses, grads, params) in enumerate(results[1:], 1):
+        assert losses == results[0][0]
+        assert_bits(f"-r {recompute}", "gradients", grads, results[0][1])
+        assert_bits(f"-r {recompute}", "parameters", params, results[0][2])
