@@ -82,6 +82,12 @@ def test_matmul_backward(op, shape, with_gelu):
     check_backward(op, shape, with_gelu=with_gelu)
 
 
+@pytest.mark.op("matmul_backward", public=True, shapes=[(1, 264, 8, 24), (1, 513, 16, 136)])
+def test_matmul_backward_of_many_tokens(op, shape):
+    """The weight gradient is summed in several ranges of tokens, and the ranges are added up in order."""
+    check_backward(op, shape, calls=2)
+
+
 @pytest.mark.parametrize("with_bias", (False, True), ids=("no_bias", "bias"))
 @pytest.mark.op("matmul_backward", shapes=[(2, 33, 40, 72)], cpu=[(2, 7, 13, 29)])
 def test_matmul_backward_overwrites(op, shape, with_bias):
