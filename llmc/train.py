@@ -1,9 +1,9 @@
-"""Train GPT-2: `python -m llmc.train`. Flags, the choice of the op set, and the loop of llm.c.
+"""Train GPT-2: `python -m llmc.train`. The choice of the op set, and the loop of llm.c.
 
     validate -> sample -> checkpoint -> step          (llm.c train_gpt2.cu main)
 
-With no arguments it trains on Tiny Shakespeare with settings that fit the device. The flags are llm.c's letters, each
-with a long name. Nothing heavy is imported before the flags are known, so that --help is immediate.
+With no arguments it trains on Tiny Shakespeare with settings that fit the device. flags.py has the flags: llm.c's
+letters, each with a long name. Nothing heavy is imported before they are known, so that --help is immediate.
 """
 
 import contextlib
@@ -14,124 +14,7 @@ import sys
 import time
 
 from llmc import UserError, command
-from llmc.flags import Parser, above_zero, below_one, count, fraction, natural, number, positive, thread_count
-
-# What a flag is when it is not given. LLMC_DEFAULTS are llm.c's; with neither -i nor -e the run is the default job, and
-# one of the TINY_SHAKESPEARE tables overrides them: on a CPU a byte-level model that two cores train in under
-# three minutes, on a GPU GPT-2 124M with its own tokenizer.
-LLMC_DEFAULTS = dict(
-    batch_size=4,
-    learning_rate=3e-4,
-    warmup_iterations=0,
-    final_learning_rate_frac=1.0,
-    weight_decay=0.0,
-    beta1=0.9,
-    beta2=0.95,
-    eps=1e-8,
-    grad_clip=1.0,
-    max_steps=-1,
-    val_loss_every=20,
-    val_max_steps=20,
-    sample_every=20,
-    sample_length=64,
-    temperature=1.0,
-    checkpoint_every=0,
-)
-TINY_SHAKESPEARE_CPU = dict(
-    model="tiny:d4",
-    batch_size=12,
-    sequence_length=96,
-    learning_rate=3e-3,
-    warmup_iterations=150,
-    final_learning_rate_frac=0.02,
-    weight_decay=0.1,
-    max_steps=1400,
-    val_loss_every=200,
-    sample_every=0,
-    sample_length=400,
-    temperature=0.8,
-    checkpoint_every=400,
-)
-TINY_SHAKESPEARE_CUDA = dict(
-    model="d12",
-    batch_size=16,
-    sequence_length=1024,
-    learning_rate=6e-4,
-    warmup_iterations=20,
-    final_learning_rate_frac=0.1,
-    weight_decay=0.1,
-    max_steps=150,
-    val_loss_every=25,
-    sample_every=0,
-    sample_length=256,
-    checkpoint_every=150,
-)
-
-
-def parser():
-    p = Parser(prog="llmc.train", description="Train GPT-2. With no flags: Tiny Shakespeare.", allow_abbrev=False)
-    add = p.add_argument_group("data and files").add_argument
-    add("-i", "--input-bin", metavar="GLOB", help="training shards (default: Tiny Shakespeare, prepared as needed)")
-    add("-j", "--input-val-bin", metavar="GLOB", help="validation shards (default: Tiny Shakespeare's)")
-    add("-e", "--model", metavar="MODEL", help="a .bin file, or a descriptor: d12, gpt2:d48, gpt3:c768, tiny:d4 ...")
-    add("-o", "--output-dir", metavar="DIR", help="logs and checkpoints (default: none, or runs/...)")
-    add("-n", "--checkpoint-every", type=natural, metavar="N", help="checkpoint every N steps and at the end (0)")
-    add("-nk", "--checkpoints-keep", type=natural, default=0, metavar="N", help="keep the newest N (0 = all)")
-    add(
-        "-nm",
-        "--major-checkpoint-every",
-        type=natural,
-        default=0,
-        metavar="N",
-        help="multiples that -nk spares (0 = none)",
-    )
-    add("-y", "--resume", type=int, choices=(0, 1), default=0, help="1: continue from the newest checkpoint in -o")
-    add("--tokenizer", choices=("gpt2", "bytes"), help="for the default data and for samples")
-    add = p.add_argument_group("batch").add_argument
-    add("-b", "--batch-size", type=positive, metavar="B", help="rows of a micro-batch (4)")
-    add("-t", "--sequence-length", type=positive, metavar="T", help="tokens in a row (1024, or what the model allows)")
-    add("-d", "--total-batch-size", type=positive, metavar="TOKENS", help="tokens of one update (B*T)")
-    add("-a", "--overfit-single-batch", type=int, choices=(0, 1), default=0, help="1: train on one validation batch")
-    add(
-        "-r",
-        "--recompute",
-        type=int,
-        choices=(0, 1, 2),
-        default=1,
-        help="in backward: 0 none, 1 GELU, 2 also layernorms",
-    )
-    add = p.add_argument_group("optimization").add_argument
-    add("-x", "--max-steps", type=count, metavar="N", help="steps (-1 = one epoch)")
-    add("-k", "--lr-scheduler", default="cosine", metavar="NAME", help="cosine, linear, constant or wsd")
-    add("-l", "--learning-rate", type=number, metavar="LR", help="peak learning rate (3e-4)")
-    add("-u", "--warmup-iterations", type=natural, metavar="N", help="steps of linear warm-up (0)")
-    add(
-        "-q", "--final-learning-rate-frac", type=fraction, metavar="F", help="final learning rate / peak (1 = no decay)"
-    )
-    add("-c", "--weight-decay", type=number, metavar="W", help="of matrices and embeddings (0 = off)")
-    add("--beta1", type=below_one, help="AdamW's (0.9)")
-    add("--beta2", type=below_one, help="AdamW's (0.95)")
-    add("--eps", type=above_zero, help="AdamW's (1e-8)")
-    add("--grad-clip", type=number, metavar="NORM", help="largest gradient norm (1.0; 0 = off)")
-    add("--seed", type=natural, default=42, help="of fresh weights (42, as llm.c)")
-    add = p.add_argument_group("evaluation").add_argument
-    add("-v", "--val-loss-every", type=natural, metavar="N", help="validate every N steps and at the end (20; 0 = off)")
-    add("-m", "--val-max-steps", type=count, metavar="N", help="batches of one validation (20; -1 = all)")
-    add("-s", "--sample-every", type=natural, metavar="N", help="sample every N steps and at the end (20; 0 = off)")
-    add("-g", "--sample-length", type=positive, metavar="N", help="positions of a sample (64)")
-    add("--temperature", type=number, help="of samples (1)")
-    add = p.add_argument_group("machine").add_argument
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where it works, else cpu")
-    add("--dtype", choices=("bf16", "fp32"), help="of parameters and activations (bf16 on a GPU, fp32 on a CPU)")
-    add("--no-graph", action="store_true", help="GPU: launch each kernel, do not replay CUDA graphs")
-    add(
-        "--check",
-        action="store_true",
-        help="GPU: wait for each kernel and name the one that fails (implies --no-graph)",
-    )
-    add("--threads", type=thread_count, metavar="N", help="CPU threads (default: all cores this process may use)")
-    return p
-
+from llmc.flags import check, fill_defaults, parser
 
 # ----------------------------------------------------------------------------------------------------------------------
 # setting up
@@ -155,27 +38,6 @@ def pick_device(wanted, threads=None):
     if threads:
         cpu.device.threads(threads)
     return cpu, "cpu", f"cpu ({why}), {cpu.device.describe()}"
-
-
-def fill_defaults(args, device="cpu"):
-    """Settle every flag that was not given; returns whether this is the default job."""
-    default_job = args.input_bin is None and args.model is None
-    sample_at_end = default_job and args.sample_every is None
-    preset = TINY_SHAKESPEARE_CUDA if device == "cuda" else TINY_SHAKESPEARE_CPU
-    for name, value in {**LLMC_DEFAULTS, **(preset if default_job else {})}.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    args.model = args.model or preset["model"]
-    args.dtype = args.dtype or ("bf16" if device == "cuda" else "fp32")
-    if device == "cpu" and args.dtype != "fp32":
-        raise UserError(
-            f"--dtype {args.dtype}: the CPU op set has fp32 only. HINT: --device cuda, or leave --dtype out."
-        )
-    if sample_at_end:
-        args.sample_every = args.max_steps if args.max_steps > 0 else 10**9
-    if default_job and args.output_dir is None and not args.resume:
-        args.output_dir = next(d for i in range(1, 10**6) if not os.path.exists(d := f"runs/shakespeare-{i:03d}"))
-    return default_job
 
 
 def prepare_data(args, default_job):
@@ -238,8 +100,8 @@ def model_config(args, resume_step):
 
 def model_dtype(name):
     """The NumPy dtype of --dtype."""
-    if name == "fp32":
-        return "float32"
+    if name != "bf16":
+        return {"fp32": "float32", "fp16": "float16"}[name]
     import ml_dtypes
 
     return ml_dtypes.bfloat16
@@ -410,6 +272,7 @@ def train_step(model, loader, args, step, steps, micro_steps, inputs, targets, d
 @command("llmc.train")
 def main(argv=None):
     args = parser().parse_args(argv)
+    notices = check(args)
     start_time = time.perf_counter()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding does not have
@@ -452,7 +315,7 @@ def main(argv=None):
     tokenizer, tokenizer_line = sample_tokenizer(config, args.tokenizer) if args.sample_every else (None, None)
 
     print(device_line)
-    for line in (data_line, tokenizer_line):
+    for line in (*notices, data_line, tokenizer_line):
         if line:
             print(line)
     if resume_step is not None:

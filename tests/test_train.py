@@ -315,16 +315,31 @@ FLAGS = [  # letter, long name, a value, what it becomes
     ("-d", "--total-batch-size", "32", 32),
     ("-a", "--overfit-single-batch", "1", 1),
     ("-r", "--recompute", "2", 2),
+    ("-ge", "--gelu-fusion", "2", 2),
+    ("-f", "--tf32", "0", 0),
+    ("-w", "--use-master-weights", "0", 0),
+    (None, "--grad-dtype", "fp32", "fp32"),
     ("-x", "--max-steps", "2", 2),
     ("-k", "--lr-scheduler", "linear", "linear"),
     ("-l", "--learning-rate", "1e-3", 1e-3),
     ("-u", "--warmup-iterations", "1", 1),
     ("-q", "--final-learning-rate-frac", "0.5", 0.5),
     ("-c", "--weight-decay", "0.1", 0.1),
+    ("-sl", "--skip-update-loss-z", "7", 7.0),
+    ("-sg", "--skip-update-grad-z", "6.5", 6.5),
     ("-v", "--val-loss-every", "1", 1),
     ("-m", "--val-max-steps", "-1", -1),
     ("-s", "--sample-every", "1", 1),
     ("-g", "--sample-length", "3", 3),
+    ("-h", "--hellaswag", "0", 0),
+    ("-lg", "--log-gpu-every", "-1", 0),
+    ("-z", "--zero-stage", "0", 0),
+    ("-pn", "--process-count", "1", 1),
+    ("-pr", "--process-rank", "0", 0),
+    ("-pg", "--gpus-per-node", "4", 4),
+    ("-pi", "--nccl-init-method", "fs", "fs"),
+    ("-ps", "--server-ip", "10.0.0.1", "10.0.0.1"),
+    ("-pf", "--fs-path", "shared", "shared"),
     (None, "--beta1", "0.8", 0.8),
     (None, "--beta2", "0.98", 0.98),
     (None, "--eps", "1e-6", 1e-6),
@@ -349,7 +364,7 @@ def test_every_flag_has_its_letter_and_its_long_name(capsys):
         argv[False] += [name, text]
     known = {string for action in train.parser()._actions for string in action.option_strings}
     listed = {flag for letter, name, *_ in FLAGS for flag in (letter, name) if flag}
-    assert known == listed | {"-h", "--help", "--no-graph", "--check"}
+    assert known == listed | {"--help", "--no-graph", "--check"}
     assert run(*argv[True], "--no-graph", base=[]) == 0
     os.rename("out", "letters")
     assert run(*argv[False], base=[]) == 0
