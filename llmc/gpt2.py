@@ -170,15 +170,19 @@ def flops_per_token(config, T):
     return 6 * num_parameters(config) + 6 * config.num_layers * config.channels * T
 
 
-def memory_plan(config, ops, B, T, recompute=1, dtype="float32", training=True):
-    """[(title, specs, bytes)] for each buffer that GPT2(...) allocates with the same arguments."""
+def memory_plan(
+    config, ops, B, T, recompute=1, dtype="float32", training=True, use_master_weights=True, grad_dtype=None
+):
+    """[(title, specs, align, bytes)] for each buffer that GPT2(...) allocates with the same arguments."""
     parameters, activations = parameter_specs(config), activation_specs(config, B, T, recompute)
     scratch = scratch_specs(config, ops, B, T)
-    state = ("m", "v") if np.dtype(dtype) == np.float32 else ("m", "v", "master")  # fp32 weights are their own master
+    gradients = [spec._replace(dtype="f32") for spec in parameters] if grad_dtype == "float32" else parameters
+    master = use_master_weights and np.dtype(dtype) != np.float32  # fp32 weights are their own master
+    state = ("m", "v", "master") if master else ("m", "v")
     optimizer = [TensorSpec(name, (num_parameters(config),), "f32") for name in state]
     plans = [("parameters", parameters, 1)]
     if training:
-        plans += [("gradients", parameters, 1), ("optimizer", optimizer, 1)]
+        plans += [("gradients", gradients, 1), ("optimizer", optimizer, 1)]
     plans += [("activations", activations, ALIGN), ("scratch", scratch, ALIGN)]
     return [(title, specs, align, offsets(specs, dtype, align)[1]) for title, specs, align in plans]
 
@@ -203,18 +207,24 @@ class GPT2:
     """Buffers and the three passes. Nothing is allocated on the device after __init__.
 
     dtype is the precision of parameters, activations and gradients: float32, or on a GPU also float16 and bfloat16.
+    grad_dtype "float32" is for gradients that micro-steps add to without rounding; None: that of the model.
+    use_master_weights=False: AdamW updates the parameters themselves, in bfloat16 by stochastic rounding.
     training=False leaves out gradients and optimizer state. graphs=True replays the passes over a full batch as CUDA
     graphs: the same launches, without their cost on the host.
     """
 
-    def __init__(self, config, ops, B, T, recompute=1, training=True, dtype="float32", graphs=False):
+    def __init__(
+        self, config, ops, B, T, recompute=1, training=True, dtype="float32", graphs=False, use_master_weights=True,
+        grad_dtype=None,
+    ):  # fmt: skip
         if not 0 < T <= config.max_seq_len:
             raise UserError(f"-t {T}: the model has positions for 1 to {config.max_seq_len} tokens. HINT: lower -t.")
         self.config, self.ops, self.B, self.T, self.recompute = config, ops, B, T, recompute
         self.dtype = np.dtype(dtype)
         L = config.num_layers
         buffers = {}
-        for title, specs, align, nbytes in memory_plan(config, ops, B, T, recompute, self.dtype, training):
+        precision = (use_master_weights, grad_dtype)
+        for title, specs, align, nbytes in memory_plan(config, ops, B, T, recompute, self.dtype, training, *precision):
             buffers[title] = (ops.device.alloc(nbytes), specs, align)
 
         def views(title):
@@ -223,7 +233,7 @@ class GPT2:
 
         self.params, self.params_flat = views("parameters"), buffers["parameters"][0].view(self.dtype)
         if training:
-            self.grads, self.grads_flat = views("gradients"), buffers["gradients"][0].view(self.dtype)
+            self.grads, self.grads_flat = views("gradients"), buffers["gradients"][0].view(grad_dtype or self.dtype)
             optimizer = views("optimizer")
             self.m, self.v, self.master = optimizer.m, optimizer.v, getattr(optimizer, "master", None)
         self.acts_flat = buffers["activations"][0]
