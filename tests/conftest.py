@@ -37,6 +37,14 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "op(name, shapes, big, cpu, dtypes, sets, public): see conftest.py")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """xdist's workers have no terminal: what test_compile.py found out in one of them is printed here."""
+    table = getattr(node, "workeroutput", {}).get("compile_table")
+    if table:
+        node.config.pluginmanager.getplugin("terminalreporter").write_line("\n" + table)
+
+
 def versions(kind, dtype, name):
     """Names to test: every numbered rung in llmc/cuda, and the public name unless it is an alias of a rung.
     SIXTEEN_BIT = (4, 5) in a file lists the rungs that bf16 and fp16 alone have."""

@@ -116,6 +116,9 @@ def table(request):
             registers = max((registers for registers, _ in found), default="")
             cells += f"{f'{registers}+{spills}' if spills else registers:>9}"
         lines.append(f"{' '.join((file.removesuffix('.cu'), kernel, *defines)):<66}{cells}")
+    if hasattr(request.config, "workeroutput"):  # a worker of xdist has no terminal: conftest.py prints it
+        request.config.workeroutput["compile_table"] = "\n".join(lines)
+        return
     plugins = request.config.pluginmanager
     with plugins.getplugin("capturemanager").global_and_fixture_disabled():
         plugins.getplugin("terminalreporter").write_line("\n" + "\n".join(lines))

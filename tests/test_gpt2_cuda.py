@@ -3,12 +3,24 @@
 tests/test_gpt2.py has the same checks for the CPU op set; its weights, batches and PyTorch references are used here.
 """
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 from conftest import to_host
-from reference import DTYPES, GPT2_TENSORS, TORCH_DTYPES, Expected, assert_bits, assert_close, cross_entropy, gpt2_logits
-from reference import to_float64, to_torch
+from reference import (
+    DTYPES,
+    GPT2_TENSORS,
+    TORCH_DTYPES,
+    Expected,
+    assert_bits,
+    assert_close,
+    cross_entropy,
+    gpt2_logits,
+    to_float64,
+    to_torch,
+)
 from test_gpt2 import LLMC, batches, step, torch_training, weights
 
 from llmc import gpt2
@@ -45,9 +57,50 @@ def torch_passes(params, x, y, dtype):
     return {name: Expected(to_float64(truth[name]), to_float64(own[name])) for name in truth}
 
 
+def compiled_for_turing(tmp_path):
+    """A module.kernel whose kernels are sm_75's PTX, which every newer GPU runs."""
+    import cupy
+    from cuda.pathfinder import find_nvidia_header_directory
+    from cupy.cuda import nvrtc
+
+    from llmc.cuda import module
+
+    headers = f"-I{find_nvidia_header_directory('cudart')}"
+
+    @functools.cache
+    def load(file, dtype, defines):
+        program = nvrtc.createProgram((module.kernels_dir() / file).read_text(), file, [], [])
+        nvrtc.compileProgram(program, [*module.options(dtype, defines), headers, "-arch=compute_75"])
+        path = tmp_path / f"{file}.{'.'.join(defines)}.{dtype}.ptx"
+        path.write_bytes(nvrtc.getPTX(program))
+        return cupy.RawModule(path=str(path))
+
+    def kernel(file, name, dtype, defines=(), smem=0, arch=None, strict=False):
+        function = load(file, getattr(dtype, "name", dtype), tuple(defines)).get_function(name)
+        if smem > 48 * 1024:
+            function.max_dynamic_shared_size_bytes = 64 * 1024
+        return function
+
+    return kernel
+
+
+@SETS
+@pytest.mark.parametrize("dtype", ("fp32", "fp16"))
+def test_passes_on_turing(ops, dtype, monkeypatch, tmp_path):
+    """What a GPU of compute capability 7.5 runs: kernels for 64 KiB of shared memory, its own mma and copies."""
+    monkeypatch.setattr(ops.module, "capability", lambda: 75)
+    if not ops.module.kernel.__module__.startswith("simt"):
+        monkeypatch.setattr(ops.module, "kernel", compiled_for_turing(tmp_path))
+    check_passes(ops, dtype)
+
+
 @SETS
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_passes_equal_pytorch(ops, dtype):
+    check_passes(ops, dtype)
+
+
+def check_passes(ops, dtype):
     params, ((x, y),) = weights(CONFIG), batches(CONFIG, B, T, 1)
     model, expected = build(ops, dtype, params=params), torch_passes(params, x, y, DTYPES[dtype])
     logits = to_host(model.forward(x).output)

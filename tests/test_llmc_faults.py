@@ -9,7 +9,7 @@ import test_attention
 import test_fused_classifier
 import test_layernorm
 import test_matmul
-from test_gpt2_cuda import B, CONFIG, SETS, T, batches, build, to_host
+from test_gpt2_cuda import CONFIG, SETS, B, T, batches, build, to_host
 
 SMALL_VOCABULARIES = [(2, 3, 1, 128), (1, 5, 3, 128), (1, 3, 65, 128), (1, 2, 257, 384), (1, 2, 1023, 1024)]
 
