@@ -107,6 +107,11 @@ def model_dtype(name):
     return ml_dtypes.bfloat16
 
 
+def grad_dtype(name):
+    """The NumPy dtype of --grad-dtype; None: that of the model."""
+    return "float32" if name == "fp32" else None
+
+
 def data_vocabulary(pattern):
     """Tokens in the vocabulary of the shards, as their header tells; llm.c's headers do not: they are GPT-2's."""
     import glob
@@ -148,6 +153,58 @@ def prepare_kernels(config, dtype, check):
     HS = config.channels // config.num_heads
     module.compile_all(np.dtype(dtype).name, {"attention.cu": (f"HEAD_SIZE={HS}",)} if HS != 64 else None)
     print(f"kernels ready after {time.perf_counter() - timer:.1f} s, {len(module.compilations)} files compiled")
+
+
+def total_batch_of(args, B, T):
+    """(tokens, micro-steps) of one update."""
+    total_batch = args.total_batch_size or B * T
+    if total_batch % (B * T):
+        raise UserError(f"-d {total_batch} is not a multiple of -b {B} x -t {T} = {B * T}. HINT: -d {B * T}.")
+    return total_batch, total_batch // (B * T)
+
+
+def open_data(args, config, B, T):
+    """The training and the validation loader, every token id checked. -a 1 trains on validation data, unshuffled."""
+    from llmc.data import DataLoader
+
+    train_pattern, shuffle = (args.input_val_bin, False) if args.overfit_single_batch else (args.input_bin, True)
+    train_loader = DataLoader(train_pattern, B, T, should_shuffle=shuffle, vocab_size=config.vocab_size)
+    val_loader = DataLoader(args.input_val_bin, B, T, vocab_size=config.vocab_size)
+    train_loader.check_all_ids()
+    val_loader.check_all_ids()
+    return train_loader, val_loader
+
+
+def count_steps(args, num_tokens, total_batch, resume_step):
+    """Steps of the run: -x, or one epoch of the training tokens."""
+    steps = num_tokens // total_batch if args.max_steps == -1 else args.max_steps
+    if steps == 0:
+        have = f"the training data has {num_tokens}"
+        raise UserError(f"-d {total_batch}: one step takes that many tokens, {have}. HINT: lower -d, or give -x.")
+    if resume_step is not None and resume_step > steps:
+        raise UserError(f"-x {steps}: {args.output_dir} is already at step {resume_step}. HINT: give a larger -x.")
+    return steps
+
+
+class Speed:
+    """Milliseconds and tokens/s of the steps so far, as llm.c averages them: the first step of a run does not count."""
+
+    def __init__(self, total_batch):
+        self.total_batch, self.steps, self.total_ms, self.smoothed = total_batch, 0, 0.0, 0.0
+
+    def update(self, ms):
+        """Tokens/s to show after a step of ms: its own at first, then an exponential average."""
+        rate = self.total_batch / ms * 1e3
+        self.steps += 1
+        if self.steps == 1:
+            return rate
+        self.total_ms += ms
+        self.smoothed = 0.95 * self.smoothed + 0.05 * rate
+        return self.smoothed / (1.0 - 0.95 ** (self.steps - 1))
+
+    def average_ms(self):
+        """Mean ms of the steps that count, None where there are none."""
+        return self.total_ms / (self.steps - 1) if self.steps > 1 else None
 
 
 class Interrupt:
@@ -281,7 +338,6 @@ def main(argv=None):
     import numpy as np
 
     from llmc import gpt2, schedulers
-    from llmc.data import DataLoader
     from llmc.logger import Display, Logger, step_line
     from llmc.outlier_detector import OutlierDetector
 
@@ -293,25 +349,11 @@ def main(argv=None):
     resume_step = check_output_dir(args)
     config, model_path = model_config(args, resume_step)
     B, T = args.batch_size, args.sequence_length or min(1024, config.max_seq_len)
-    total_batch = args.total_batch_size or B * T
-    if total_batch % (B * T):
-        raise UserError(f"-d {total_batch} is not a multiple of -b {B} x -t {T} = {B * T}. HINT: -d {B * T}.")
-    micro_steps = total_batch // (B * T)
-    train_pattern = args.input_val_bin if args.overfit_single_batch else args.input_bin
-    train_loader = DataLoader(
-        train_pattern, B, T, should_shuffle=not args.overfit_single_batch, vocab_size=config.vocab_size
-    )
-    val_loader = DataLoader(args.input_val_bin, B, T, vocab_size=config.vocab_size)
-    train_loader.check_all_ids()
-    val_loader.check_all_ids()
-    steps = train_loader.num_tokens // total_batch if args.max_steps == -1 else args.max_steps
+    total_batch, micro_steps = total_batch_of(args, B, T)
+    train_loader, val_loader = open_data(args, config, B, T)
+    steps = count_steps(args, train_loader.num_tokens, total_batch, resume_step)
     all_val_batches = val_loader.num_tokens // (B * T)
     val_batches = all_val_batches if args.val_max_steps == -1 else args.val_max_steps
-    if steps == 0:
-        have = f"the training data has {train_loader.num_tokens}"
-        raise UserError(f"-d {total_batch}: one step takes that many tokens, {have}. HINT: lower -d, or give -x.")
-    if resume_step is not None and resume_step > steps:
-        raise UserError(f"-x {steps}: {args.output_dir} is already at step {resume_step}. HINT: give a larger -x.")
     tokenizer, tokenizer_line = sample_tokenizer(config, args.tokenizer) if args.sample_every else (None, None)
 
     print(device_line)
@@ -322,7 +364,8 @@ def main(argv=None):
         print(f"resuming from step {resume_step} in {args.output_dir}")
     print(report(settings(args, B, T, total_batch)))
     print(report(model_rows(args, config, ops, model_path, steps, val_batches)))
-    plan = gpt2.memory_plan(config, ops, B, T, args.recompute, dtype)
+    precision = dict(use_master_weights=bool(args.use_master_weights), grad_dtype=grad_dtype(args.grad_dtype))
+    plan = gpt2.memory_plan(config, ops, B, T, args.recompute, dtype, **precision)
     plan_bytes = sum(nbytes for *_, nbytes in plan) + ops.device.scratch_bytes()
     print(gpt2.format_plan(plan, dtype))
     if ops.device.scratch_bytes():
@@ -335,7 +378,7 @@ def main(argv=None):
     graphs = device == "cuda" and not (args.no_graph or args.check)
     if device == "cuda":
         prepare_kernels(config, dtype, args.check)
-    model = gpt2.GPT2(config, ops, B, T, args.recompute, dtype=dtype, graphs=graphs)
+    model = gpt2.GPT2(config, ops, B, T, args.recompute, dtype=dtype, graphs=graphs, **precision)
     detectors = {"loss": OutlierDetector(), "grad_norm": OutlierDetector()}
     if resume_step is not None:
         load(args, resume_step, model, train_loader, detectors)
@@ -347,9 +390,8 @@ def main(argv=None):
 
     inputs, targets = np.empty((B, T), np.int32), np.empty((B, T), np.int32)
     logger = Logger(args.output_dir, resume_step)
-    first = resume_step or 0
-    live = sys.stdout.isatty()
-    smoothed, total_ms, val_loss = 0.0, 0.0, None
+    first, live, val_loss = resume_step or 0, sys.stdout.isatty(), None
+    speed = Speed(total_batch)
     with contextlib.closing(Display(steps, live, first)) as display, contextlib.closing(Interrupt()) as interrupt:
         for step in range(first, steps + 1):
             last = step == steps
@@ -379,34 +421,32 @@ def main(argv=None):
             )
             ops.device.synchronize()
             ms = timer()
-            rate = total_batch / ms * 1e3
-            done = step - first
-            if done == 0:
+            shown = speed.update(ms)
+            if step == first:
                 display.write(f"first step done {time.perf_counter() - start_time:.2f} s after the start")
-                shown = rate
-            else:
-                total_ms += ms
-                smoothed = 0.95 * smoothed + 0.05 * rate
-                shown = smoothed / (1.0 - 0.95**done)
             line = step_line(step, steps, loss, loss_z, grad_norm, norm_z, lr, ms, None, shown)
             display.step(line, loss, lr, shown)
-            logger.train(step, loss, lr, grad_norm, dt_ms=ms, tokens_per_second=rate)
+            logger.train(step, loss, lr, grad_norm, dt_ms=ms, tokens_per_second=total_batch / ms * 1e3)
 
-    if steps - first > 1:
-        print(f"total average iteration time: {total_ms / (steps - first - 1):f} ms")
+    if speed.average_ms():
+        print(f"total average iteration time: {speed.average_ms():f} ms")
     if default_job and val_loss is not None:
         print(f"validation loss on all {all_val_batches * B * T} held-out tokens: {val_loss:.4f} nats per token")
-    peak = peak_memory()
-    if device == "cuda":
-        free, total = ops.device.memory()
-        used = (total - free) / 2**20
-        print(f"device memory in use: {used:.0f} MiB (plan {plan_bytes / 2**20:.0f} MiB, the rest is CUDA's)")
-    elif peak:
-        parts = f"plan {plan_bytes / 2**20:.0f} MiB + Python, NumPy and BLAS {baseline / 2**20:.0f} MiB"
-        print(f"peak memory: {peak / 2**20:.0f} MiB ({parts})")
+    print_memory_used(ops, device, plan_bytes, baseline)
     if args.output_dir and args.checkpoint_every:
         print(f'more text: python -m llmc.generate {args.output_dir} --prompt "ROMEO:"')
     return 0
+
+
+def print_memory_used(ops, device, plan_bytes, baseline):
+    """What the run took, beside its plan; baseline: what this process had before the model, in bytes."""
+    plan_mib, peak = plan_bytes / 2**20, peak_memory()
+    if device == "cuda":
+        free, total = ops.device.memory()
+        print(f"device memory in use: {(total - free) / 2**20:.0f} MiB (plan {plan_mib:.0f} MiB, the rest is CUDA's)")
+    elif peak:
+        parts = f"plan {plan_mib:.0f} MiB + Python, NumPy and BLAS {baseline / 2**20:.0f} MiB"
+        print(f"peak memory: {peak / 2**20:.0f} MiB ({parts})")
 
 
 def settings(args, B, T, total_batch):
@@ -425,6 +465,8 @@ def settings(args, B, T, total_batch):
         ("warmup iterations", args.warmup_iterations),
         ("final LR fraction", f"{args.final_learning_rate_frac:e}"),
         ("weight decay", f"{args.weight_decay:e}"),
+        ("skip update lossz", f"{args.skip_update_loss_z:f}"),
+        ("skip update gradz", f"{args.skip_update_grad_z:f}"),
         ("AdamW beta1, beta2", f"{args.beta1:g}, {args.beta2:g}"),
         ("gradient clip", f"{args.grad_clip:g}"),
         ("max_steps", args.max_steps),
@@ -433,6 +475,8 @@ def settings(args, B, T, total_batch):
         ("sample_every", args.sample_every),
         ("genT", args.sample_length),
         ("overfit_single_batch", args.overfit_single_batch),
+        ("use_master_weights", "enabled" if args.use_master_weights else "disabled"),
+        ("gelu_fusion", "always, in the matmul kernels"),
         ("recompute", args.recompute),
     ]
 
@@ -442,7 +486,7 @@ def model_rows(args, config, ops, model_path, steps, val_batches):
     from llmc.gpt2 import num_parameters
 
     return [
-        ("precision", args.dtype.upper()),
+        ("precision", args.dtype.upper() + (", gradients FP32" if args.grad_dtype == "fp32" else "")),
         ("weight init method", model_path or f"{args.model}, seed {args.seed}"),
         ("max_sequence_length T", config.max_seq_len),
         ("vocab_size V", config.vocab_size),
@@ -454,6 +498,11 @@ def model_rows(args, config, ops, model_path, steps, val_batches):
         None,
         ("train_num_batches", steps),
         ("val_num_batches", val_batches),
+        None,
+        ("run hellaswag", "yes" if args.hellaswag else "no"),
+        None,
+        ("num_processes", args.process_count or 1),
+        ("zero_stage", args.zero_stage),
     ]
 
 
