@@ -2,14 +2,15 @@
 //
 //   g = scale grads;  m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  old = master, or params where there is no master
 //   new = old - lr ((m/c1) / (sqrt(v/c2) + eps) + decay old);  master = new;  params = stochastic_round(new)
-//   scale = clip/norm if clip > 0 and norm > clip else 1;  norm = sqrt(norm_squared);  c = 1 - beta^t
+//   scale = unscale (clip/norm if clip > 0 and norm > clip else 1);  norm = unscale sqrt(norm_squared);  c = 1 - beta^t
 //
 //   params (N,) floatX    master (N,) f32 or NULL    grads (N,) gradX    m, v (N,) f32
 //   tensor i of 16 covers [ends[i-1], ends[i]): ends i64, decays f32, seeds u32 (16,) each
-//   hyper (3,) f32 = lr, c1, c2    norm_squared (1,) f32
+//   hyper (4,) f32 = lr, c1, c2, unscale: 1 / the loss scale of fp16, else 1
+//   norm_squared (2,) f32: of the gradients as they are stored, and of the losses
 //
 // gradX is floatX, or float with -DGRADS_FP32. What changes from step to step (hyper, norm_squared, seeds) is read from
-// device memory, so that a captured graph can be replayed. Where norm_squared is not finite nothing is written.
+// device memory, so that a captured graph can be replayed. Where either norm is not finite nothing is written.
 // The rounding noise depends on (seed of the tensor, index within the tensor) alone: another launch geometry, another
 // sharding of the arena or init_from_master after a resume gives the same bits.
 //
@@ -50,9 +51,13 @@ __device__ inline float adam_step(const Adam& a, float grad, float& m, float& v,
     return old - a.lr * ((m / a.c1) / (sqrtf(v / a.c2) + a.eps) + decay * old);
 }
 
-__device__ inline float clip_scale(float norm_squared, float clip) {
-    float norm = sqrtf(norm_squared);
-    return clip > 0.0f && norm > clip ? clip / norm : 1.0f;
+__device__ inline bool finite(const float* norm_squared) {  // NaN fails the comparisons too
+    return norm_squared[0] < INFINITY && norm_squared[1] < INFINITY;
+}
+
+__device__ inline float clip_scale(float norm_squared, float clip, float unscale) {
+    float norm = unscale * sqrtf(norm_squared);
+    return clip > 0.0f && norm > clip ? unscale * (clip / norm) : unscale;
 }
 
 // One thread per element. grid ceil(N / block), any block.
@@ -61,8 +66,9 @@ extern "C" __global__ void adamw_update_kernel1(floatX* params, float* master, c
                                                 const float* hyper, const float* norm_squared, float beta1, float to_m,
                                                 float beta2, float to_v, float eps, float clip, i64 N) {
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= N || !(norm_squared[0] < INFINITY)) { return; }  // NaN fails the comparison too
-    Adam a = {hyper[0], hyper[1], hyper[2], beta1, to_m, beta2, to_v, eps, clip_scale(norm_squared[0], clip)};
+    if (i >= N || !finite(norm_squared)) { return; }
+    float scale = clip_scale(norm_squared[0], clip, hyper[3]);
+    Adam a = {hyper[0], hyper[1], hyper[2], beta1, to_m, beta2, to_v, eps, scale};
     int tensor = find_tensor(ends, i);
     i64 index = i - (tensor > 0 ? ends[tensor - 1] : 0);
     float old = master ? master[i] : (float)params[i], new_m = m[i], new_v = v[i];
@@ -104,8 +110,9 @@ extern "C" __global__ void adamw_update_kernel2(floatX* params, float* master, c
                                                 const float* hyper, const float* norm_squared, float beta1, float to_m,
                                                 float beta2, float to_v, float eps, float clip, i64 N) {
     i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * x128::size;
-    if (i >= N || !(norm_squared[0] < INFINITY)) { return; }
-    Adam a = {hyper[0], hyper[1], hyper[2], beta1, to_m, beta2, to_v, eps, clip_scale(norm_squared[0], clip)};
+    if (i >= N || !finite(norm_squared)) { return; }
+    float scale = clip_scale(norm_squared[0], clip, hyper[3]);
+    Adam a = {hyper[0], hyper[1], hyper[2], beta1, to_m, beta2, to_v, eps, scale};
     int count = (int)min((i64)x128::size, N - i);
     bool full = count == x128::size;
     float grad[x128::size] = {}, old[x128::size] = {}, new_m[x128::size] = {}, new_v[x128::size] = {};

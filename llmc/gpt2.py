@@ -145,14 +145,14 @@ def scratch_specs(config, ops, B, T):
     scratch = max(
         ops.layernorm_scratch_size(B, T, C),
         ops.attention_scratch_size(B, T, C, NH),
-        ops.global_norm_scratch_size(N),
+        ops.global_norm_scratch_size(max(N, B * T)),  # of the gradients, of the losses
         *(ops.matmul_scratch_size(B, T, c, oc) for c, oc in shapes),
     )
     return [
         TensorSpec("f32", (scratch,), "f32"),
         TensorSpec("i32", (ops.encoder_scratch_size(B, T, C, Vp),), "i32"),
-        TensorSpec("norm_squared", (1,), "f32"),
-        TensorSpec("hyper", (3,), "f32"),  # learning rate, 1 - beta1^t, 1 - beta2^t
+        TensorSpec("norm_squared", (2,), "f32"),  # of the gradients times the loss scale, and of the losses
+        TensorSpec("hyper", (4,), "f32"),  # learning rate, 1 - beta1^t, 1 - beta2^t, 1 / loss scale
         TensorSpec("ends", (16,), "i64"),  # where each of the 16 tensors ends in the flat parameters
         TensorSpec("decays", (16,), "f32"),
         TensorSpec("seeds", (16,), "u32"),
@@ -244,6 +244,7 @@ class GPT2:
         ops.device.upload(self.scratch.ends, ends)
         self.rng_state = 13371337  # of the stochastic-rounding seeds, as in llm.c (plus the rank)
         self.rng_state_last_update = self.rng_state
+        self.loss_scale = 1.0  # the gradients are this many times too large: a power of 2, so that no bit is lost
         self.graphs = {} if graphs else None  # what is replayed, by pass and arguments
 
     def activations(self, b, t):
@@ -334,7 +335,7 @@ class GPT2:
         return float(ops.device.download(acts.losses).mean(dtype=np.float64))
 
     def backward(self, inputs, targets, grad_accum_steps=1, micro_step=0):
-        """Gradients of the mean loss over grad_accum_steps micro-batches; call forward(inputs) with this batch first.
+        """Gradients of the mean loss over grad_accum_steps micro-batches, times loss_scale; call forward(inputs) with this batch first.
 
         The first micro-step writes the gradients (=), later ones add to them (+=). acts.losses likewise.
         """
@@ -342,17 +343,17 @@ class GPT2:
         seed, self.rng_state = rand.random_u32(self.rng_state)
         upload(self.scratch.encoder_seed, np.array([seed], np.uint32))
         upload(self.activations(*inputs.shape).targets, targets)
-        self.run(self.backward_pass, inputs.shape, *inputs.shape, grad_accum_steps, micro_step > 0)
+        dloss = self.loss_scale / (inputs.size * grad_accum_steps)
+        self.run(self.backward_pass, inputs.shape, *inputs.shape, dloss, micro_step > 0)
 
-    def backward_pass(self, b, t, grad_accum_steps, more):
-        """Every backward call. more: this is not the first micro-step, so gradients accumulate."""
+    def backward_pass(self, b, t, dloss, more):
+        """Every backward call, from the gradient dloss of each position's loss. more: gradients accumulate."""
         ops, acts, params, grads = self.ops, self.activations(b, t), self.params, self.grads
         C, scratch = self.config.channels, self.scratch
         if not more:  # what only ever accumulates starts from zero; matmuls write their gradients outright
             ops.device.zero(acts.losses)
             for name in ("wpe", "ln1w", "ln1b", "ln2w", "ln2b", "lnfw", "lnfb"):
                 ops.device.zero(getattr(grads, name))
-        dloss = 1.0 / (b * t * grad_accum_steps)
         ops.fused_classifier(acts.output, acts.losses, dloss, acts.targets, self.config.vocab_size)
 
         dresidual = acts.scratch_btc
@@ -390,7 +391,7 @@ class GPT2:
         return float(self.ops.device.download(self.acts.losses).mean(dtype=np.float64)) / grad_accum_steps
 
     def update(self, learning_rate, beta1, beta2, eps, weight_decay, grad_clip, t):
-        """One AdamW step on all parameters; t counts updates from 1. A norm that is not finite changes nothing."""
+        """One AdamW step on all parameters; t counts updates from 1. A norm or loss that is not finite changes nothing."""
         upload, scratch = self.ops.device.upload, self.scratch
         self.rng_state_last_update = self.rng_state
         seeds = np.empty(16, np.uint32)
@@ -399,17 +400,19 @@ class GPT2:
         decays = [weight_decay if spec.decay else 0.0 for spec in parameter_specs(self.config)]
         upload(scratch.seeds, seeds)
         upload(scratch.decays, np.array(decays, np.float32))
-        upload(scratch.hyper, np.array([learning_rate, 1.0 - beta1**t, 1.0 - beta2**t], np.float32))
+        hyper = [learning_rate, 1.0 - beta1**t, 1.0 - beta2**t, 1.0 / self.loss_scale]
+        upload(scratch.hyper, np.array(hyper, np.float32))
         self.run(self.update_pass, (self.B, self.T), beta1, beta2, eps, grad_clip)
 
     def update_pass(self, beta1, beta2, eps, grad_clip):
-        """The norm of the gradients, then AdamW with the gradients clipped by it."""
+        """The norms of the gradients and of the losses, then AdamW with the gradients clipped by theirs."""
         ops, scratch = self.ops, self.scratch
-        ops.global_norm_squared(scratch.norm_squared, scratch.f32, self.grads_flat)
+        ops.global_norm_squared(scratch.norm_squared[:1], scratch.f32, self.grads_flat)
+        ops.global_norm_squared(scratch.norm_squared[1:], scratch.f32, self.acts.losses.reshape(-1))
         arenas = (self.params_flat, self.master, self.grads_flat, self.m, self.v)
         tables = (scratch.ends, scratch.decays, scratch.seeds, scratch.hyper, scratch.norm_squared)
         ops.adamw_update(*arenas, *tables, beta1, beta2, eps, grad_clip)
 
     def grad_norm(self):
         """The L2 norm of all gradients, before clipping, as the last update() found it."""
-        return math.sqrt(self.ops.device.download(self.scratch.norm_squared)[0])
+        return math.sqrt(self.ops.device.download(self.scratch.norm_squared)[0]) / self.loss_scale

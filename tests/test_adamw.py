@@ -27,12 +27,12 @@ class Arena:
         self.master = start if with_master else None
         self.m, self.v = np.zeros(N, np.float32), np.zeros(N, np.float32)
 
-    def update(self, grads, step=1, lr=1e-2, clip=CLIP, norm_squared=None, beta1=BETA1, beta2=BETA2):
-        hyper = np.array([lr, 1 - beta1**step, 1 - beta2**step], np.float32)
+    def update(self, grads, step=1, lr=1e-2, clip=CLIP, norm_squared=None, losses=0.0, unscale=1.0):
+        hyper = np.array([lr, 1 - BETA1**step, 1 - BETA2**step, unscale], np.float32)
         if norm_squared is None:
             norm_squared = np.sum(grads.astype(np.float64) ** 2)
         self.op(self.params, self.master, grads, self.m, self.v, self.ends, self.decays, self.seeds, hyper,
-                np.array([norm_squared], np.float32), beta1, beta2, EPS, clip)  # fmt: skip
+                np.array([norm_squared, losses], np.float32), BETA1, BETA2, EPS, clip)  # fmt: skip
 
     def state(self):
         arrays = {"params": self.params, "master": self.master, "m": self.m, "v": self.v}
@@ -148,19 +148,32 @@ def test_adamw_clips_by_the_given_norm(op, limit):
     ref.assert_close(op, "v", arena.v, ref.Expected(want, want), ulps=2)
 
 
-@pytest.mark.parametrize("norm_squared", (np.inf, np.nan))
+@pytest.mark.parametrize("norm_squared, losses", ((np.inf, 1.0), (np.nan, 1.0), (1.0, np.inf), (1.0, np.nan)))
 @pytest.mark.parametrize("clip", (0.0, 1.0), ids=("no_clip", "clip"))
 @pytest.mark.op("adamw_update")
-def test_adamw_skips_the_step_when_the_norm_is_not_finite(op, norm_squared, clip):
+def test_adamw_skips_the_step_when_a_norm_is_not_finite(op, norm_squared, losses, clip):
     for with_master in (True, False):
         arena = Arena(op, with_master=with_master)
         arena.m[:], arena.v[:] = 0.5, 0.25
         grads = ref.normal(np.random.default_rng(1), arena.params.size, op.dtype)
         grads[3], grads[77] = np.inf, np.nan
         before = arena.state()
-        arena.update(grads, norm_squared=norm_squared, clip=clip)
+        arena.update(grads, norm_squared=norm_squared, losses=losses, clip=clip)
         for name, array in arena.state().items():
-            ref.assert_bits(op, f"{name} with norm^2 {norm_squared}", array, before[name])
+            ref.assert_bits(op, f"{name} with norms^2 {norm_squared}, {losses}", array, before[name])
+
+
+@pytest.mark.parametrize("clip", (0.0, 3.0, 0.5))
+@pytest.mark.op("adamw_update")
+def test_adamw_undoes_the_loss_scale(op, clip):
+    """Gradients times 2^10 and unscale 2^-10: every bit as without. The norm 2 is clipped by 0.5 alone."""
+    grads = ref.normal(np.random.default_rng(1), int(np.sum(SIZES)), op.dtype)
+    scaled, arenas = (grads.astype(np.float32) * 2**10).astype(op.dtype), []
+    for g, norm_squared, unscale in ((grads, 4.0, 1.0), (scaled, 4.0 * 2**20, 2.0**-10)):
+        arenas.append(Arena(op))
+        arenas[-1].update(g, clip=clip, norm_squared=norm_squared, unscale=unscale)
+    for name, array in arenas[1].state().items():
+        ref.assert_bits(op, name, array, arenas[0].state()[name])
 
 
 @pytest.mark.parametrize("size", (1e-15, 1e-20, 1e-30, 1e-40))

@@ -20,22 +20,25 @@ def _blocks(ends):
 
 
 def adamw_update(params, master, grads, m, v, ends, decays, seeds, hyper, norm_squared, beta1, beta2, eps, grad_clip):
-    """g = grads * (grad_clip / norm if grad_clip > 0 and norm > grad_clip else 1);  norm = sqrt(norm_squared)
+    """g = unscale * grads * (grad_clip / norm if grad_clip > 0 and norm > grad_clip else 1)
+    norm = unscale * sqrt(norm_squared[0])
     m = beta1*m + (1-beta1)*g;  v = beta2*v + (1-beta2)*g^2
     params -= lr * ((m/c1) / (sqrt(v/c2) + eps) + decay*params);  c = 1 - beta^t
 
     params (N,) f32 written;  master None, or (N,) f32: then it is what is updated, and params becomes its copy;
     grads (N,) read;  m, v (N,) f32 written;  tensor i covers [ends[i-1], ends[i]), with weight decay decays[i];
-    hyper (3,) f32 = lr, c1, c2;  norm_squared (1,) f32: where not finite, nothing is written;  seeds unused in fp32.
+    hyper (4,) f32 = lr, c1, c2, unscale: 1 / the loss scale of fp16, else 1;  seeds unused in fp32
+    norm_squared (2,) f32: sums of squares of grads and of the losses; where one is not finite, nothing is written.
     Source: llm.c llmc/adamw.cuh adamw_update.
     """
     N = params.size
     assert grads.shape == m.shape == v.shape == params.shape == (N,) and int(ends[-1]) == N, (params.shape, ends[-1])
-    if not np.isfinite(norm_squared[0]):
+    assert hyper.shape == (4,) and norm_squared.shape == (2,), (hyper.shape, norm_squared.shape)
+    if not np.isfinite(norm_squared).all():
         return
-    norm = math.sqrt(norm_squared[0])
-    scale = grad_clip / norm if grad_clip > 0 and norm > grad_clip else 1.0
-    lr, c1, c2 = (float(h) for h in hyper)
+    lr, c1, c2, unscale = (float(h) for h in hyper)
+    norm = unscale * math.sqrt(norm_squared[0])
+    scale = unscale * (grad_clip / norm if grad_clip > 0 and norm > grad_clip else 1.0)
     # lr * (m/c1) / (sqrt(v/c2) + eps) = rate * m / (sqrt(v) + eps'): the corrections become two scalars
     rate, epsilon = lr * math.sqrt(c2) / c1, eps * math.sqrt(c2)
     to_m, to_v = (1.0 - beta1) * scale, math.sqrt(1.0 - beta2) * scale

@@ -19,6 +19,7 @@ def launch(number, elements, params, master, grads, m, v, ends, decays, seeds, h
     beta1, beta2, eps, grad_clip = floats
     defines = ("GRADS_FP32",) if grads.dtype == np.float32 else ()
     assert defines or grads.dtype == params.dtype, (grads.dtype, params.dtype)
+    assert hyper.shape == (4,) and norm_squared.shape == (2,), (hyper.shape, norm_squared.shape)
     assert m.dtype == v.dtype == decays.dtype == hyper.dtype == norm_squared.dtype == np.float32, (m.dtype, hyper.dtype)
     kernel = module.kernel("adamw.cu", f"adamw_update_kernel{number}", params.dtype, defines)
     scalars = [np.float32(x) for x in (beta1, 1 - beta1, beta2, 1 - beta2, eps, grad_clip)]
@@ -27,7 +28,8 @@ def launch(number, elements, params, master, grads, m, v, ends, decays, seeds, h
 
 
 def adamw_update1(params, master, grads, m, v, ends, decays, seeds, hyper, norm_squared, beta1, beta2, eps, grad_clip):
-    """g = grads * (grad_clip / norm if grad_clip > 0 and norm > grad_clip else 1);  norm = sqrt(norm_squared)
+    """g = unscale * grads * (grad_clip / norm if grad_clip > 0 and norm > grad_clip else 1)
+    norm = unscale * sqrt(norm_squared[0])
     m = beta1*m + (1-beta1)*g;  v = beta2*v + (1-beta2)*g^2
     params -= lr * ((m/c1) / (sqrt(v/c2) + eps) + decay*params);  c = 1 - beta^t.
 
@@ -35,7 +37,8 @@ def adamw_update1(params, master, grads, m, v, ends, decays, seeds, hyper, norm_
                                   stochastic in bf16, to nearest in fp16, a copy in fp32
     grads  (N,) floatX or f32     m, v   (N,) f32 written
     ends (16,) i64, decays (16,) f32, seeds (16,) u32: tensor i covers [ends[i-1], ends[i]); its weight decay, its noise
-    hyper (3,) f32 = lr, c1, c2   norm_squared (1,) f32: where not finite, nothing is written
+    hyper (4,) f32 = lr, c1, c2, unscale: 1 / the loss scale of fp16, else 1
+    norm_squared (2,) f32: sums of squares of grads and of the losses; where one is not finite, nothing is written
     The last five arrays are on the device and read there: a captured CUDA graph sees fresh values.
     Cost: (12 + 12 + 2*itemsize) bytes per parameter with a master.
     Errors: AssertionError on shape or dtype mismatch.
