@@ -328,11 +328,15 @@ class GPT2:
 
     def validate(self, inputs, targets):
         """Mean loss in nats over a batch. No gradient is computed or written."""
+        return float(self.token_losses(inputs, targets).mean(dtype=np.float64))
+
+    def token_losses(self, inputs, targets):
+        """The loss of each token in nats, (b, t) f32 on the host. No gradient is computed or written."""
         ops, acts = self.ops, self.forward(inputs)
         ops.device.upload(acts.targets, targets)
         ops.device.zero(acts.losses)
         ops.fused_classifier(acts.output, acts.losses, 1.0, acts.targets, self.config.vocab_size, write_dlogits=False)
-        return float(ops.device.download(acts.losses).mean(dtype=np.float64))
+        return ops.device.download(acts.losses)
 
     def backward(self, inputs, targets, grad_accum_steps=1, micro_step=0):
         """Gradients of the mean loss over grad_accum_steps micro-batches, times loss_scale; call forward(inputs) with this batch first.
