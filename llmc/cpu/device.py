@@ -77,6 +77,19 @@ def memory():
         return 0, 0
 
 
+def budget(total=None):
+    """Bytes that a memory plan may take: all of main memory, or of `total` bytes; None where the system does not tell.
+
+    Not what is free now: the system gives up caches, and swaps, as memory is touched.
+    """
+    return memory()[1] or None if total is None else total
+
+
+def max_positions(C, Vp, dtype):
+    """The largest B*T of a micro-batch: NumPy and BLAS index with 64 bits, so what memory holds."""
+    return 2**63 // max(C, Vp)
+
+
 def describe():
     """One line that names the processor and the threads in use."""
     name = platform.processor() or platform.machine()

@@ -111,6 +111,28 @@ def memory():
     return module.import_cupy().cuda.runtime.memGetInfo()
 
 
+CONTEXT = 640 << 20  # what CUDA, the loaded kernels and graphs take beside the plan: 540 MiB measured on an H200
+LEFT = 128 << 20  # of that, what is still to come after start()
+
+
+def budget(total=None):
+    """Bytes that a memory plan may take: of what is free on this device now, or on an empty one of `total` bytes."""
+    return memory()[0] - LEFT if total is None else max(0, total - CONTEXT)
+
+
+def max_positions(C, Vp, dtype):
+    """The largest B*T of a micro-batch. Offsets in the kernels are 64-bit, but not every count and grid is.
+
+    encoder_forward counts 16-byte pieces of (B*T, C) in 32 bits. The fp32 matmul has B*T / 128 blocks in the second
+    direction of its grid, which ends at 65535; the others have all their blocks in the first, up to 2^31 - 1. Positions
+    themselves are 32-bit everywhere: half of that leaves room for sums with block sizes.
+    """
+    itemsize = np.dtype(dtype).itemsize
+    pieces = (2**31 - 1) * (16 // itemsize) // C
+    rows = 65535 if itemsize == 4 else (2**31 - 1) // -(-max(Vp, 4 * C) // 128)
+    return min(pieces, rows * 128, 2**30)
+
+
 def describe():
     """One line that names the GPU: name, capability, multiprocessors, memory, driver and CuPy."""
     capability = module.capability()
