@@ -232,6 +232,7 @@ class GPT2:
             return carve(flat, specs, L, self.dtype, align)
 
         self.params, self.params_flat = views("parameters"), buffers["parameters"][0].view(self.dtype)
+        self.master = None
         if training:
             self.grads, self.grads_flat = views("gradients"), buffers["gradients"][0].view(grad_dtype or self.dtype)
             optimizer = views("optimizer")
@@ -409,14 +410,23 @@ class GPT2:
         self.run(self.update_pass, (self.B, self.T), beta1, beta2, eps, grad_clip)
 
     def update_pass(self, beta1, beta2, eps, grad_clip):
-        """The norms of the gradients and of the losses, then AdamW with the gradients clipped by theirs."""
+        """The norms, then AdamW with the gradients clipped by theirs."""
+        self.norm_pass()
         ops, scratch = self.ops, self.scratch
-        ops.global_norm_squared(scratch.norm_squared[:1], scratch.f32, self.grads_flat)
-        ops.global_norm_squared(scratch.norm_squared[1:], scratch.f32, self.acts.losses.reshape(-1))
         arenas = (self.params_flat, self.master, self.grads_flat, self.m, self.v)
         tables = (scratch.ends, scratch.decays, scratch.seeds, scratch.hyper, scratch.norm_squared)
         ops.adamw_update(*arenas, *tables, beta1, beta2, eps, grad_clip)
 
+    def norm_pass(self):
+        """The norms of the gradients and of the losses."""
+        ops, scratch = self.ops, self.scratch
+        ops.global_norm_squared(scratch.norm_squared[:1], scratch.f32, self.grads_flat)
+        ops.global_norm_squared(scratch.norm_squared[1:], scratch.f32, self.acts.losses.reshape(-1))
+
+    def measure_norm(self):
+        """Find grad_norm() without an update, for a caller that decides by it whether to update."""
+        self.run(self.norm_pass, (self.B, self.T))
+
     def grad_norm(self):
-        """The L2 norm of all gradients, before clipping, as the last update() found it."""
+        """The L2 norm of all gradients, before clipping, as the last update() or measure_norm() found it."""
         return math.sqrt(self.ops.device.download(self.scratch.norm_squared)[0]) / self.loss_scale
