@@ -309,7 +309,7 @@ def load_weights(model, path):
 
 
 def train_step(model, loader, args, step, steps, micro_steps, inputs, targets, detectors):
-    """One update. Returns (loss, its z-score, gradient norm, its z-score, learning rate)."""
+    """One update. Returns (loss, its z-score, gradient norm, its z-score, learning rate, why no update or None)."""
     from llmc.schedulers import get_learning_rate
 
     for micro_step in range(micro_steps):
@@ -318,12 +318,41 @@ def train_step(model, loader, args, step, steps, micro_steps, inputs, targets, d
         model.backward(inputs, targets, micro_steps, micro_step)
     peak, warmup, floor = args.learning_rate, args.warmup_iterations, args.final_learning_rate_frac
     lr = get_learning_rate(args.lr_scheduler, step, peak, warmup, steps, floor)
-    model.update(lr, args.beta1, args.beta2, args.eps, args.weight_decay, args.grad_clip, step + 1)
+    settings = (lr, args.beta1, args.beta2, args.eps, args.weight_decay, args.grad_clip, step + 1)
+    may_skip = args.skip_update_loss_z or args.skip_update_grad_z
+    if may_skip:
+        model.measure_norm()
+    else:
+        model.update(*settings)  # at once: a GPU has it queued before the host waits for the loss
     loss, grad_norm = model.mean_loss(micro_steps), model.grad_norm()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         what = f"loss {loss}, gradient norm {grad_norm}"
         raise UserError(f"step {step + 1}: {what}; the weights were not updated. HINT: lower -l or raise -u.")
-    return loss, detectors["loss"].update(loss), grad_norm, detectors["grad_norm"].update(grad_norm), lr
+    loss_z, norm_z = detectors["loss"].update(loss), detectors["grad_norm"].update(grad_norm)
+    notice = skip_notice(args, loss_z, norm_z)
+    if may_skip and not notice:
+        model.update(*settings)
+    return loss, loss_z, grad_norm, norm_z, lr, notice
+
+
+def skip_notice(args, loss_z, norm_z):
+    """llm.c's line when -sl or -sg lets an update go, else None. A z-score is NaN, above no limit, for 128 steps."""
+    if args.skip_update_loss_z and loss_z > args.skip_update_loss_z:
+        return f"skipping update due to loss z-score of {loss_z:f}"
+    if args.skip_update_grad_z and norm_z > args.skip_update_grad_z:
+        return f"skipping update due to grad z-score of {norm_z:f}"
+    return None
+
+
+def open_gpu_stats(args, gpu):
+    """What reads the GPU for -lg, or None. gpu: mfu.current_gpu(), None on a CPU."""
+    if not args.log_gpu_every:
+        return None
+    if gpu is None:
+        raise UserError(f"-lg {args.log_gpu_every} reads a GPU, this run is on the CPU. HINT: leave -lg out.")
+    from llmc.mfu import GpuStats
+
+    return GpuStats(gpu[2])
 
 
 @command("llmc.train")
@@ -337,13 +366,16 @@ def main(argv=None):
     # what is wrong with the flags or files is found here, before anything is allocated
     import numpy as np
 
-    from llmc import gpt2, schedulers
+    from llmc import gpt2, mfu, schedulers
     from llmc.logger import Display, Logger, step_line
     from llmc.outlier_detector import OutlierDetector
 
     schedulers.check(args.lr_scheduler)
     ops, device, device_line = pick_device(args.device, args.threads)
     default_job = fill_defaults(args, device)
+    gpu = mfu.current_gpu() if device == "cuda" else None
+    peak = mfu.peak_flops(*gpu[:2], args.dtype) if gpu else None
+    gpu_stats = open_gpu_stats(args, gpu)
     dtype = model_dtype(args.dtype)
     data_line = prepare_data(args, default_job)
     resume_step = check_output_dir(args)
@@ -363,7 +395,7 @@ def main(argv=None):
     if resume_step is not None:
         print(f"resuming from step {resume_step} in {args.output_dir}")
     print(report(settings(args, B, T, total_batch)))
-    print(report(model_rows(args, config, ops, model_path, steps, val_batches)))
+    print(report(model_rows(args, config, gpu, peak, model_path, steps, val_batches)))
     precision = dict(use_master_weights=bool(args.use_master_weights), grad_dtype=grad_dtype(args.grad_dtype))
     plan = gpt2.memory_plan(config, ops, B, T, args.recompute, dtype, **precision)
     plan_bytes = sum(nbytes for *_, nbytes in plan) + ops.device.scratch_bytes()
@@ -391,7 +423,7 @@ def main(argv=None):
     inputs, targets = np.empty((B, T), np.int32), np.empty((B, T), np.int32)
     logger = Logger(args.output_dir, resume_step)
     first, live, val_loss = resume_step or 0, sys.stdout.isatty(), None
-    speed = Speed(total_batch)
+    speed, step_flops = Speed(total_batch), gpt2.flops_per_token(config, T) * B * T * micro_steps
     with contextlib.closing(Display(steps, live, first)) as display, contextlib.closing(Interrupt()) as interrupt:
         for step in range(first, steps + 1):
             last = step == steps
@@ -416,7 +448,7 @@ def main(argv=None):
             timer = ops.device.timer()
             if args.overfit_single_batch:
                 train_loader.reset()
-            loss, loss_z, grad_norm, norm_z, lr = train_step(
+            loss, loss_z, grad_norm, norm_z, lr, notice = train_step(
                 model, train_loader, args, step, steps, micro_steps, inputs, targets, detectors
             )
             ops.device.synchronize()
@@ -424,9 +456,14 @@ def main(argv=None):
             shown = speed.update(ms)
             if step == first:
                 display.write(f"first step done {time.perf_counter() - start_time:.2f} s after the start")
-            line = step_line(step, steps, loss, loss_z, grad_norm, norm_z, lr, ms, None, shown)
+            if notice:
+                display.write(notice)
+            used = mfu.utilisation(step_flops, ms, peak)
+            line = step_line(step, steps, loss, loss_z, grad_norm, norm_z, lr, ms, used, shown)
             display.step(line, loss, lr, shown)
-            logger.train(step, loss, lr, grad_norm, dt_ms=ms, tokens_per_second=total_batch / ms * 1e3)
+            if gpu_stats and (step + 1) % args.log_gpu_every == 0:
+                display.write(gpu_stats.line())
+            logger.train(step, loss, lr, grad_norm, dt_ms=ms, tokens_per_second=total_batch / ms * 1e3, mfu=used)
 
     if speed.average_ms():
         print(f"total average iteration time: {speed.average_ms():f} ms")
@@ -481,12 +518,15 @@ def settings(args, B, T, total_batch):
     ]
 
 
-def model_rows(args, config, ops, model_path, steps, val_batches):
-    """Rows of the start-up table: the model and what follows from it."""
+def model_rows(args, config, gpu, peak, model_path, steps, val_batches):
+    """Rows of the start-up table: the device, the model and what follows from it."""
     from llmc.gpt2 import num_parameters
 
     return [
+        ("device", gpu[0] if gpu else "CPU"),
+        ("peak TFlops", f"{peak / 1e12:.1f}" if peak else "n/a"),
         ("precision", args.dtype.upper() + (", gradients FP32" if args.grad_dtype == "fp32" else "")),
+        None,
         ("weight init method", model_path or f"{args.model}, seed {args.seed}"),
         ("max_sequence_length T", config.max_seq_len),
         ("vocab_size V", config.vocab_size),

@@ -35,7 +35,7 @@ BASE = ["-i", "train_*.bin", "-j", "val.bin", "-e", "tiny:d1", "-b", str(B), "-t
 BASE += ["--device", "cpu"]
 DEFAULT = [] if importlib.util.find_spec("cupy") is None else ["--device", "cpu"]  # the default job, here on a CPU
 EPOCH = 12  # batches in the three training shards
-TIMINGS = ("dt_ms", "tokens_per_second")
+TIMINGS = ("dt_ms", "tokens_per_second", "mfu")
 STEP_LINE = re.compile(  # llm.c train_gpt2.cu; where there is no peak to compare with, MFU is n/a
     r"step +(\d+)/(\d+) \| loss (\d+\.\d{6}) \(([+-]\d+\.\d\d|[+-]nan)z\)"
     r"\| norm (\d+\.\d{4}) \(([+-]\d+\.\d\d|[+-]nan)z\)"
@@ -156,7 +156,7 @@ def test_lines_and_logs(capsys):
     assert [line["step"] for line in trained] == list(range(10))
     assert [line["step"] for line in validated] == [0, 5, 10]
     for i, (match, line) in enumerate(zip(steps, trained, strict=True)):
-        assert set(line) == {"step", "train_loss", "lr", "grad_norm", "dt_ms", "tokens_per_second"}
+        assert set(line) == {"step", "train_loss", "lr", "grad_norm", "dt_ms", "tokens_per_second", "mfu"}
         shown = [match[1], match[2], match[3], match[5], match[7], match[8]]
         assert shown[:2] == [str(i + 1), "10"]
         assert shown[2:4] == [f"{line['train_loss']:.6f}", f"{line['grad_norm']:.4f}"]
@@ -222,9 +222,11 @@ def test_start_up_report(capsys):
     rows = {label.strip(): value.strip() for label, value in rows_of(out).items()}
     llm_c = "train data pattern|val data pattern|output log dir|checkpoint_every|resume|micro batch size B"
     llm_c += "|sequence length T|total batch size|LR scheduler|learning rate (LR)|warmup iterations|final LR fraction"
-    llm_c += "|weight decay|max_steps|val_loss_every|val_max_steps|sample_every|genT|overfit_single_batch|recompute"
+    llm_c += "|weight decay|skip update lossz|skip update gradz|max_steps|val_loss_every|val_max_steps|sample_every"
+    llm_c += "|genT|overfit_single_batch|use_master_weights|gelu_fusion|recompute|device|peak TFlops"
     llm_c += "|precision|weight init method|max_sequence_length T|vocab_size V|padded_vocab_size Vp|num_layers L"
-    llm_c += "|num_heads NH|channels C|num_parameters|train_num_batches|val_num_batches"
+    llm_c += "|num_heads NH|channels C|num_parameters|train_num_batches|val_num_batches|run hellaswag|num_processes"
+    llm_c += "|zero_stage"
     assert [label for label in rows if label in llm_c.split("|")] == llm_c.split("|")
     assert rows["total batch size"] == str(3 * B * T) and rows["LR scheduler"] == "wsd" and rows["recompute"] == "2"
     assert rows["learning rate (LR)"] == "3.000000e-04" and rows["vocab_size V"] == "257"
