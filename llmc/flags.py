@@ -69,6 +69,14 @@ def below_one(text):
     return _parse(text, float, "a number from 0 to below 1", lambda v: 0 <= v < 1)
 
 
+def memory_size(text):
+    """Bytes of a size with its unit: 80GiB, 1.5 GB, 500MiB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", text, re.I)
+    if not match or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number with a unit, as 80GiB, 80GB or 500MiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2].upper())))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the trainer's
 
@@ -197,6 +205,17 @@ def parser():
     text = "llm.c's TF32. Accepted and without effect: --dtype fp32 multiplies in full fp32 here, as llm.c with -f 0"
     add("-f", "--tf32", **on_off, default=1, help=text)
 
+    text = "print the memory plan of this run and the largest batch that fits, and exit; needs no GPU and no data"
+    add("--plan", action="store_true", help=text)
+    text = "of the device to --plan for, as 80GiB or 80GB (what is free on this one)"
+    add("--memory", type=memory_size, metavar="SIZE", help=text)
+
+    add = p.add_argument_group("when a loss or gradient norm is NaN or Inf").add_argument
+    text = "the weights stay, where it came from is printed and saved; then stop, or skip this update (stop)"
+    add("--on-nonfinite", choices=("stop", "skip"), default="stop", help=text)
+    text = "do the step that such a run saved again, op by op, here or with another --device or --dtype; exit code 1: as bad"
+    add("--replay", metavar="FILE", help=text)
+
     add = p.add_argument_group("machine").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where it works, else cpu")
     text = "print GPU use, clock, power and temperature every N steps (-1 or 0 = off; needs nvidia-ml-py)"
@@ -231,6 +250,8 @@ def check(args):
     if args.hellaswag and args.batch_size is not None and args.batch_size < 4:
         have = f"-h 1 scores four endings at once, -b is {args.batch_size}"
         raise UserError(f"{have}. HINT: -b 4 or more, or -h 0.")
+    if args.memory and not args.plan:
+        raise UserError("--memory is for --plan: a run takes what the device has. HINT: add --plan, or lower -b.")
     lines = []
     if args.zero_stage > 1:
         lines.append(f"-z {args.zero_stage}: there are ZeRO stages 0 and 1, here as in llm.c; running with -z 0")

@@ -1,10 +1,9 @@
 """Text from a checkpoint: `python -m llmc.generate runs/shakespeare-001 --prompt "ROMEO:"`, and the loop behind it."""
 
-import os
 import sys
 
-from llmc import UserError, command
-from llmc.flags import Parser, natural, number, positive, thread_count
+from llmc import UserError, command, startup
+from llmc.flags import Parser, natural, number, positive
 
 WINDOW = 64  # forward passes run at lengths that are multiples of it, so that there are few shapes
 
@@ -52,18 +51,6 @@ def start_tokens(tokenizer):
     return [tokenizer.eot] if tokenizer.name == "gpt2" else [ord("\n")]
 
 
-def model_file(path):
-    """The .bin to load: path itself, or the newest checkpoint's of an output folder."""
-    from llmc import checkpoint
-
-    if not os.path.isdir(path):
-        return path
-    step = checkpoint.latest_checkpoint(path)
-    if step is None:
-        raise UserError(f"{path} holds no finished checkpoint (DONE_*). HINT: train with -o {path} -n STEPS.")
-    return checkpoint.model_path(path, step)
-
-
 def parser():
     p = Parser(prog="llmc.generate", description="Continue a text with a trained model.", allow_abbrev=False)
     p.add_argument("model", help="a model .bin file, or the output folder of a run (its newest checkpoint is taken)")
@@ -73,7 +60,7 @@ def parser():
     p.add_argument("--top-k", type=natural, default=0, help="draw from the k most likely tokens only (0 = off)")
     p.add_argument("--seed", type=natural, default=1337, help="the same seed gives the same text (1337)")
     p.add_argument("--tokenizer", choices=("gpt2", "bytes"), help="default: by the size of the model's vocabulary")
-    p.add_argument("--threads", type=thread_count, help="CPU threads (default: all)")
+    startup.add_device_flags(p.add_argument)
     return p
 
 
@@ -83,16 +70,11 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding does not have
     from llmc import checkpoint
-    from llmc import cpu as ops
-    from llmc.gpt2 import GPT2, config_from_header
+    from llmc.gpt2 import config_from_header
 
-    path = model_file(args.model)
-    config = config_from_header(checkpoint.read_model_header(path))
-    tokenizer = tokenizer_for(config, args.tokenizer)
-    if args.threads:
-        ops.device.threads(args.threads)
-    model = GPT2(config, ops, 1, min(config.max_seq_len, 1024), recompute=2, training=False)
-    checkpoint.read_model(path, model.params_flat)
+    path = startup.model_file(args.model)
+    tokenizer = tokenizer_for(config_from_header(checkpoint.read_model_header(path)), args.tokenizer)
+    model, _ = startup.open_model(path, args)
     prompt = tokenizer.encode(args.prompt) if args.prompt else []
     sys.stdout.write(args.prompt)
     ids = generate(model, [*start_tokens(tokenizer), *prompt], args.tokens, args.seed, args.temperature, args.top_k)

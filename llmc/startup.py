@@ -1,0 +1,102 @@
+"""What commands do first: find the device, its op set and precision, and make a model of a file ready on it."""
+
+import os
+
+from llmc import UserError
+
+
+def pick_device(wanted, threads=None):
+    """The op set, its name, and one line that says which, and why: (ops, name, text). wanted: auto, cpu or cuda."""
+    why = "asked for"
+    if wanted != "cpu":
+        from llmc import cuda
+
+        try:
+            cuda.device.start()  # launches a kernel: only that shows that a GPU can be used
+            return cuda, "cuda", f"cuda ({why if wanted == 'cuda' else 'auto: it works'}), {cuda.device.describe()}"
+        except UserError as error:
+            if wanted == "cuda":
+                raise UserError(f"--device cuda: {error}") from error
+            why = f"auto: {str(error).partition('. HINT')[0].partition(' HINT')[0]}"
+    from llmc import cpu
+
+    if threads:
+        cpu.device.threads(threads)
+    return cpu, "cpu", f"cpu ({why}), {cpu.device.describe()}"
+
+
+def check_dtype(name, device):
+    """The name of the precision: the one given, else bf16 on a GPU and fp32 on a CPU, which has nothing else."""
+    if device == "cpu" and name not in (None, "fp32"):
+        raise UserError(f"--dtype {name}: the CPU op set has fp32 only. HINT: --device cuda, or leave --dtype out.")
+    return name or ("bf16" if device == "cuda" else "fp32")
+
+
+def model_dtype(name):
+    """The NumPy dtype of --dtype."""
+    if name != "bf16":
+        return {"fp32": "float32", "fp16": "float16"}[name]
+    import ml_dtypes
+
+    return ml_dtypes.bfloat16
+
+
+def prepare_kernels(config, dtype, check=False):
+    """Compile what is not in the cache yet, several files at a time; the first step then has nothing to. -> a line."""
+    import time
+
+    import numpy as np
+
+    from llmc.cuda import module
+
+    module.check_launches = check
+    timer = time.perf_counter()
+    HS = config.channels // config.num_heads
+    module.compile_all(np.dtype(dtype).name, {"attention.cu": (f"HEAD_SIZE={HS}",)} if HS != 64 else None)
+    return f"kernels ready after {time.perf_counter() - timer:.1f} s, {len(module.compilations)} files compiled"
+
+
+def model_file(path):
+    """The .bin to load: path itself, or the newest checkpoint's of an output folder."""
+    from llmc import checkpoint
+
+    if not os.path.isdir(path):
+        return path
+    step = checkpoint.latest_checkpoint(path)
+    if step is None:
+        raise UserError(f"{path} holds no finished checkpoint (DONE_*). HINT: train with -o {path} -n STEPS.")
+    return checkpoint.model_path(path, step)
+
+
+def add_device_flags(add):
+    """--device, --dtype and --threads of the commands that only use a model; add: parser.add_argument."""
+    from llmc.flags import thread_count
+
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where it works, else cpu")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="of parameters and activations (bf16 on a GPU, else fp32)")
+    add("--threads", type=thread_count, metavar="N", help="CPU threads (default: all)")
+
+
+def read_weights(model, path):
+    """Parameters from a model file, rounded to nearest where the model's precision is lower -> the file's version."""
+    from llmc import checkpoint
+
+    host = model.host_parameters()
+    version = checkpoint.read_model(path, host)["version"]
+    model.load_parameters(host)
+    return version
+
+
+def open_model(path, args, B=1, T=None):
+    """(model, line about the device): the weights of a model file on --device in --dtype, for forward passes alone."""
+    from llmc import checkpoint
+    from llmc.gpt2 import GPT2, config_from_header
+
+    config = config_from_header(checkpoint.read_model_header(path))
+    ops, device, line = pick_device(args.device, args.threads)
+    dtype = model_dtype(check_dtype(args.dtype, device))
+    if device == "cuda":
+        prepare_kernels(config, dtype)
+    model = GPT2(config, ops, B, T or min(config.max_seq_len, 1024), recompute=2, training=False, dtype=dtype)
+    read_weights(model, path)
+    return model, line
