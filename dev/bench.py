@@ -1,0 +1,570 @@
+"""What every dev/bench_<op>.py shares: arrays, a check against float64, timing, the limit, a table, a CSV row, JSON.
+
+    python -m dev.bench_layernorm                    on a GPU: B=32, T=1024, GPT-2 124M, bf16; else the CPU op set, small
+    python -m dev.bench_layernorm -b 64 -t 1024 -e d24 --dtype fp32 --only layernorm_backward
+    python -m dev.bench_layernorm --executor         no times: what each rung reads and writes, counted on the CPU executor
+    python -m dev.bench_layernorm --csv dev/results/nvidia_h200.csv --compare dev/results/nvidia_h200.csv
+
+A bench file has one function, cases(b), that yields a Case for each op: its arrays, the NumPy formula that is both the
+float64 reference and the naive peer, the fewest bytes and FLOPs, and PyTorch functions to compare with. Here every rung
+that llmc/cuda has of the op is run from the same arrays with its outputs poisoned, compared with float64, and only then
+timed; a mismatch ends the run with exit code 1.
+
+Time on a GPU: events around each call with the L2 cache overwritten in between, which also lets the host run ahead;
+median and the 20th and 80th percentile of up to 50 calls after 2 to warm up. Calls under 10 us are replayed in a CUDA
+graph of 20 instead, where data stays in L2 (marked *). Limit: the larger of bytes / copy bandwidth and FLOPs / matmul
+rate, both measured in the same run. Accumulating ops run on what they have accumulated: their data stays random.
+"""
+
+import argparse
+import csv
+import datetime
+import importlib
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import numpy as np
+
+from llmc import UserError, gpt2
+
+ROOT = Path(__file__).resolve().parents[1]
+OPS = ("encoder", "layernorm", "matmul", "attention", "gelu", "fused_classifier", "adamw", "global_norm")
+BUDGET = 150.0  # ms of calls that a time is the median of
+
+
+class Row(NamedTuple):
+    """One line of a table: something to call, the bytes it has to move and the FLOPs it has to do."""
+
+    name: str
+    call: Callable | None  # None: absent
+    bytes: int
+    flops: int
+    kind: str = "ours"  # or "torch", which captures graphs its own way, or "host"
+
+
+class Case(NamedTuple):
+    """An op on given arrays.
+
+    args    {parameter: array or scalar} in the order of the signature; arrays are on the device
+    writes  names of the arrays that are overwritten, "out mean"; they are poisoned before a rung is checked
+    adds    names of those that are read and written
+    want    () -> [(name, index, float64)]: what args[name][index] must be afterwards, from the arrays as they are
+    bytes, flops  that any implementation moves and does at least; bound "bytes" or "flops" says which is the limit
+    naive   a NumPy function of no arguments: the peer on a CPU. None: there is none
+    peers   () -> {name: (function, "torch")}, called where PyTorch can be imported; None for what is absent
+    ulps    roundings to the output's precision that a right result may be off by
+    rungs   None: all, or the version numbers to run besides the public function
+    """
+
+    op: str
+    shape: str
+    args: dict
+    writes: str
+    adds: str
+    want: Callable
+    bytes: int
+    flops: int = 0
+    naive: Callable | None = None
+    peers: Callable | None = None
+    ulps: float = 2.0
+    rungs: tuple | None = None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the machine
+
+
+def torch_or_none():
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch
+
+
+class Bench:
+    """The op set under test, the model's sizes, and arrays of random numbers where the op set wants them."""
+
+    def __init__(self, device="auto", executor=False, model=None, B=None, T=None, dtype=None):
+        self.executor = executor
+        self.device = "executor" if executor else pick(device)
+        gpu, small = self.device == "cuda", {"cpu": ("d6", 4, 64), "executor": ("tiny:d4", 2, 64)}
+        model, self.B, self.T = (
+            a or b for a, b in zip((model, B, T), small.get(self.device, ("d12", 32, 1024)), strict=True)
+        )
+        self.config = model if isinstance(model, gpt2.GPT2Config) else gpt2.config_from_descriptor(model)
+        self.model = model if isinstance(model, str) else "custom"
+        self.dtype_name = dtype or ("fp32" if self.device == "cpu" else "bf16")
+        if self.device == "cpu" and self.dtype_name != "fp32":
+            raise UserError(f"--dtype {dtype}: the CPU op set has fp32 only. HINT: --executor has all three")
+        self.dtype = numpy_dtype(self.dtype_name)
+        self.ops = op_set(self.device)
+        self.C, self.NH, self.V = self.config.channels, self.config.num_heads, self.config.vocab_size
+        self.Vp, self.L = self.config.padded_vocab_size, self.config.num_layers
+        self.N = gpt2.num_parameters(self.config)
+        self.rng = np.random.default_rng(0)
+        self.torch = None if executor else torch_or_none()
+        if self.torch is not None and not gpu:
+            self.torch.set_num_threads(self.ops.device.threads())
+            self.torch.set_flush_denormal(True)
+        self.block = self.rng.standard_normal(1 << 22, np.float32) if gpu else None
+        self.scrub = self.ops.device.alloc(2 * l2_bytes()) if gpu else None
+        self.ceilings = {} if executor else self.measure_ceilings()
+
+    def describe(self):
+        return "CPU executor" if self.executor else self.ops.device.describe()
+
+    # arrays
+
+    def array(self, host):
+        """A host array where the op set wants it."""
+        if self.device != "cuda":
+            return np.ascontiguousarray(host)
+        array = self.empty(host.shape, host.dtype)
+        self.ops.device.upload(array, np.ascontiguousarray(host))
+        return array
+
+    def empty(self, shape, dtype=None):
+        """Uninitialised for all an op may assume: the check poisons it."""
+        dtype = self.dtype if dtype is None else np.dtype(dtype)
+        nbytes = int(np.prod(shape)) * dtype.itemsize
+        return self.ops.device.alloc(nbytes).view(dtype).reshape(shape)
+
+    def normal(self, shape, dtype=None, scale=1.0, mean=0.0):
+        """Gaussian numbers. On a GPU a block of 4 M of them again and again: drawing 1.6 G would take the host long."""
+        dtype = self.dtype if dtype is None else np.dtype(dtype)
+        if self.block is None:
+            return self.array((self.rng.standard_normal(shape, np.float32) * scale + mean).astype(dtype))
+        out = self.empty(shape, dtype)
+        flat, block = out.reshape(-1), self.array((self.block * scale + mean).astype(dtype))
+        copy = self.ops.device.copy_async
+        for start in range(0, flat.size, block.size):
+            n = min(block.size, flat.size - start) * dtype.itemsize
+            copy(flat.data.ptr + start * dtype.itemsize, block.data.ptr, n, self.ops.device.current_stream())
+        self.ops.device.synchronize()
+        return out
+
+    def tokens(self, shape):
+        """Token ids with the frequencies of text: most of the vocabulary is rare."""
+        p = 1.0 / np.arange(1, self.V + 1)
+        return self.array(self.rng.choice(self.V, size=shape, p=p / p.sum()).astype(np.int32))
+
+    def host(self, array, index=...):
+        """array[index] as float64 on the host (integers stay what they are)."""
+        part = array[index]
+        part = part if isinstance(part, np.ndarray) else part.get()
+        return part if part.dtype.kind in "iu" else part.astype(np.float64)
+
+    def t(self, array, grad=False):
+        """A torch tensor over the same memory."""
+        torch, bf16 = self.torch, array.dtype.name == "bfloat16"
+        array = array.view(np.int16) if bf16 else array
+        tensor = torch.as_tensor(array, device="cuda") if self.device == "cuda" else torch.from_numpy(array)
+        tensor = tensor.view(torch.bfloat16) if bf16 else tensor
+        return tensor.detach().requires_grad_(grad)
+
+    # time
+
+    def time(self, row):
+        """{p20, p50, p80 in us, calls, graph} of row.call()."""
+        if self.device != "cuda":
+            row.call()
+            ms = [host_ms(row.call)]
+            while len(ms) < 5 or (sum(ms) < BUDGET and len(ms) < 30):
+                ms.append(host_ms(row.call))
+                if sum(ms) > 10 * BUDGET:
+                    break
+            return quantiles(ms)
+        device = self.ops.device
+        row.call()
+        device.synchronize()
+        timer = device.timer()
+        row.call()
+        once = timer()
+        if once > 1000.0:  # a naive rung on a full-size problem: the time is long enough to be its own median
+            return quantiles([once])
+        ms = self.gpu_ms(row.call, int(np.clip(BUDGET / once, 3, 50)))
+        if np.median(ms) > 0.010:
+            return quantiles(ms)
+        return quantiles([x / 20 for x in self.gpu_ms(self.graph(row), 10)]) | {"graph": True}
+
+    def gpu_ms(self, call, count):
+        cuda = self.ops.device.module.import_cupy().cuda
+        events = [(cuda.Event(), cuda.Event()) for _ in range(count)]
+        for start, stop in events:
+            self.ops.device.zero(self.scrub)
+            start.record()
+            call()
+            stop.record()
+        self.ops.device.synchronize()
+        return [cuda.get_elapsed_time(start, stop) for start, stop in events]
+
+    def graph(self, row):
+        """Replays 20 calls."""
+
+        def calls():
+            for _ in range(20):
+                row.call()
+
+        if row.kind != "torch":
+            return self.ops.device.capture(calls)
+        graph = self.torch.cuda.CUDAGraph()
+        with self.torch.cuda.graph(graph):
+            calls()
+        return graph.replay
+
+    def measure_ceilings(self):
+        """{copy_GBs: bytes read and written by a copy, matmul_TFLOPs: a large product in the benchmark's dtype}."""
+        gpu, torch = self.device == "cuda", self.torch
+        ceilings = {}
+        if gpu:
+            a, b = (self.ops.device.alloc(1 << 30) for _ in range(2))
+            copy, device = self.ops.device.copy_async, self.ops.device
+            ms = self.gpu_ms(lambda: copy(a.data.ptr, b.data.ptr, a.nbytes, device.current_stream()), 10)
+        else:
+            a, b = (np.ones(1 << 26, np.uint8) for _ in range(2))
+            pieces = self.ops.device.split(a.size, 1 << 22)
+
+            def copy(i):
+                a[slice(*pieces[i])] = b[slice(*pieces[i])]
+
+            ms = [host_ms(lambda: self.ops.device.parallel(copy, len(pieces))) for _ in range(10)]
+            if torch is not None:  # whoever copies faster
+                to, source = torch.from_numpy(a), torch.from_numpy(b)
+                ms = min(ms, [host_ms(lambda: to.copy_(source)) for _ in range(10)], key=np.median)
+        ceilings["copy_GBs"] = 2 * a.nbytes / np.median(ms) / 1e6
+        n = (8192 if self.dtype_name != "fp32" else 4096) if gpu else 1024
+        if torch is not None:
+            x, y = (self.t(self.normal((n, n))) for _ in range(2))
+            product = Row("matmul", lambda: torch.mm(x, y), 0, 2 * n**3, "torch")
+        else:
+            x, y = (self.normal((n, n), np.float32) for _ in range(2))
+            product = Row("matmul", lambda: x @ y, 0, 2 * n**3)
+        ceilings["matmul_TFLOPs"] = 2 * n**3 / self.time(product)["p50"] / 1e6
+        return ceilings
+
+    def limit_us(self, nbytes, flops):
+        """The least time for so much work on this machine."""
+        return max(nbytes / self.ceilings["copy_GBs"] / 1e3, flops / self.ceilings["matmul_TFLOPs"] / 1e6)
+
+
+def pick(device):
+    """auto: cuda where it works."""
+    if device == "cpu":
+        return "cpu"
+    from llmc.cuda import device as cuda
+
+    try:
+        cuda.start()
+        return "cuda"
+    except UserError:
+        if device == "cuda":
+            raise
+        return "cpu"
+
+
+def op_set(device):
+    """llmc.cpu or llmc.cuda; for the executor, llmc.cuda with its kernels and memory replaced."""
+    if device == "cpu":
+        return importlib.import_module("llmc.cpu")
+    cuda = importlib.import_module("llmc.cuda")
+    if device == "executor":
+        sys.path.insert(0, str(ROOT / "tests"))
+        simt = importlib.import_module("simt")
+        cuda.module.kernel, cuda.module.capability, cuda.device.alloc = simt.kernel, lambda: 80, simt.alloc
+        return cuda
+    torch = torch_or_none()
+    if torch is not None:  # one stream for both, so that the same events time both
+        stream = cuda.device.current_stream()
+        torch.cuda.set_stream(torch.cuda.ExternalStream(stream.ptr))
+        torch.backends.cuda.matmul.allow_tf32 = False
+    return cuda
+
+
+def numpy_dtype(name):
+    if name == "bf16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype({"fp32": np.float32, "fp16": np.float16}[name])
+
+
+def l2_bytes():
+    from llmc.cuda import module
+
+    return max(32 << 20, module.import_cupy().cuda.Device().attributes["L2CacheSize"])
+
+
+def host_ms(call):
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def quantiles(ms):
+    p20, p50, p80 = (float(np.percentile(ms, q)) * 1e3 for q in (20, 50, 80))
+    return {"p50": p50, "p20": p20, "p80": p80, "calls": len(ms), "graph": False}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# rungs and peers
+
+
+def versions(b, op):
+    """[(label, function)]: the rungs of llmc/cuda that the dtype has, and the public function, marked as production."""
+    file = next(name for name in OPS if hasattr(importlib.import_module(f"{b.ops.__name__}.{name}"), op))
+    module = importlib.import_module(f"{b.ops.__name__}.{file}")
+    public = getattr(module, op)
+    if b.device == "cpu":
+        return [("llmc.cpu", public)]
+    numbers = sorted(int(n[len(op) :]) for n in dir(module) if re.fullmatch(rf"{op}\d+", n))
+    if b.dtype_name == "fp32":
+        numbers = [n for n in numbers if n not in getattr(module, "SIXTEEN_BIT", ())]
+    if b.device == "executor":
+        numbers = [n for n in numbers if n not in getattr(module, "HOPPER", ())]
+    found = [(str(n), getattr(module, f"{op}{n}")) for n in numbers]
+    if any(function is public for _, function in found):
+        return [(label + " production" * (function is public), function) for label, function in found]
+    return [*found, ("production", public)]
+
+
+def numpy_only(function, *arrays):
+    """The naive peer: function(*arrays) where they are NumPy arrays, else None."""
+    if all(array is None or isinstance(array, np.ndarray) for array in arrays):
+        return lambda: function(*arrays)
+    return None
+
+
+def torch_peers(b, function, *, dout=None, inputs=()):
+    """Peers "torch" and "torch.compile" of a function without arguments; with dout, of its backward pass alone."""
+    torch = b.torch
+    peers = {}
+    for name, prepare in (("torch", lambda f: f), ("torch.compile", compiled(torch))):
+        if prepare is None:
+            peers[name] = None
+            continue
+        call = prepare(function)
+        if dout is not None:
+            out = call()
+            call = backward_of(torch, out, inputs, dout)
+        peers[name] = call
+    return peers
+
+
+def backward_of(torch, out, inputs, dout):
+    return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
+
+
+def compiled(torch):
+    """torch.compile, or None where it cannot work (no compiler)."""
+    if not hasattr(torch, "compile"):
+        return None
+    import torch._functorch.config as config
+
+    config.donated_buffer = False  # backward is called again and again on one graph
+
+    def prepare(function):
+        torch._dynamo.reset()
+        return torch.compile(function)
+
+    return prepare
+
+
+def check(b, case, label, function, saved, want):
+    """Runs a rung once from the saved state and compares. Returns the largest error over its tolerance."""
+    for name in case.writes.split():
+        poison(b, case.args[name])
+    for name, copy in saved.items():
+        case.args[name][...] = copy
+    if "scratch" in case.args:
+        poison(b, case.args["scratch"])
+    function(*case.args.values())
+    worst = 0.0
+    for name, index, truth in want:
+        got = b.host(case.args[name], index)
+        eps = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}[case.args[name].dtype.name]
+        scale = np.max(np.abs(truth))
+        allowed = (case.ulps * eps + 1e-5) * scale + 1e-30
+        error = np.abs(got - truth)
+        error = float(np.max(np.where(np.isfinite(error), error, np.inf)))
+        if error > allowed:
+            sys.exit(f"{case.op} {label}: {name} is off by {error:.3g}, allowed {allowed:.3g} ({case.shape})")
+        worst = max(worst, error / allowed)
+    return worst
+
+
+def poison(b, array):
+    array.view(np.uint8)[...] = 0xFF
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# running and reporting
+
+
+def run_case(b, case):
+    """Checks and times a case -> list of result dictionaries, printed as a table."""
+    want = case.want()
+    saved = {name: case.args[name].copy() for name in case.adds.split()}
+    rows = []
+    for label, function in versions(b, case.op):
+        if case.rungs is not None and label.isdigit() and int(label) not in case.rungs:
+            continue
+        check(b, case, label, function, saved, want)
+        rows.append(Row(label, bind(function, case.args), case.bytes, case.flops))
+    if case.naive is not None and b.device == "cpu":
+        rows.append(Row("NumPy naive", case.naive, case.bytes, case.flops, "host"))
+    if case.peers is not None:
+        peers = case.peers() if b.torch is not None else {"torch": None, "torch.compile": None}
+        rows += [Row(name, call, case.bytes, case.flops, "torch") for name, call in peers.items()]
+    results = []
+    floor = b.limit_us(case.bytes, case.flops)
+    for row in rows:
+        result = {"op": case.op, "shape": case.shape, "dtype": b.dtype_name, "version": row.name}
+        if row.call is None:
+            results.append(result | {"absent": True})
+            continue
+        try:
+            result |= b.time(row)
+        except Exception as error:  # a peer that this machine cannot run is absent; a rung of ours that fails is not
+            if row.kind != "torch":
+                raise
+            results.append(result | {"absent": True, "why": " ".join(str(error).split())[:60]})
+            continue
+        result["GBs"], result["TFLOPs"] = row.bytes / result["p50"] / 1e3, row.flops / result["p50"] / 1e6
+        result["limit"] = 100 * floor / result["p50"]
+        results.append(result)
+    print_table(case, results, floor)
+    return results
+
+
+def bind(function, args):
+    values = list(args.values())
+    return lambda: function(*values)
+
+
+def find(results, version):
+    return next((r for r in results if r["version"] == version and "p50" in r), None)
+
+
+def print_table(case, results, floor):
+    print(f"\n{case.op}  {case.shape} | {case.bytes / 1e6:.1f} MB, {case.flops / 1e9:.1f} GFLOP | limit {floor:.1f} us")
+    heads = ("us p50", "p20", "p80", "GB/s", "TFLOP/s", "% limit", "x torch", "x compile")
+    print(f"{'version':<24}" + "".join(f"{h:>11}" for h in heads))
+    eager, comp = find(results, "torch"), find(results, "torch.compile")
+    for r in results:
+        if "p50" not in r:
+            print(f"{r['version']:<24}{'absent':>11}  {r.get('why', '')}")
+            continue
+        ratios = "".join(f"{peer['p50'] / r['p50']:>11.2f}" if peer else f"{'-':>11}" for peer in (eager, comp))
+        name = r["version"] + "*" * r["graph"]
+        times = "".join(f"{r[q]:>11.1f}" for q in ("p50", "p20", "p80"))
+        print(f"{name:<24}{times}{r['GBs']:>11.0f}{r['TFLOPs']:>11.2f}{r['limit']:>11.1f}{ratios}")
+
+
+def commit():
+    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return run.stdout.strip() or "unknown"
+
+
+def software(b):
+    found = [f"Python {platform.python_version()}", f"NumPy {np.__version__}"]
+    if b.device == "cuda":
+        found.append(f"CuPy {b.ops.device.module.import_cupy().__version__}")
+    return ", ".join(found + ([f"torch {b.torch.__version__}"] if b.torch is not None else []))
+
+
+FIELDS = "bench date commit device software copy_GBs matmul_TFLOPs op shape dtype version p50 p20 p80 GBs TFLOPs limit"
+
+
+def append_csv(path, b, results):
+    """A row for each timed version; the file is made with its header where there is none."""
+    path = Path(path)
+    common = {"bench": "op", "date": datetime.date.today().isoformat(), "commit": commit()}
+    common |= {"device": b.describe().split(",")[0], "software": software(b)} | b.ceilings
+    fresh = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS.split(), extrasaction="ignore")
+        if fresh:
+            writer.writeheader()
+        for result in results:
+            if "p50" in result:
+                row = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in (common | result).items()}
+                writer.writerow(row)
+
+
+def compare(old, results):
+    """Prints what is faster or slower than in an earlier CSV by more than the spread of both (p20 to p80)."""
+    with open(old, newline="") as file:
+        before = {tuple(r[k] for k in ("op", "shape", "dtype", "version")): r for r in csv.DictReader(file)}
+    moved = 0
+    print(f"\nmoved against {old}:")
+    for r in results:
+        was = before.get(tuple(r[k] for k in ("op", "shape", "dtype", "version")))
+        if was is None or "p50" not in r:
+            continue
+        faster, slower = r["p80"] < float(was["p20"]), r["p20"] > float(was["p80"])
+        if faster or slower:
+            moved += 1
+            change = f"{float(was['p50']):.1f} -> {r['p50']:.1f} us"
+            ratio = float(was["p50"]) / r["p50"]
+            name = f"{r['op']} {r['version']} ({r['shape']})"
+            print(f"  {'faster' if faster else 'SLOWER'}  {name:<70} {change}, x {ratio:.2f}, was {was['commit']}")
+    print(f"  {moved} moved, the rest is within the noise")
+
+
+def flags(description):
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("-b", "--batch-size", type=int, metavar="B", help="rows (GPU 32, CPU 4)")
+    p.add_argument("-t", "--sequence-length", type=int, metavar="T", help="tokens in a row (GPU 1024, CPU 64)")
+    p.add_argument("-e", "--model", metavar="MODEL", help="a descriptor: widths and vocabulary (GPU d12, CPU d6)")
+    p.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of the arrays (GPU bf16, CPU fp32)")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where it works")
+    p.add_argument("--executor", action="store_true", help="count traffic on the CPU executor; needs g++")
+    p.add_argument("--only", metavar="TEXT", default="", help="only ops whose name has TEXT in it")
+    p.add_argument("--no-peers", action="store_true", help="our rungs alone")
+    p.add_argument("--csv", metavar="FILE", help="append the results, e.g. to dev/results/nvidia_h200.csv")
+    p.add_argument("--compare", metavar="FILE", help="say what moved against the newest rows in FILE")
+    return p
+
+
+def main(*modules, argv=None, description=None):
+    """The command of a bench file: runs the cases of the given modules. Returns (Bench, results)."""
+    args = flags(description or modules[0].__doc__).parse_args(argv)
+    try:
+        b = Bench(args.device, args.executor, args.model, args.batch_size, args.sequence_length, args.dtype)
+    except UserError as error:
+        sys.exit(f"{error}")
+    print(f"{b.describe()} | {software(b)} | commit {commit()}")
+    if b.ceilings:
+        print(f"measured now: copy {b.ceilings['copy_GBs']:.0f} GB/s, matmul {b.ceilings['matmul_TFLOPs']:.2f} TFLOP/s")
+    results = []
+    for module in modules:
+        for case in module.cases(b):
+            if args.only in case.op:
+                case = case._replace(peers=None) if args.no_peers else case
+                results += count_case(b, case) if b.executor else run_case(b, case)
+    if args.compare and not b.executor:
+        compare(args.compare, results)
+    if args.csv and not b.executor:
+        append_csv(args.csv, b, results)
+    return b, results
+
+
+def spread(n, count):
+    """A slice of about `count` of n elements, the last one among them: what is compared of an array."""
+    step = max(1, n // count)
+    return slice((n - 1) % step, None, step)
+
+
+def finish(b, results):
+    """The last line: everything as JSON."""
+    print(
+        json.dumps({"device": b.describe(), "commit": commit(), "software": software(b), **b.ceilings, "rows": results})
+    )

@@ -1,0 +1,118 @@
+"""The five linear layers of GPT-2, forward and backward: python -m dev.bench_matmul (flags: dev/bench.py).
+
+FLOPs: 2 B T C OC forward, 4 backward. Fewest bytes: every operand read once, every result written once.
+cuBLAS is the bare products (torch.mm into a given output), without bias, GELU and bias gradient: ours have them.
+The whole ladder runs on fc; the other layers run the tensor-core rungs.
+"""
+
+import sys
+
+import numpy as np
+
+from dev import bench
+from dev.bench import Case, spread
+
+LAYERS = {"qkv": (1, 3), "attproj": (1, 1), "fc": (1, 4), "fcproj": (4, 1), "lmhead": (1, None)}  # C, OC in units of C
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def gelu_grad(x):
+    t = np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * x**2)
+
+
+def linear(inp, weight, bias=None):
+    out = inp @ weight.T
+    return out if bias is None else out + bias
+
+
+def linear_backward(dout, inp, weight):
+    """dinp, dweight, dbias."""
+    d, x = dout.reshape(-1, dout.shape[-1]), inp.reshape(-1, inp.shape[-1])
+    return d @ weight, d.T @ x, d.sum(0)
+
+
+def cases(b):
+    for layer, (width, outputs) in LAYERS.items():
+        yield from layer_cases(b, layer, b.C * width, b.Vp if outputs is None else b.C * outputs)
+
+
+def layer_cases(b, layer, C, OC):
+    B, T = b.B, b.T
+    shape = f"{layer} B={B} T={T} C={C} OC={OC}"
+    rungs = None if layer == "fc" else tuple(range(5, 20)) if b.dtype.itemsize == 2 else (3,)
+    inp, out = b.normal((B, T, C)), b.empty((B, T, OC))
+    weight, bias = b.normal((OC, C), scale=0.02), None if layer == "lmhead" else b.normal((OC,))
+    with_gelu, before_gelu = layer == "fc", layer == "fcproj"
+    bi, ti, oi, ci = spread(B, 2), spread(T, 16), spread(OC, 64), spread(C, 64)
+    flops = 2 * B * T * C * OC
+    nbytes = inp.nbytes + weight.nbytes + out.nbytes * (1 + with_gelu)
+    pre_gelu = b.empty((B, T, OC)) if with_gelu else None
+    F = b.torch and b.torch.nn.functional
+    blas = "cuBLAS" if b.device == "cuda" else "torch.mm"
+
+    def want():
+        own = linear(b.host(inp, (bi, ti)), b.host(weight, oi), None if bias is None else b.host(bias, oi))
+        where = (bi, ti, oi)
+        return [("pre_gelu", where, own), ("out", where, gelu(own))] if with_gelu else [("out", where, own)]
+
+    def peers():
+        x, w, o = b.t(inp), b.t(weight), b.torch.empty((B * T, OC), dtype=b.t(inp).dtype, device=b.t(inp).device)
+        beta, flat = None if bias is None else b.t(bias), b.t(inp).view(B * T, C)
+
+        def function():
+            own = F.linear(x, w, beta)
+            return (own, F.gelu(own, approximate="tanh")) if with_gelu else own
+
+        return {blas: lambda: b.torch.mm(flat, w.T, out=o)} | bench.torch_peers(b, function)
+
+    args = dict(out=out, inp=inp, weight=weight, bias=bias, pre_gelu=pre_gelu)
+    naive = bench.numpy_only(linear, inp, weight, bias)
+    writes = "out pre_gelu" if with_gelu else "out"
+    yield Case("matmul_forward", shape, args, writes, "", want, nbytes, flops, naive, peers, rungs=rungs)
+    del args
+
+    pre = b.normal((B, T, C)) if before_gelu else None
+    dout, dinp, dweight = b.normal((B, T, OC)), out if C == OC else b.empty((B, T, C)), b.empty((OC, C))
+    dbias = None if bias is None else b.empty((OC,))
+    nbytes = 2 * inp.nbytes + 2 * weight.nbytes + out.nbytes + (inp.nbytes if before_gelu else 0)
+
+    def want_backward():
+        dx = b.host(dout, (bi, ti)) @ b.host(weight, (slice(None), ci))
+        if before_gelu:
+            dx *= gelu_grad(b.host(pre, (bi, ti, ci)))
+        columns = b.host(dout, (..., oi)).reshape(B * T, -1)
+        dw = columns.T @ b.host(inp, (..., ci)).reshape(B * T, -1)
+        bias_want = [] if dbias is None else [("dbias", oi, columns.sum(0))]
+        return [("dinp", (bi, ti, ci), dx), ("dweight", (oi, ci), dw), *bias_want]
+
+    def backward_peers():
+        x, w, d = b.t(pre if before_gelu else inp, grad=True), b.t(weight, grad=True), b.t(dout)
+        leaves = (x, w) if bias is None else (x, w, b.t(bias, grad=True))
+
+        def function():
+            return F.linear(F.gelu(x, approximate="tanh") if before_gelu else x, *leaves[1:])
+
+        flat, source, weights = d.view(B * T, OC), b.t(inp).view(B * T, C), b.t(weight)
+        dx, dw = b.torch.empty_like(source), b.torch.empty_like(weights)
+
+        def products():
+            b.torch.mm(flat, weights, out=dx)
+            b.torch.mm(flat.T, source, out=dw)
+
+        return {blas: products} | bench.torch_peers(b, function, dout=d, inputs=leaves)
+
+    scratch = b.empty((b.ops.matmul_scratch_size(B, T, C, OC),), np.float32)
+    args = dict(dinp=dinp, dweight=dweight, dbias=dbias, scratch=scratch, dout=dout, inp=inp, weight=weight)
+    args |= dict(pre_gelu=pre, accumulate=False)
+    naive = bench.numpy_only(linear_backward, dout, inp, weight)
+    writes = "dinp dweight" if dbias is None else "dinp dweight dbias"
+    case = Case("matmul_backward", shape, args, writes, "", want_backward, nbytes, 2 * flops, naive, backward_peers)
+    yield case._replace(rungs=rungs)
+
+
+if __name__ == "__main__":
+    bench.finish(*bench.main(sys.modules[__name__]))
