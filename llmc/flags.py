@@ -213,7 +213,7 @@ def parser():
     add = p.add_argument_group("when a loss or gradient norm is NaN or Inf").add_argument
     text = "the weights stay, where it came from is printed and saved; then stop, or skip this update (stop)"
     add("--on-nonfinite", choices=("stop", "skip"), default="stop", help=text)
-    text = "do the step that such a run saved again, op by op, here or with another --device or --dtype; exit code 1: as bad"
+    text = "do the step that such a run saved again, op by op; also with another --dtype. Exit code 1 if as bad"
     add("--replay", metavar="FILE", help=text)
 
     add = p.add_argument_group("machine").add_argument

@@ -340,9 +340,10 @@ class GPT2:
         return ops.device.download(acts.losses)
 
     def backward(self, inputs, targets, grad_accum_steps=1, micro_step=0):
-        """Gradients of the mean loss over grad_accum_steps micro-batches, times loss_scale; call forward(inputs) with this batch first.
+        """Gradients of loss_scale times the mean loss over grad_accum_steps micro-batches, of which this is one.
 
-        The first micro-step writes the gradients (=), later ones add to them (+=). acts.losses likewise.
+        Call forward(inputs) with it first. The first micro-step writes the gradients (=), later ones add to them (+=).
+        acts.losses likewise.
         """
         upload = self.ops.device.upload
         seed, self.rng_state = rand.random_u32(self.rng_state)
@@ -395,8 +396,16 @@ class GPT2:
         """Mean loss in nats of the micro-batches since the last micro_step 0."""
         return float(self.ops.device.download(self.acts.losses).mean(dtype=np.float64)) / grad_accum_steps
 
+    def round_master(self):
+        """Parameters = the master weights, rounded with the noise of the last update (llm.c gpt2_build_from_state)."""
+        rng_state, seeds = self.rng_state_last_update, np.empty(16, np.uint32)
+        for i in range(16):
+            seeds[i], rng_state = rand.random_u32(rng_state)
+        self.ops.device.upload(self.scratch.seeds, seeds)
+        self.ops.init_from_master(self.params_flat, self.master, self.scratch.ends, self.scratch.seeds)
+
     def update(self, learning_rate, beta1, beta2, eps, weight_decay, grad_clip, t):
-        """One AdamW step on all parameters; t counts updates from 1. A norm or loss that is not finite changes nothing."""
+        """One AdamW step on all parameters; t counts updates from 1. Without finite norm and loss it does nothing."""
         upload, scratch = self.ops.device.upload, self.scratch
         self.rng_state_last_update = self.rng_state
         seeds = np.empty(16, np.uint32)

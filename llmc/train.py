@@ -20,26 +20,6 @@ from llmc.flags import check, fill_defaults, parser
 # setting up
 
 
-def pick_device(wanted, threads=None):
-    """The op set, its name, and one line that says which, and why: (ops, name, text)."""
-    why = "asked for"
-    if wanted != "cpu":
-        from llmc import cuda
-
-        try:
-            cuda.device.start()  # launches a kernel: only that shows that a GPU can be used
-            return cuda, "cuda", f"cuda ({why if wanted == 'cuda' else 'auto: it works'}), {cuda.device.describe()}"
-        except UserError as error:
-            if wanted == "cuda":
-                raise UserError(f"--device cuda: {error}") from error
-            why = f"auto: {str(error).partition('. HINT')[0].partition(' HINT')[0]}"
-    from llmc import cpu
-
-    if threads:
-        cpu.device.threads(threads)
-    return cpu, "cpu", f"cpu ({why}), {cpu.device.describe()}"
-
-
 def prepare_data(args, default_job):
     """Set -i and -j; returns a line about the default data, or None. What the user named is never substituted."""
     if args.input_bin is not None:
@@ -98,18 +78,10 @@ def model_config(args, resume_step):
     return config_from_descriptor(path, data_vocabulary(args.input_bin), args.sequence_length), None
 
 
-def model_dtype(name):
-    """The NumPy dtype of --dtype."""
-    if name != "bf16":
-        return {"fp32": "float32", "fp16": "float16"}[name]
-    import ml_dtypes
-
-    return ml_dtypes.bfloat16
-
-
-def grad_dtype(name):
-    """The NumPy dtype of --grad-dtype; None: that of the model."""
-    return "float32" if name == "fp32" else None
+def precision_of(args):
+    """What of -w and --grad-dtype the memory plan and GPT2(...) take."""
+    grad_dtype = "float32" if args.grad_dtype == "fp32" else None  # None: that of the model
+    return dict(use_master_weights=bool(args.use_master_weights), grad_dtype=grad_dtype)
 
 
 def data_vocabulary(pattern):
@@ -132,27 +104,6 @@ def sample_tokenizer(config, name):
         if name is not None:
             raise
         return None, f"samples are printed as token ids: {error}"
-
-
-def check_memory(plan_bytes, ops):
-    """A plan larger than the memory of the device is refused before anything is allocated."""
-    _, total = ops.device.memory()
-    if total and plan_bytes > total:
-        need, have = plan_bytes / 2**30, total / 2**30
-        raise UserError(f"the plan needs {need:.1f} GiB, the device has {have:.1f}. HINT: lower -b or -t, or raise -r.")
-
-
-def prepare_kernels(config, dtype, check):
-    """Compile what is not in the cache yet, several files at a time, and say so; the first step then has nothing to."""
-    import numpy as np
-
-    from llmc.cuda import module
-
-    module.check_launches = check
-    timer = time.perf_counter()
-    HS = config.channels // config.num_heads
-    module.compile_all(np.dtype(dtype).name, {"attention.cu": (f"HEAD_SIZE={HS}",)} if HS != 64 else None)
-    print(f"kernels ready after {time.perf_counter() - timer:.1f} s, {len(module.compilations)} files compiled")
 
 
 def total_batch_of(args, B, T):
@@ -270,8 +221,10 @@ def save(args, step, model, loader, detectors):
         loader_state=loader.state(),
         extra={name: detector.state() for name, detector in detectors.items()},
     )
-    version = 3 if model.dtype == "float32" else 5
-    checkpoint.save_checkpoint(args.output_dir, step, header, host(model.params_flat), version, state)
+    params, version = host(model.params_flat), 3 if model.dtype.name != "bfloat16" else 5
+    if model.dtype == "float16":
+        params = params.astype("float32")  # llm.c has no fp16 file; nothing is lost
+    checkpoint.save_checkpoint(args.output_dir, step, header, params, version, state)
     let_go(args, step)
 
 
@@ -283,55 +236,81 @@ def let_go(args, step):
 
 
 def load(args, step, model, loader, detectors):
-    """Continue from the checkpoint of this step: everything the next step reads gets the bits it had."""
-    from llmc import checkpoint
+    """Continue from the checkpoint of this step: everything the next step reads gets the bits it had.
 
-    load_weights(model, checkpoint.model_path(args.output_dir, step))
-    arrays = [array for array in (model.m, model.v, model.master) if array is not None]
+    -w 0: the weights are those of the model file. -w 1: the master weights of the state, or the model file of an fp32
+    run, which has no others; without either it is an error. If --dtype is not that of the file, the parameters are
+    rounded from the master weights anew, with the noise of the last update: a run can change its precision.
+    """
+    from llmc import checkpoint, startup
+
+    model_path, state_path = (f(args.output_dir, step) for f in (checkpoint.model_path, checkpoint.state_path))
+    version = startup.read_weights(model, model_path)
+    arrays = [model.m, model.v]
+    in_state = checkpoint.read_state_header(state_path, (model.m.size,))["use_master_weights"]
+    if args.use_master_weights and (in_state or (model.master is not None and version == 5)):
+        arrays.append(model.params_flat if model.master is None else model.master)
     hosts = [model.ops.device.host_view(array) for array in arrays]
-    state = checkpoint.read_state(checkpoint.state_path(args.output_dir, step, 0), *hosts)
+    state = checkpoint.read_state(state_path, *hosts)
+    if model.master is not None and len(arrays) == 2:
+        arrays.append(model.master)
+        hosts.append(model.ops.device.host_view(model.master))
+        checkpoint.read_model(model_path, hosts[2])
     for array, host in zip(arrays, hosts, strict=True):
         if host is not array:
             model.ops.device.upload(array, host)
     model.rng_state, model.rng_state_last_update = state["rng_state"], state["rng_state_last_update"]
+    if model.master is not None and not (version == 5 and model.dtype.name == "bfloat16"):
+        model.round_master()
     loader.load_state(state["loader_state"])
     for name, detector in detectors.items():
         detector.load_state((state["extra"] or {}).get(name))
 
 
-def load_weights(model, path):
-    """Parameters from a model file of either version, rounded to nearest where the model's precision is lower."""
-    from llmc import checkpoint
+def train_step(model, loader, args, step, steps, inputs, targets, detectors):
+    """One update, over micro-batches that are loaded into inputs, targets (M, B, T) i32.
 
-    host = model.ops.device.host_view(model.params_flat)
-    checkpoint.read_model(path, host)
-    model.load_parameters(host)
-
-
-def train_step(model, loader, args, step, steps, micro_steps, inputs, targets, detectors):
-    """One update. Returns (loss, its z-score, gradient norm, its z-score, learning rate, why no update or None)."""
+    Returns (loss, its z-score, gradient norm, its z-score, learning rate, what there is to say about it or None).
+    """
     from llmc.schedulers import get_learning_rate
 
-    for micro_step in range(micro_steps):
-        loader.next_batch(inputs, targets)
-        model.forward(inputs)
-        model.backward(inputs, targets, micro_steps, micro_step)
     peak, warmup, floor = args.learning_rate, args.warmup_iterations, args.final_learning_rate_frac
     lr = get_learning_rate(args.lr_scheduler, step, peak, warmup, steps, floor)
     settings = (lr, args.beta1, args.beta2, args.eps, args.weight_decay, args.grad_clip, step + 1)
     may_skip = args.skip_update_loss_z or args.skip_update_grad_z
-    if may_skip:
-        model.measure_norm()
-    else:
-        model.update(*settings)  # at once: a GPU has it queued before the host waits for the loss
-    loss, grad_norm = model.mean_loss(micro_steps), model.grad_norm()
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        what = f"loss {loss}, gradient norm {grad_norm}"
-        raise UserError(f"step {step + 1}: {what}; the weights were not updated. HINT: lower -l or raise -u.")
+    rng_state, last_update = model.rng_state, model.rng_state_last_update
+    scaler, loaded, notice = detectors.get("loss_scale"), False, None
+    while True:
+        if scaler:
+            model.loss_scale = scaler.scale
+        for micro_step, (x, y) in enumerate(zip(inputs, targets, strict=True)):
+            if not loaded:
+                loader.next_batch(x, y)
+            model.forward(x)
+            model.backward(x, y, len(inputs), micro_step)
+        if may_skip:
+            model.measure_norm()
+        else:
+            model.update(*settings)  # at once: a GPU has it queued before the host waits for the loss
+        loss, grad_norm = model.mean_loss(len(inputs)), model.grad_norm()
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite or not (scaler and math.isfinite(loss) and scaler.overflow()):
+            break
+        notice = f"step {step + 1}: the gradients overflowed in fp16, again with loss scale {scaler.scale:g}"
+        loaded, model.rng_state = True, rng_state
+    if not finite:
+        from llmc.nonfinite import step_failed
+
+        model.rng_state_last_update = last_update
+        notice = step_failed(args, step, model, inputs, targets, rng_state, loss, grad_norm, settings)
+        return loss, math.nan, grad_norm, math.nan, lr, notice
+    if scaler:
+        scaler.good_step()
     loss_z, norm_z = detectors["loss"].update(loss), detectors["grad_norm"].update(grad_norm)
-    notice = skip_notice(args, loss_z, norm_z)
-    if may_skip and not notice:
+    skip = skip_notice(args, loss_z, norm_z)
+    if may_skip and not skip:
         model.update(*settings)
+    notice = skip or notice
     return loss, loss_z, grad_norm, norm_z, lr, notice
 
 
@@ -355,10 +334,29 @@ def open_gpu_stats(args, gpu):
     return GpuStats(gpu[2])
 
 
+def replay(args):
+    """--replay: the step that a run saved because it was not finite, op by op. Exit code 1 if it still is not."""
+    from llmc import nonfinite, startup
+
+    ops, _, line = startup.pick_device(args.device, args.threads)
+    print(line)
+    about, found = nonfinite.replay(args.replay, ops, startup.model_dtype(args.dtype) if args.dtype else None)
+    print(f"as it was saved: {about['found']}")
+    print(f"done again:      {found or 'every tensor is finite'}")
+    return 1 if found else 0
+
+
 @command("llmc.train")
 def main(argv=None):
     args = parser().parse_args(argv)
+    if args.replay:
+        return replay(args)
     notices = check(args)
+    if args.plan:
+        from llmc.memory import print_plan
+
+        print_plan(args)
+        return 0
     start_time = time.perf_counter()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding does not have
@@ -366,17 +364,18 @@ def main(argv=None):
     # what is wrong with the flags or files is found here, before anything is allocated
     import numpy as np
 
-    from llmc import gpt2, mfu, schedulers
+    from llmc import gpt2, memory, mfu, schedulers, startup
     from llmc.logger import Display, Logger, step_line
+    from llmc.loss_scaler import LossScaler
     from llmc.outlier_detector import OutlierDetector
 
     schedulers.check(args.lr_scheduler)
-    ops, device, device_line = pick_device(args.device, args.threads)
+    ops, device, device_line = startup.pick_device(args.device, args.threads)
     default_job = fill_defaults(args, device)
     gpu = mfu.current_gpu() if device == "cuda" else None
     peak = mfu.peak_flops(*gpu[:2], args.dtype) if gpu else None
     gpu_stats = open_gpu_stats(args, gpu)
-    dtype = model_dtype(args.dtype)
+    dtype = startup.model_dtype(args.dtype)
     data_line = prepare_data(args, default_job)
     resume_step = check_output_dir(args)
     config, model_path = model_config(args, resume_step)
@@ -396,31 +395,36 @@ def main(argv=None):
         print(f"resuming from step {resume_step} in {args.output_dir}")
     print(report(settings(args, B, T, total_batch)))
     print(report(model_rows(args, config, gpu, peak, model_path, steps, val_batches)))
-    precision = dict(use_master_weights=bool(args.use_master_weights), grad_dtype=grad_dtype(args.grad_dtype))
+    precision = precision_of(args)
     plan = gpt2.memory_plan(config, ops, B, T, args.recompute, dtype, **precision)
-    plan_bytes = sum(nbytes for *_, nbytes in plan) + ops.device.scratch_bytes()
-    print(gpt2.format_plan(plan, dtype))
-    if ops.device.scratch_bytes():
-        print(f"  {'scratch of the threads':<50}{ops.device.scratch_bytes():>16,} bytes")
-    check_memory(plan_bytes, ops)
+    needs = memory.needs_of(config, ops, T, dtype, **precision)
+    plan_bytes = needs(B, args.recompute)
+    print(memory.plan_text(plan, ops, dtype))
+    limits = memory.limits(args, config, ops, T, dtype)
+    memory.check(needs, B, T, args.recompute, *limits)
     baseline = peak_memory()
     each = "1 micro-step" if micro_steps == 1 else f"{micro_steps} micro-steps"
     print(f"batch B * T = {B} * {T} = {B * T} tokens; total batch {total_batch} => {each} a step")
 
     graphs = device == "cuda" and not (args.no_graph or args.check)
     if device == "cuda":
-        prepare_kernels(config, dtype, args.check)
-    model = gpt2.GPT2(config, ops, B, T, args.recompute, dtype=dtype, graphs=graphs, **precision)
+        print(startup.prepare_kernels(config, dtype, args.check))
+    try:
+        model = gpt2.GPT2(config, ops, B, T, args.recompute, dtype=dtype, graphs=graphs, **precision)
+    except MemoryError:
+        memory.check(needs, B, T, args.recompute, *limits, failed=True)
     detectors = {"loss": OutlierDetector(), "grad_norm": OutlierDetector()}
+    if args.dtype == "fp16":
+        detectors["loss_scale"] = LossScaler()
     if resume_step is not None:
         load(args, resume_step, model, train_loader, detectors)
         let_go(args, resume_step)  # a kill may have come between its save and the removal of an old one
     elif model_path:
-        load_weights(model, model_path)
+        startup.read_weights(model, model_path)
     else:
         model.init_weights(args.seed)
 
-    inputs, targets = np.empty((B, T), np.int32), np.empty((B, T), np.int32)
+    inputs, targets = np.empty((2, micro_steps, B, T), np.int32)
     logger = Logger(args.output_dir, resume_step)
     first, live, val_loss = resume_step or 0, sys.stdout.isatty(), None
     speed, step_flops = Speed(total_batch), gpt2.flops_per_token(config, T) * B * T * micro_steps
@@ -430,7 +434,7 @@ def main(argv=None):
 
             if args.val_loss_every and (step % args.val_loss_every == 0 or last):
                 batches = all_val_batches if default_job and last else val_batches
-                val_loss = validate(model, val_loader, batches, inputs, targets)
+                val_loss = validate(model, val_loader, batches, inputs[0], targets[0])
                 display.write(f"val loss {val_loss:.6f}")
                 logger.val(step, val_loss)
             if args.sample_every and ((step > 0 and step % args.sample_every == 0) or last):
@@ -449,7 +453,7 @@ def main(argv=None):
             if args.overfit_single_batch:
                 train_loader.reset()
             loss, loss_z, grad_norm, norm_z, lr, notice = train_step(
-                model, train_loader, args, step, steps, micro_steps, inputs, targets, detectors
+                model, train_loader, args, step, steps, inputs, targets, detectors
             )
             ops.device.synchronize()
             ms = timer()

@@ -775,11 +775,11 @@ def test_a_step_allocates_no_activation(recompute, micro_steps):
     model = gpt2.GPT2(gpt2.GPT2Config(t, V, 384, 2, 4, c), cpu, b, t, recompute)
     model.init_weights()
     loader = DataLoader("long.bin", b, t, should_shuffle=True, vocab_size=V)
-    inputs, targets = np.empty((b, t), np.int32), np.empty((b, t), np.int32)
+    inputs, targets = np.empty((2, micro_steps, b, t), np.int32)
     detectors = {"loss": OutlierDetector(), "grad_norm": OutlierDetector()}
 
     def step(i):
-        train.train_step(model, loader, args, i, 9, micro_steps, inputs, targets, detectors)
+        train.train_step(model, loader, args, i, 9, inputs, targets, detectors)
 
     step(0)
     tracemalloc.start()

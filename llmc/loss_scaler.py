@@ -1,0 +1,43 @@
+"""Dynamic loss scaling for fp16: by how much the gradients are multiplied so that they neither vanish nor overflow.
+
+fp16 holds magnitudes from 6e-8 to 65504; the gradients of a loss averaged over many tokens lie mostly below. The loss
+is multiplied by a power of two, and AdamW divides by it again in fp32 (llmc/gpt2.py loss_scale): no bit changes but for
+those of gradients that fp16 could not hold. Source: Micikevicius et al. 2018, arXiv:1710.03740, section 3.2; the
+constants are those of torch.amp.GradScaler.
+"""
+
+INITIAL_SCALE = 2.0**16
+GROWTH_INTERVAL = 2000
+
+
+class LossScaler:
+    """The scale, halved for each overflow and doubled after GROWTH_INTERVAL steps in a row without one.
+
+    A step that overflowed is done again with half the scale, on the same batch and with the same random numbers, until
+    it fits: the weights and everything else go on as if the scale had been right from the start. (GradScaler drops the
+    batch instead.) At scale 1 there is nothing left to halve: then the gradients themselves are not finite.
+    """
+
+    def __init__(self, scale=INITIAL_SCALE):
+        self.scale, self.good_steps = scale, 0
+
+    def overflow(self):
+        """Halve the scale; False where it is 1 already."""
+        if self.scale <= 1.0:
+            return False
+        self.scale, self.good_steps = self.scale / 2, 0
+        return True
+
+    def good_step(self):
+        self.good_steps += 1
+        if self.good_steps == GROWTH_INTERVAL:
+            self.scale, self.good_steps = self.scale * 2, 0
+
+    def state(self):
+        """Everything as a dict that JSON can hold exactly."""
+        return dict(scale=self.scale, good_steps=self.good_steps)
+
+    def load_state(self, state):
+        """Continue from state(); None, as of a checkpoint of another precision, starts afresh."""
+        if state is not None:
+            self.scale, self.good_steps = state["scale"], state["good_steps"]

@@ -1,0 +1,264 @@
+"""Where a NaN or Inf came from: a step done again op by op, and a file that does it again anywhere.
+
+AdamW writes nothing where the gradient norm or a loss is not finite (llmc/gpt2.py update), so the weights after such a
+step are those before it, and the step can be repeated: the same batches and random numbers give the same bits. Then
+every op is followed by a look at what it wrote, and the first tensor with a NaN or Inf is named, with its layer, op and
+direction. A step that is finite pays nothing: nothing here runs.
+
+In a run of many processes the norm and the mean loss are those of all, so all of them come here together; each goes
+through the whole step, collectives included, and reports what it found itself.
+"""
+
+import inspect
+import json
+import math
+import os
+import zipfile
+
+import numpy as np
+
+from llmc import UserError
+from llmc.buffers import carve
+from llmc.checkpoint import atomic_write
+from llmc.gpt2 import GPT2, GPT2Config, parameter_specs
+
+WRITES = {  # op -> its arguments that it writes; scratch may hold anything
+    "encoder_forward": ("out",),
+    "encoder_backward": ("dwte", "dwpe"),
+    "layernorm_forward": ("mean", "rstd", "out"),  # in the order of computation
+    "residual_forward": ("out",),
+    "fused_residual_forward": ("residual", "mean", "rstd", "normed"),
+    "layernorm_backward": ("dinp", "dweight", "dbias"),
+    "matmul_forward": ("pre_gelu", "out"),
+    "matmul_backward": ("dinp", "dweight", "dbias"),
+    "attention_forward": ("att", "out"),
+    "attention_backward": ("dqkvr",),
+    "gelu_forward": ("out",),
+    "gelu_backward_inplace": ("d_in_out",),
+    "fused_classifier": ("losses", "logits"),
+    "global_norm_squared": ("out",),
+}
+UPDATES = ("adamw_update", "init_from_master")  # a replay leaves the weights alone
+SMALL = 1 << 16  # elements below which an array is downloaded at once
+
+
+def address(array):
+    return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+
+
+def names_of(model):
+    """{address: (name, layer or None)} of every tensor. Rows that layers share under recomputation have no layer."""
+    names, L = {}, model.config.num_layers
+    for prefix, views in (("", model.acts), ("params.", model.params), ("grads.", model.grads)):
+        for name in vars(views.h[0]):
+            rows = [getattr(h, name) for h in views.h]
+            shared = L > 1 and address(rows[0]) == address(rows[-1])
+            for layer, row in enumerate(rows[:1] if shared else rows):
+                names[address(row)] = (prefix + name, None) if shared else (f"{prefix}h[{layer}].{name}", layer)
+        for name, array in vars(views).items():
+            if name != "h":
+                names.setdefault(address(array), (prefix + name, None))
+    names[address(model.scratch.norm_squared)] = ("norm_squared of the gradients", None)
+    names[address(model.scratch.norm_squared[1:])] = ("norm_squared of the losses", None)
+    return names
+
+
+def count(ops, array, scratch):
+    """'2 NaN, 1 Inf of 96, first at (0, 17, 5)', or None where all of array is finite. scratch: for global_norm."""
+    if array.size > SMALL and not isinstance(array, np.ndarray):  # one pass over it on the device
+        out = ops.device.alloc(4).view(np.float32)
+        ops.global_norm_squared(out, scratch, array.reshape(-1))
+        if math.isfinite(ops.device.download(out)[0]):
+            return None
+    host = ops.device.host_view(array)
+    finite = np.isfinite(host)
+    if finite.all():
+        return None
+    nan, bad = int(np.isnan(host).sum()), int(finite.size - np.count_nonzero(finite))
+    first = tuple(int(i) for i in np.unravel_index(np.argmin(finite), finite.shape))
+    return f"{nan} NaN, {bad - nan} Inf of {finite.size}, first at {first}"
+
+
+class Trace:
+    """The op set `model` uses, with a look at what each op has written. Stands in for it as model.ops."""
+
+    def __init__(self, model):
+        self.model, self.ops, self.device, self.names = model, model.ops, model.ops.device, names_of(model)
+        self.direction, self.micro_step, self.found = None, 0, None
+
+    def __getattr__(self, name):
+        function = getattr(self.ops, name)
+        if name in UPDATES:
+            return lambda *args: None
+        if name not in WRITES:
+            return function
+
+        def call(*args, **kwargs):
+            function(*args, **kwargs)
+            if self.found is None:
+                self.look(name, inspect.signature(function).bind(*args, **kwargs).arguments)
+
+        return call
+
+    def look(self, op, arguments):
+        for argument in WRITES[op]:
+            array = arguments.get(argument)
+            text = None if array is None else count(self.ops, array, self.model.scratch.f32)
+            if text:
+                name, own_layer = self.name(array) or (argument, None)
+                layer = own_layer if own_layer is not None and self.direction == "forward" else self.layer(arguments)
+                if layer is not None and name in vars(self.model.acts.h[0]):  # a row that layers share
+                    name = f"h[{layer}].{name}"
+                where = [self.direction, f"layer {layer}" if layer is not None else ""]
+                where += [f"micro-step {self.micro_step}" if self.direction != "update" else ""]
+                where = ", ".join(filter(None, where))
+                self.found = f"the first non-finite value is in {name}, written by {op} as {argument} ({where}): {text}"
+                return
+
+    def name(self, array):
+        """(name, layer or None) of an array, None where it has no name."""
+        if self.direction == "backward" and address(array) == address(self.model.acts.h[-1].residual3):
+            return "dl_btc", None  # by then its forward value has been used up
+        return self.names.get(address(array))
+
+    def layer(self, arguments):
+        """The layer that an op works on: that of its weights; where it has none, that of its activations."""
+        arrays = [array for array in arguments.values() if hasattr(array, "dtype") and hasattr(array, "shape")]
+        names = [found for found in map(self.name, arrays) if found]
+        weights = [layer for name, layer in names if name.startswith("params.")]
+        return weights[0] if weights else next((layer for _, layer in names if layer is not None), None)
+
+
+def bad_weights(model):
+    """The first of the weights that are not finite, described; None where all are."""
+    if count(model.ops, model.params_flat, model.scratch.f32) is None:
+        return None
+    config, host = model.config, model.ops.device.host_view(model.params_flat)
+    params = carve(host.view(np.uint8), parameter_specs(config), config.num_layers, model.dtype)
+    layered = [(f"h[{layer}].{name}", array) for layer, h in enumerate(params.h) for name, array in vars(h).items()]
+    for name, array in [("wte", params.wte), ("wpe", params.wpe), *layered, *vars(params).items()]:
+        text = None if name == "h" else count(model.ops, array, None)
+        if text:
+            return f"the weights were not finite before the step: params.{name}: {text}"
+
+
+def trace(model, inputs, targets, rng_state):
+    """The step over these micro-batches, (M, B, T) i32 each, op by op. Returns what was found, or None.
+
+    rng_state is the model's before the step. Weights, optimizer state and the model's own rng_state stay as they are;
+    activations and gradients are written.
+    """
+    found = bad_weights(model)
+    if found:
+        return found
+    kept = model.ops, model.graphs, model.rng_state
+    model.ops, model.graphs, model.rng_state = traced, _, _ = Trace(model), None, rng_state
+    try:
+        for traced.micro_step, (x, y) in enumerate(zip(inputs, targets, strict=True)):
+            traced.direction = "forward"
+            model.forward(x)
+            traced.direction = "backward"
+            model.backward(x, y, len(inputs), traced.micro_step)
+        traced.direction = "update"
+        model.update_pass(0.9, 0.95, 1e-8, 0.0)  # its norms: AdamW itself is left out
+    finally:
+        model.ops, model.graphs, model.rng_state = kept
+    return traced.found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the file
+
+
+def save(path, model, inputs, targets, **about):
+    """Write a step for replay: one .npz with the weights, the tokens of all micro-steps and, as JSON, the rest.
+
+    params (N,) in the model's precision (bf16 as its 16 bits); inputs, targets (M, B, T) i32; about: a dict with the
+    model's sizes, dtype, grad_dtype, recompute and loss_scale, and what the caller adds: rng_state, found, update.
+    """
+    params = model.ops.device.host_view(model.params_flat)
+    about |= dict(dtype=model.dtype.name, grad_dtype=model.grads_flat.dtype.name, recompute=model.recompute)
+    about |= dict(loss_scale=model.loss_scale, config=vars(model.config))
+    params = params.view(np.uint16) if model.dtype.name == "bfloat16" else params
+    with atomic_write(path) as file:
+        np.savez(file, params=params, inputs=inputs, targets=targets, about=json.dumps(about))
+
+
+def load(path):
+    """(about, params (N,) f32, inputs, targets) of save()'s file. UserError where it is none."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            about = json.loads(str(file["about"]))
+            config = GPT2Config(**about["config"])
+            params, inputs, targets = file["params"], file["inputs"], file["targets"]
+        about["config"] = config
+        if about["dtype"] == "bfloat16":
+            params = (params.astype(np.uint32) << 16).view(np.float32)
+        N, V = sum(spec.size for spec in parameter_specs(config)), config.vocab_size
+        tokens = inputs.shape == targets.shape and inputs.ndim == 3 and inputs.dtype == targets.dtype == np.int32
+        if params.shape != (N,) or not tokens or min(inputs.min(), targets.min()) < 0 or inputs.max() >= V:
+            raise ValueError("its arrays do not fit its model")
+        if missing := {"rng_state", "found", "loss_scale", "recompute", "grad_dtype"} - set(about):
+            raise ValueError(f"it has no {min(missing)}")
+        return about, params.astype(np.float32), inputs, targets
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        why = (getattr(error, "strerror", None) or str(error) or "damaged").splitlines()[0]
+        hint = "HINT: give the nonfinite_*.npz that a stopped run wrote"
+        raise UserError(f"--replay {path}: cannot be read ({why}). {hint}.") from error
+
+
+def replay(path, ops, dtype=None):
+    """Do the saved step again on an op set, in its own precision or in dtype. Returns (about, what was found or None).
+
+    Errors: UserError where the file cannot be read, or holds a precision that the CPU op set does not have.
+    """
+    about, params, inputs, targets = load(path)
+    dtype = np.dtype(dtype) if dtype is not None else dtype_named(about["dtype"])
+    if ops.__name__ == "llmc.cpu" and dtype != np.float32:
+        have = f"--replay {path}: the step is in {about['dtype']}, the CPU op set has fp32 only"
+        raise UserError(f"{have}. HINT: --device cuda, or --dtype fp32 to see whether it fails there, too.")
+    grad_dtype = "float32" if about["grad_dtype"] == "float32" else None
+    model = GPT2(
+        about["config"], ops, *inputs.shape[1:], about["recompute"], dtype=dtype, grad_dtype=grad_dtype,
+        use_master_weights=False,
+    )  # fmt: skip
+    model.loss_scale = about["loss_scale"]
+    model.load_parameters(params)
+    return about, trace(model, inputs, targets, about["rng_state"])
+
+
+def dtype_named(name):
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def step_failed(args, step, model, inputs, targets, rng_state, loss, grad_norm, settings):
+    """After a step whose loss or gradient norm is not finite: find out why, and save it. Returns a line to print.
+
+    Errors: UserError with that line under --on-nonfinite stop; also under skip where the weights themselves are not
+    finite, as no later step can then be. Under skip only the first such step is saved: the files are large.
+    settings: the arguments of model.update.
+    """
+    found = trace(model, inputs, targets, rng_state)
+    hopeless = found is not None and found.startswith("the weights")
+    stop = args.on_nonfinite == "stop" or hopeless
+    rank = getattr(model, "rank", 0)
+    folder, suffix = args.output_dir or ".", f"_{rank:05d}.npz"
+    line = f"step {step + 1}: loss {loss:.4g}, gradient norm {grad_norm:.4g}: "
+    line += found or "done again op by op, every tensor is finite"
+    others = [name for name in os.listdir(folder) if name.startswith("nonfinite_") and name.endswith(suffix)]
+    if stop or not others:
+        path = os.path.join(folder, f"nonfinite_{step + 1:08d}{suffix}")
+        try:
+            save(path, model, inputs, targets, rng_state=rng_state, found=line, update=settings)
+            line += f"; saved: llmc.train --replay {path}"
+        except UserError as error:
+            line += f"; not saved: {str(error).partition('. HINT')[0]}"
+    if stop:
+        hint = "an update made them so, or the file they come from" if hopeless else "lower -l, raise -u"
+        hint += "" if hopeless or args.on_nonfinite == "skip" else ", or go on with --on-nonfinite skip"
+        raise UserError(f"{line}. The weights were not updated. HINT: {hint}.")
+    return f"{line}. Skipped: the weights were not updated."
