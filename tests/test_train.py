@@ -1021,7 +1021,7 @@ def test_bad_flags(argv, capsys):
 def test_a_plan_larger_than_the_machine(capsys, monkeypatch):
     monkeypatch.setattr(cpu.device, "memory", lambda: (2**20, 2**20))
     assert run("-x", 1) == 2
-    assert_one_line(capsys.readouterr().err, "GiB", "-b", "-t", "HINT: ")
+    assert_one_line(capsys.readouterr().err, "MiB", "-b", "-t", "HINT: ")
 
 
 def test_a_real_process_says_it_too():
