@@ -6,6 +6,7 @@ import os
 import re
 
 from llmc import UserError
+from llmc.startup import check_dtype
 
 
 class Parser(argparse.ArgumentParser):
@@ -268,11 +269,7 @@ def fill_defaults(args, device="cpu"):
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     args.model = args.model or preset["model"]
-    args.dtype = args.dtype or ("bf16" if device == "cuda" else "fp32")
-    if device == "cpu" and args.dtype != "fp32":
-        raise UserError(
-            f"--dtype {args.dtype}: the CPU op set has fp32 only. HINT: --device cuda, or leave --dtype out."
-        )
+    args.dtype = check_dtype(args.dtype, device)
     if sample_at_end:
         args.sample_every = args.max_steps if args.max_steps > 0 else 10**9
     if default_job and args.output_dir is None and not args.resume:

@@ -12,8 +12,8 @@ Source: llm.c test_gpt2.cu, test_gpt2.c, test_gpt2_fp32.cu; the files: checkpoin
 import os
 import sys
 
-from llmc import UserError, command
-from llmc.flags import Parser, positive
+from llmc import UserError, command, startup
+from llmc.flags import Parser
 
 STARTER_PACK = "https://huggingface.co/datasets/karpathy/llmc-starter-pack"
 PUBLISHED_FOR = dict(num_parameters=124475904, B=4, T=64, loss=5.27)  # the model and batch that the losses are of
@@ -33,9 +33,9 @@ RUNS = (  # name, settings, published losses, how far a loss may be off with fp3
     ),
 )
 LEARNING_RATE = 1e-4
-# fp32 weights (version 3): an element may be off by this share of the largest in its tensor; the loss as the logits.
+# fp32 weights and arithmetic: an element may be off by this share of the largest in its tensor; the loss as the logits.
 LOGITS_SHARE, GRADIENT_SHARE = 1e-4, 1e-3
-# bf16 weights (version 5) are rounded ones, the debug state is not: llm.c's limits for its bf16 build.
+# bf16 or fp16 weights (in the file, or by --dtype) are rounded ones, the debug state is not: llm.c's limits for bf16.
 BF16_LOGITS, BF16_LOSS, BF16_SLOPE = 25.0, 0.05, 0.079
 BF16_GRADIENTS = (5e-1, 4e-3, 1e-1, 4e-2, 5e-2, 3.5e-2, 2e-2, 3e-2, 5e-2, 3e-2, 3e-2, 3e-2, 2e-2, 1e-2, 1e-1, 2e-2)
 
@@ -81,28 +81,33 @@ def compare(name, got, expected, absolute, slope=0.0):
     return ok
 
 
-def compare_passes(model, debug, version):
-    """Forward and backward against the debug state, as a table; whether all of it is within the limits."""
+def compare_passes(model, debug, exact):
+    """Forward and backward against the debug state, as a table; whether all of it is within the limits.
+
+    exact: file and model are fp32, else the limits are those of llm.c's bf16 build.
+    """
     import numpy as np
 
     from llmc.buffers import carve
     from llmc.gpt2 import parameter_specs
 
-    download, V = model.ops.device.download, model.config.vocab_size
+    V = model.config.vocab_size
     specs = parameter_specs(model.config)
     expected = carve(debug["grads"].view(np.uint8), specs, model.config.num_layers, np.float32)
-    fp32 = version == 3
     print(f"{'tensor':<12}{'max abs diff':>13}{'limit':>12}   {'where':<26}")
 
+    def download(array):
+        return model.ops.device.download(array).astype(np.float32)
+
     logits = download(model.forward(debug["x"]).output)[..., :V]
-    limit = LOGITS_SHARE * largest(debug["logits"]) if fp32 else BF16_LOGITS
+    limit = LOGITS_SHARE * largest(debug["logits"]) if exact else BF16_LOGITS
     all_ok = compare("logits", logits, debug["logits"], limit)
     model.backward(debug["x"], debug["y"])
     loss = np.float32(model.mean_loss())
-    all_ok &= compare("loss", loss, np.float32(debug["loss"]), limit if fp32 else BF16_LOSS)
+    all_ok &= compare("loss", loss, np.float32(debug["loss"]), limit if exact else BF16_LOSS)
     for spec, bf16_limit in zip(specs, BF16_GRADIENTS, strict=True):
         got, reference = download(getattr(model.grads, spec.name)), getattr(expected, spec.name)
-        limits = (GRADIENT_SHARE * largest(reference), 0.0) if fp32 else (bf16_limit, BF16_SLOPE)
+        limits = (GRADIENT_SHARE * largest(reference), 0.0) if exact else (bf16_limit, BF16_SLOPE)
         all_ok &= compare(f"d{spec.name}", got, reference, *limits)
     return all_ok
 
@@ -147,7 +152,7 @@ def parser():
     p.add_argument("model", nargs="?", default="gpt2_124M.bin", help="model file (gpt2_124M.bin)")
     p.add_argument("debug_state", nargs="?", default="gpt2_124M_debug_state.bin", help="(gpt2_124M_debug_state.bin)")
     p.add_argument("-r", "--recompute", type=int, choices=(0, 1, 2), default=1, help="as in llmc.train (1)")
-    p.add_argument("--threads", type=positive, help="CPU threads (default: all)")
+    startup.add_device_flags(p.add_argument)
     return p
 
 
@@ -156,26 +161,23 @@ def main(argv=None):
     args = parser().parse_args(argv)
     header, debug = read_files(args.model, args.debug_state)
 
-    from llmc import checkpoint
-    from llmc import cpu as ops
     from llmc.gpt2 import GPT2, config_from_header, num_parameters
 
-    if args.threads:
-        ops.device.threads(args.threads)
+    ops, device, line = startup.pick_device(args.device, args.threads)
+    stored = {3: "fp32", 5: "bf16"}[header["version"]]
+    dtype = startup.check_dtype(args.dtype or (stored if device == "cuda" else None), device)
     config, (B, T) = config_from_header(header), debug["x"].shape
-    model = GPT2(config, ops, B, T, args.recompute)
-    host = model.host_parameters()
-
-    def load_weights():
-        checkpoint.read_model(args.model, host)
-        model.load_parameters(host)
+    if device == "cuda":
+        startup.prepare_kernels(config, startup.model_dtype(dtype))
+    model = GPT2(config, ops, B, T, args.recompute, dtype=startup.model_dtype(dtype))
+    exact = stored == dtype == "fp32"
 
     N = num_parameters(config)
-    precision = {3: "fp32", 5: "bf16"}[header["version"]]
-    print(f"{args.model}: {N:,} parameters, {precision} (version {header['version']})")
+    print(f"{line}, {dtype}")
+    print(f"{args.model}: {N:,} parameters, {stored} (version {header['version']})")
     print(f"{args.debug_state}: B = {B}, T = {T}, loss {debug['loss']:.6f}")
-    load_weights()
-    all_ok = compare_passes(model, debug, header["version"])
+    startup.read_weights(model, args.model)
+    all_ok = compare_passes(model, debug, exact)
     debug = {name: debug[name] for name in ("x", "y", "loss")}  # the rest is as large as the model
 
     of = PUBLISHED_FOR
@@ -183,10 +185,10 @@ def main(argv=None):
     for name, settings, expected, limit in RUNS:
         shown = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in settings.items())
         print(f"\n10 steps as {name}: learning rate {LEARNING_RATE:g}, {shown}")
-        load_weights()
+        startup.read_weights(model, args.model)
         losses = train(model, debug, settings)
         if published:
-            all_ok &= compare_losses(losses, expected, limit if header["version"] == 3 else BF16_LOSS)
+            all_ok &= compare_losses(losses, expected, limit if exact else BF16_LOSS)
         else:
             all_ok &= compare_fall(losses)
     print(f"\noverall okay: {int(all_ok)}")
