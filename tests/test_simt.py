@@ -377,6 +377,7 @@ def test_traffic():
         read, write = (next(r for r in rows if r.write == w) for w in (False, True))
         assert (read.space, read.requests, read.bytes, read.units, read.ideal) == ("global", 1, 128, units, ideal)
         assert read.line == line_of("traffic.cu", "strided") and (write.units, write.bytes) == (4, 128)
+        assert [(r.array, r.array_bytes) for r in (read, write)] == [("inp", inp.nbytes), ("out", 128)]
     expected = {32: 32, 33: 1, 34: 2, 36: 4}  # floats in a row: wavefronts of reading a column
     for row, units in expected.items():
         with simt.traffic() as rows:

@@ -518,12 +518,12 @@ class Launch(ctypes.Structure):
 
 
 class Counts(ctypes.Structure):
-    _fields_ = [("pc", ctypes.c_uint64), ("write", ctypes.c_int), ("shared", ctypes.c_int)]
+    _fields_ = [("pc", ctypes.c_uint64), ("write", ctypes.c_int), ("array", ctypes.c_int)]
     _fields_ += [(n, ctypes.c_uint64) for n in ("requests", "bytes", "units", "ideal")]
 
 
 class Traffic(NamedTuple):
-    """What the memory accesses of one source line cost, all blocks and warps together, as a warp would make them."""
+    """What the accesses of a source line to an array cost, all blocks and warps together, as a warp would make them."""
 
     kernel: str
     file: str
@@ -534,6 +534,9 @@ class Traffic(NamedTuple):
     bytes: int  # that the lanes asked for
     units: int  # 32-byte sectors of global memory, wavefronts of shared memory
     ideal: int  # the fewest sectors for so many bytes, wavefronts without bank conflicts
+    array: str  # the kernel's name for it, "" for shared memory
+    array_bytes: int
+    launch: int  # number of the launch since `traffic` began
 
 
 @contextmanager
@@ -723,7 +726,7 @@ class Kernel:
         if failed:
             raise self.explain(code, launch, order, fault, prepare_again)
         if counted is not None:
-            self.count(code)
+            self.count(code, launch)
 
     def explain(self, code, launch, order, fault, prepare_again):
         """The KernelFault for what the runtime has found."""
@@ -745,21 +748,25 @@ class Kernel:
         where = {"file": file, "line": line, "other_line": other_line, "block": block, "thread": thread}
         return self.fault(kind, text, array=array, index=fault.index if array else None, **where)
 
-    def count(self, code):
-        """Adds the launch's traffic to `counted`, by source line."""
+    def count(self, code, launch):
+        """Adds the launch's traffic to `counted`, by source line and array."""
         size = runtime().simt_traffic(None, 0)
         rows = (Counts * size)()
         runtime().simt_traffic(ctypes.byref(rows), size)
         lines = source_lines(code.path, [row.pc for row in rows]) if size else {}
+        regions = ctypes.cast(launch.regions, ctypes.POINTER(Region))
+        number = counted[-1].launch + 1 if counted else 0
         sums = {}
         for row in rows:
             file, line = (lines[row.pc] or [("?", 0)])[0]
-            total = sums.setdefault(
-                (Path(file).name, line, "shared" if row.shared else "global", bool(row.write)), [0] * 4
-            )
+            key = (Path(file).name, line, "shared" if row.array < 0 else "global", bool(row.write), row.array)
+            total = sums.setdefault(key, [0] * 4)
             for i, value in enumerate((row.requests, row.bytes, row.units, row.ideal)):
                 total[i] += value
-        counted.extend(Traffic(self.name, *key, *total) for key, total in sorted(sums.items()))
+        for (*key, array), total in sorted(sums.items()):
+            region = regions[array] if array >= 0 else None
+            where = (region.name.decode(), region.end - region.begin) if region else ("", 0)
+            counted.append(Traffic(self.name, *key, *total, *where, number))
 
 
 def describe_lines(lines):

@@ -87,9 +87,9 @@ struct Launch {
     int region_count;
 };
 
-struct Traffic {  // of one instruction, all warps and blocks together
+struct Traffic {  // of one instruction on one array, all warps and blocks together
     u64 pc;
-    int write, shared;
+    int write, array;  // array: number of the region, -1 for shared memory
     u64 requests, bytes, units, ideal;  // units: 32-byte sectors of global, wavefronts of shared memory
 };
 
@@ -503,6 +503,7 @@ static u64 watched_pc;
 
 // Traffic: the accesses of a warp's lanes through one instruction, grouped by how often each lane has come there.
 struct Request {
+    int array;
     u32 lanes, offset[32];
 };
 struct Stream {
@@ -517,7 +518,16 @@ static void count_access(size_t offset, int size, bool write, void* pc) {
     Stream& s = streams[((uintptr_t)pc - image_begin) << 5 | me / 32];
     u32 n = s.count[me % 32]++;
     s.size = size, s.write = write;
-    if (n >= s.requests.size()) { s.requests.resize(n + 1); }
+    if (n >= s.requests.size()) {
+        s.requests.resize(n + 1);
+        int array = offset < ARENA ? -1 : 0;  // the region is the same for all lanes, but for an access out of bounds
+        uintptr_t a = (uintptr_t)memory + offset;
+        while (offset >= ARENA && array < launch.region_count - 1 &&
+               !(launch.regions[array].begin <= a && a < launch.regions[array].end)) {
+            ++array;
+        }
+        s.requests[n].array = array;
+    }
     s.requests[n].lanes |= 1u << me % 32;
     s.requests[n].offset[me % 32] = (u32)offset;
 }
@@ -533,10 +543,9 @@ static void count_block() {
     for (auto& entry : streams) {
         const Stream& s = entry.second;
         for (const Request& r : s.requests) {
-            u32 first = r.offset[__builtin_ctz(r.lanes)];
-            bool shared = first < ARENA;
-            Traffic& t = traffic[(entry.first >> 5) * 4 + s.write * 2 + shared];
-            t.pc = entry.first >> 5, t.write = s.write, t.shared = shared;
+            bool shared = r.array < 0;
+            Traffic& t = traffic[((entry.first >> 5) * 64 + (r.array + 1)) * 2 + s.write];
+            t.pc = entry.first >> 5, t.write = s.write, t.array = r.array;
             u64 bytes = (u64)__builtin_popcount(r.lanes) * s.size;
             t.requests += 1, t.bytes += bytes;
             u32 part = shared && s.size > 4 ? 128 / s.size : 32;
