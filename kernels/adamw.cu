@@ -4,12 +4,12 @@
 //   new = old - lr ((m/c1) / (sqrt(v/c2) + eps) + decay old);  master = new;  params = stochastic_round(new)
 //   scale = unscale (clip/norm if clip > 0 and norm > clip else 1);  norm = unscale sqrt(norm_squared);  c = 1 - beta^t
 //
-//   params (N,) floatX    master (N,) f32 or NULL    grads (N,) gradX    m, v (N,) f32
+//   params (N,) floatX    master (N,) f32 or NULL    grads (N,) floatG    m, v (N,) f32
 //   tensor i of 16 covers [ends[i-1], ends[i]): ends i64, decays f32, seeds u32 (16,) each
 //   hyper (4,) f32 = lr, c1, c2, unscale: 1 / the loss scale of fp16, else 1
 //   norm_squared (2,) f32: of the gradients as they are stored, and of the losses
 //
-// gradX is floatX, or float with -DGRADS_FP32. What changes from step to step (hyper, norm_squared, seeds) is read from
+// What changes from step to step (hyper, norm_squared, seeds) is read from
 // device memory, so that a captured graph can be replayed. Where either norm is not finite nothing is written.
 // The rounding noise depends on (seed of the tensor, index within the tensor) alone: another launch geometry, another
 // sharding of the arena or init_from_master after a resume gives the same bits.
@@ -23,12 +23,6 @@
 #include "common.cuh"
 
 #define TENSORS 16
-
-#if defined(GRADS_FP32)
-typedef float gradX;
-#else
-typedef floatX gradX;
-#endif
 
 // The tensor that element i belongs to: the number of ends that are <= i. Four steps of binary search.
 __device__ inline int find_tensor(const i64* ends, i64 i) {
@@ -61,7 +55,7 @@ __device__ inline float clip_scale(float norm_squared, float clip, float unscale
 }
 
 // One thread per element. grid ceil(N / block), any block.
-extern "C" __global__ void adamw_update_kernel1(floatX* params, float* master, const gradX* grads, float* m, float* v,
+extern "C" __global__ void adamw_update_kernel1(floatX* params, float* master, const floatG* grads, float* m, float* v,
                                                 const i64* ends, const float* decays, const u32* seeds,
                                                 const float* hyper, const float* norm_squared, float beta1, float to_m,
                                                 float beta2, float to_v, float eps, float clip, i64 N) {
@@ -105,7 +99,7 @@ __device__ inline void put(float* array, i64 i, const float* values, int count, 
 
 // One thread per 16 bytes of params. A tensor may begin in the middle of a pack: the search is repeated where one ends.
 // grid ceil(N / x128::size / block), any block; all arrays start at 16 bytes.
-extern "C" __global__ void adamw_update_kernel2(floatX* params, float* master, const gradX* grads, float* m, float* v,
+extern "C" __global__ void adamw_update_kernel2(floatX* params, float* master, const floatG* grads, float* m, float* v,
                                                 const i64* ends, const float* decays, const u32* seeds,
                                                 const float* hyper, const float* norm_squared, float beta1, float to_m,
                                                 float beta2, float to_v, float eps, float clip, i64 N) {
@@ -148,6 +142,115 @@ extern "C" __global__ void adamw_update_kernel2(floatX* params, float* master, c
         store128(params + i, rounded);
     } else {
         for (int k = 0; k < count; k++) { params[i + k] = rounded[k]; }
+    }
+}
+
+// Four consecutive elements as they lie in memory: 16 bytes of fp32, 8 of the 16-bit types.
+template <class T> struct alignas(4 * sizeof(T)) Quad { T e[4]; };
+
+template <class T> __device__ inline Quad<T> load4(const T* address) {
+    Quad<T> quad;
+    if constexpr (sizeof(T) == 4) {
+        int4 bits = __ldcs(reinterpret_cast<const int4*>(address));
+        memcpy(&quad, &bits, sizeof(quad));
+    } else {
+        int2 bits = __ldcs(reinterpret_cast<const int2*>(address));
+        memcpy(&quad, &bits, sizeof(quad));
+    }
+    return quad;
+}
+
+template <class T> __device__ inline void store4(T* address, const Quad<T>& quad) {
+    if constexpr (sizeof(T) == 4) {
+        int4 bits;
+        memcpy(&bits, &quad, sizeof(quad));
+        __stcs(reinterpret_cast<int4*>(address), bits);
+    } else {
+        int2 bits;
+        memcpy(&bits, &quad, sizeof(quad));
+        __stcs(reinterpret_cast<int2*>(address), bits);
+    }
+}
+
+// As adam_step, with 1/c1 and 1/c2 and the hardware's own division and square root, which are right to some 2^-22 of an
+// update that is itself lr of a parameter. A quarter of the instructions.
+__device__ inline float adam_step_fast(const Adam& a, float grad, float& m, float& v, float old, float decay) {
+    float g = a.scale * grad;
+    m = fmaf(a.beta1, m, a.to_m * g);
+    v = fmaf(a.beta2, v, a.to_v * g * g);
+    float v_hat = v * a.c2, root = v_hat * rsqrtf(fmaxf(v_hat, 1.2e-38f));  // 0 where v is 0
+    return old - a.lr * (__fdividef(m * a.c1, root + a.eps) + decay * old);
+}
+
+#ifndef QUADS
+#define QUADS 2  // groups of 4 elements that a thread has in flight; llmc/cuda/adamw.py has the same number
+#endif
+
+// A thread's elements are 4 by 4, neighbours in neighbouring threads, so that every access of a warp covers whole sectors.
+// All loads are under way before anything else is asked for. The tensor is looked up once per block, and once more by
+// threads past its end; a group in which a tensor ends goes element by element.
+// grid ceil(N / (4 * QUADS * block)), any block; all arrays start at 16 bytes.
+extern "C" __global__ void __launch_bounds__(256)
+adamw_update_kernel3(floatX* params, float* master, const floatG* grads, float* m, float* v, const i64* ends,
+                     const float* decays, const u32* seeds, const float* hyper, const float* norm_squared, float beta1,
+                     float to_m, float beta2, float to_v, float eps, float clip, i64 N) {
+    i64 first = (i64)blockIdx.x * blockDim.x * (4 * QUADS), stride = 4 * blockDim.x;
+    Quad<floatG> grad[QUADS];
+    Quad<float> old[QUADS], new_m[QUADS], new_v[QUADS];
+    Quad<floatX> rounded[QUADS];
+#pragma unroll
+    for (int q = 0; q < QUADS; q++) {
+        i64 i = first + q * stride + 4 * threadIdx.x;
+        if (i + 4 <= N) {
+            grad[q] = load4(grads + i);
+            new_m[q] = load4(m + i);
+            new_v[q] = load4(v + i);
+            if (master) {
+                old[q] = load4(master + i);
+            } else {
+                rounded[q] = load4(params + i);
+            }
+        }
+    }
+    if (!finite(norm_squared)) { return; }
+    float scale = clip_scale(norm_squared[0], clip, hyper[3]);
+    Adam a = {hyper[0], 1.0f / hyper[1], 1.0f / hyper[2], beta1, to_m, beta2, to_v, eps, scale};  // c1, c2: inverted
+    int tensor = find_tensor(ends, first);
+    i64 begin = tensor > 0 ? ends[tensor - 1] : 0, end = ends[tensor];
+    float decay = decays[tensor];
+    u32 seed = seeds[tensor];
+#pragma unroll
+    for (int q = 0; q < QUADS; q++) {
+        i64 i = first + q * stride + 4 * threadIdx.x;
+        if (i >= N) { break; }
+        if (i >= end) {
+            tensor = find_tensor(ends, i);
+            begin = ends[tensor - 1], end = ends[tensor];
+            decay = decays[tensor];
+            seed = seeds[tensor];
+        }
+        if (i + 4 > end) {
+            for (i64 j = i; j < min(i + 4, N); j++) {
+                int at = find_tensor(ends, j);
+                float one = master ? master[j] : (float)params[j], one_m = m[j], one_v = v[j];
+                one = adam_step_fast(a, (float)grads[j], one_m, one_v, one, decays[at]);
+                m[j] = one_m;
+                v[j] = one_v;
+                if (master) { master[j] = one; }
+                params[j] = stochastic_round(one, noise(j - (at > 0 ? ends[at - 1] : 0), seeds[at]));
+            }
+            continue;
+        }
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            float before = master ? old[q].e[k] : (float)rounded[q].e[k];
+            old[q].e[k] = adam_step_fast(a, (float)grad[q].e[k], new_m[q].e[k], new_v[q].e[k], before, decay);
+            rounded[q].e[k] = stochastic_round(old[q].e[k], noise(i + k - begin, seed));
+        }
+        store4(m + i, new_m[q]);
+        store4(v + i, new_v[q]);
+        if (master) { store4(master + i, old[q]); }
+        store4(params + i, rounded[q]);
     }
 }
 

@@ -28,6 +28,13 @@ typedef float floatX;
 #error "define one of ENABLE_BF16, ENABLE_FP16, ENABLE_FP32"
 #endif
 
+// floatG is the type of the weights' gradients: floatX, or float with -DGRADS_FP32.
+#ifdef GRADS_FP32
+typedef float floatG;
+#else
+typedef floatX floatG;
+#endif
+
 // Integers only: ceil_div(7, 2) = 4.
 template <class T> __host__ __device__ constexpr T ceil_div(T a, T b) { return (a + b - 1) / b; }
 
@@ -88,6 +95,36 @@ template <class T> __device__ inline void forget128(Packed128<T>& pack) {
     int4 bits = bits128(pack);
     asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w));
     pack = unpack128<T>(bits);
+}
+
+// All values of a pack of floatX as fp32, and back, rounded to nearest even: an instruction for a value, and one for a pair.
+__device__ inline void to_floats(float (&values)[x128::size], const x128& pack) {
+#ifdef ENABLE_BF16  // the upper half of an fp32 number; the library's conversion of odd elements takes two instructions
+    u32 pairs[x128::size / 2];
+    memcpy(pairs, &pack, 16);
+    for (int i = 0; i < x128::size / 2; i++) {
+        values[2 * i] = __uint_as_float(pairs[i] << 16);
+        values[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+    }
+#else
+    for (int k = 0; k < x128::size; k++) { values[k] = (float)pack[k]; }
+#endif
+}
+
+__device__ inline x128 to_pack(const float (&values)[x128::size]) {
+    x128 pack;
+#if defined(ENABLE_BF16)
+    __nv_bfloat162 pairs[x128::size / 2];
+    for (int i = 0; i < x128::size / 2; i++) { pairs[i] = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]); }
+    memcpy(&pack, pairs, 16);
+#elif defined(ENABLE_FP16)
+    __half2 pairs[x128::size / 2];
+    for (int i = 0; i < x128::size / 2; i++) { pairs[i] = __floats2half2_rn(values[2 * i], values[2 * i + 1]); }
+    memcpy(&pack, pairs, 16);
+#else
+    for (int k = 0; k < x128::size; k++) { pack[k] = values[k]; }
+#endif
+    return pack;
 }
 
 template <class T> __device__ inline Packed128<T> zeros128() { return unpack128<T>(make_int4(0, 0, 0, 0)); }
@@ -161,20 +198,24 @@ __device__ inline floatX stochastic_round(float value, u32 random) {
 // ---------------------------------------------------------------------------------------------------------------------
 // GELU, tanh form: 0.5 x (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3).
 // 0.5 (1 + tanh u) = s = 1 / (1 + exp(-2u)), which loses no digits for negative x, where 1 + tanh u cancels.
+// exp as 2^y and the division are one instruction of the hardware each, right to some 2^-21. The exact expf and division
+// take 40 instructions an element, more time than its 4 bytes take; tanh.approx has an error of 2^-11, and cancels.
 // ---------------------------------------------------------------------------------------------------------------------
 
 #define GELU_SCALE 0.7978845608028654f  // sqrt(2/pi)
 #define GELU_CUBIC 0.044715f
+#define GELU_EXPONENT -2.302208198144325f  // -2 sqrt(2/pi) log2(e)
 
-__device__ inline float gelu(float x) {
-    float u = GELU_SCALE * (x + GELU_CUBIC * x * x * x);
-    return x / (1.0f + expf(-2.0f * u));
+// s, the factor of x
+__device__ inline float gelu_factor(float x) {
+    return __fdividef(1.0f, 1.0f + exp2f(GELU_EXPONENT * (x + GELU_CUBIC * x * x * x)));
 }
+
+__device__ inline float gelu(float x) { return x * gelu_factor(x); }
 
 // d gelu / dx = s + x * ds/dx, ds/dx = 2 s (1 - s) du/dx.
 __device__ inline float gelu_grad(float x) {
-    float u = GELU_SCALE * (x + GELU_CUBIC * x * x * x);
-    float s = 1.0f / (1.0f + expf(-2.0f * u));
+    float s = gelu_factor(x);
     float du = GELU_SCALE * (1.0f + 3.0f * GELU_CUBIC * x * x);
     return s + x * 2.0f * s * (1.0f - s) * du;
 }

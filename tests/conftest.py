@@ -105,6 +105,7 @@ def op_set(kind, monkeypatch):
     simt = importlib.import_module("simt")
     monkeypatch.setattr(cuda.module, "kernel", simt.kernel)
     monkeypatch.setattr(cuda.module, "capability", lambda: 80)
+    monkeypatch.setattr(cuda.module, "multiprocessors", lambda: 3)  # few: kernels whose blocks stay make several rounds
     monkeypatch.setattr(cuda.device, "alloc", simt.alloc)
     for name in ("zero", "upload", "download", "synchronize", "timer", "memory", "describe"):
         monkeypatch.setattr(cuda.device, name, getattr(cpu.device, name))

@@ -4,6 +4,8 @@ import numpy as np
 
 from . import module
 
+SHARED = 226 * 1024  # bytes of shared memory for a row or two: what Hopper has beside the kernel's own
+
 
 def check(logits, losses, targets, V):
     B, T, Vp = logits.shape
@@ -52,6 +54,19 @@ def fused_classifier3(logits, losses, dloss, targets, V, write_dlogits=True):
 def fused_classifier4(logits, losses, dloss, targets, V, write_dlogits=True):
     """fused_classifier1 with the row kept in registers: read once up to V = 55296 (fp32: 27648)."""
     block_per_row(4, 768, logits, losses, dloss, targets, V, write_dlogits)
+
+
+def fused_classifier5(logits, losses, dloss, targets, V, write_dlogits=True):
+    """fused_classifier1 with the next row on its way into shared memory while one is worked on."""
+    N, Vp = check(logits, losses, targets, V)
+    row = -(-V * logits.itemsize // 16) * 16
+    buffers = 2 if 2 * row <= SHARED else 1
+    smem = buffers * row
+    blocks = min(N, module.multiprocessors())
+    dims = (np.int32(N), np.int32(V), np.int32(Vp), np.int32(bool(write_dlogits)), np.int32(buffers))
+    block = max(32, min(1024, -(-V * logits.itemsize // (16 * 32)) * 32))
+    kernel = module.kernel("fused_classifier.cu", "fused_classifier_kernel5", logits.dtype, smem=smem)
+    kernel((blocks,), (block,), (logits, losses, targets, np.float32(dloss), *dims), shared_mem=smem)
 
 
 fused_classifier = fused_classifier4  # one read and one write of the logits

@@ -86,6 +86,12 @@ def capability():
 
 
 @functools.cache
+def multiprocessors():
+    """Multiprocessors of the current device: the grid of kernels whose blocks stay. No result may depend on it."""
+    return import_cupy().cuda.Device().attributes["MultiProcessorCount"]
+
+
+@functools.cache
 def header_hash(folder):
     """SHA-1 over every header, name and content: changes when any of them does."""
     digest = hashlib.sha1()
