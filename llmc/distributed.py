@@ -1,0 +1,604 @@
+"""Many processes: who is who, what happens when one dies, and the sums over all of them.
+
+Every process trains on batches of its own; gradients are summed over all ranks as the backward pass makes them final.
+With -z 1 (ZeRO-1) a rank keeps AdamW's state for a share of every tensor alone, updates that share, and the shares of
+all ranks are gathered. One process needs none of this, and then nothing here is imported or called.
+
+Two channels. A *hub*, a small process beside rank 0 to which every rank has a TCP connection, carries what is not an
+array: flags to compare, barriers, errors, and a sign of life every two seconds. It is a process of its own because a
+launcher may kill all ranks within a millisecond of the first death: the hub is left to say which one it was. Arrays go
+over MPI (the CPU op set) or NCCL (GPUs), class Mpi and class Nccl: the same methods, none of which wait.
+
+Source: llm.c llmc/zero.cuh, train_gpt2.cu. Its ncclAvg is a sum here: 1/P is part of the loss's gradient.
+"""
+
+import contextlib
+import json
+import os
+import re
+import selectors
+import socket
+import sys
+import threading
+import time
+from array import array as array_of
+
+from llmc import UserError
+
+BEAT = 2.0  # seconds between signs of life
+SILENCE = 20.0  # seconds without one after which a rank counts as dead
+CONNECT = 120.0  # seconds for all ranks to find the hub
+PORT = 12345  # of -pi tcp, as in llm.c
+AGAIN = "-y 1 continues from the last checkpoint in -o, with any number of processes"
+
+# ----------------------------------------------------------------------------------------------------------------------
+# who is who
+
+MPI_VARIABLES = [
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # Open MPI
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),  # MPICH, Intel MPI
+]
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+SRUN_VARIABLES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+
+
+def world(args, environ=os.environ):
+    """(rank, size, local rank, launcher) of this process: launcher is "mpi", "torchrun", "srun" or None.
+
+    From what mpirun, torchrun or srun put into the environment, else -pn and -pr. The local rank counts the processes
+    of one machine; without a launcher that tells it is rank mod -pg. srun may start the daemons of mpirun and not the
+    ranks: MPI's variables go before its own. Errors: UserError for values that are impossible or contradict each other.
+    """
+    found = {}
+    for launcher, names in [*(("mpi", n) for n in MPI_VARIABLES), ("torchrun", TORCHRUN_VARIABLES)]:
+        if launcher not in found and names[0] in environ and names[1] in environ:
+            found[launcher] = names
+    if not found and SRUN_VARIABLES[0] in environ and SRUN_VARIABLES[1] in environ:
+        found["srun"] = SRUN_VARIABLES
+    seen = []
+    for launcher, names in found.items():
+        try:
+            rank, size = int(environ[names[0]]), int(environ[names[1]])
+        except ValueError:
+            rank, size = -1, -1
+        if not 0 <= rank < size:
+            text = f"{names[0]}={environ[names[0]]} with {names[1]}={environ[names[1]]}: no such rank"
+            raise UserError(f"{text}. HINT: unset them, or start all processes with one launcher.")
+        seen.append((f"{names[0]}={rank}, {names[1]}={size}", rank, size, environ.get(names[2]), launcher))
+    if seen and args.process_count not in (None, seen[0][2]):
+        raise UserError(f"-pn {args.process_count} contradicts {seen[0][0]}. HINT: leave -pn out.")
+    if seen and args.process_rank not in (None, seen[0][1]):
+        raise UserError(f"-pr {args.process_rank} contradicts {seen[0][0]}. HINT: leave -pr out.")
+    if len(seen) == 2 and seen[0][1:3] != seen[1][1:3]:
+        raise UserError(f"{seen[0][0]} contradicts {seen[1][0]}. HINT: one launcher only; unset what another one left.")
+    if seen:
+        _, rank, size, local, launcher = seen[0]
+    else:
+        size, rank, local, launcher = args.process_count or 1, args.process_rank, None, None
+        if rank is None and size > 1:
+            raise UserError(f"-pn {size} needs -pr, the rank of this process. HINT: mpirun -n {size} tells both.")
+    rank = rank or 0
+    local = int(local) if local is not None and args.gpus_per_node is None else rank % (args.gpus_per_node or 8)
+    return rank, size, local, launcher
+
+
+def first_host(nodelist):
+    """The first machine of a Slurm list: node[03-05,7],other -> node03."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodelist)
+    return match[1] + (match[2] or "")
+
+
+def meeting_place(args, rank, size, launcher, environ=os.environ):
+    """How to find the hub: ("mpi",), ("tcp", host, port) or ("fs", path). -pi decides, else the launcher.
+
+    torchrun keeps MASTER_PORT for itself, so the hub has the port after it.
+    """
+    method = args.nccl_init_method or {"mpi": "mpi", "torchrun": "tcp", "srun": "tcp"}.get(launcher)
+    method = method or ("tcp" if args.server_ip else "fs" if args.fs_path else None)
+    if method == "fs":
+        return "fs", os.path.join(args.fs_path, f"llmc-{environ.get('SLURM_JOB_ID', 'run')}-{size}.json")
+    if method == "tcp" and args.server_ip:
+        return "tcp", args.server_ip, PORT
+    if method == "tcp" and launcher == "torchrun" and "MASTER_ADDR" in environ:
+        return "tcp", environ["MASTER_ADDR"], int(environ.get("MASTER_PORT", PORT - 1)) + 1
+    if method == "tcp" and launcher == "srun":
+        nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "localhost")
+        return "tcp", first_host(nodes), 20000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000
+    if method == "mpi" and launcher == "mpi":
+        return ("mpi",)
+    if method == "mpi":
+        raise UserError("-pi mpi: this process was not started by mpirun. HINT: mpirun -n P, or -pi tcp, or -pi fs.")
+    text = f"rank {rank} of {size} cannot find the others"
+    raise UserError(f"{text}. HINT: start with mpirun, torchrun or srun, or give -pi tcp -ps HOST or -pi fs -pf DIR.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the hub
+
+
+def hub(fd, size, token, connect=CONNECT, silence=SILENCE):
+    """Serve the `size` ranks on the listening socket fd until all have said bye or one has failed.
+
+    A message is a JSON object in a line. From a rank: its rank, size and token; value, error, beat, bye. To the ranks:
+    welcome; values, once every rank has sent its own; stop, an exit code; beat. What has another token is dropped.
+    stdin is a pipe that nothing is written to: its end tells that rank 0 is gone before it could connect.
+    """
+    listener = socket.socket(fileno=fd)
+    ranks, unread, heard, values, errors, left = {}, {}, {}, {}, {}, set()  # ranks: of each socket, None before hello
+    start = beat = time.monotonic()
+
+    def send(message, sockets=None):
+        for sock in sockets or [s for s, r in ranks.items() if r is not None and r not in left]:
+            with contextlib.suppress(OSError):
+                sock.sendall(json.dumps(message).encode() + b"\n")
+
+    def stop(text, code):
+        print(f"llmc.train: error: {text}", file=sys.stderr, flush=True)
+        send({"stop": code})
+        sys.exit(0)
+
+    def receive(sock, message):
+        rank = ranks[sock]
+        if rank is None:
+            if not isinstance(message, dict) or message.get("token") != token:
+                raise OSError("not of this run")
+            rank, theirs = message["rank"], message["size"]
+            if rank in ranks.values():
+                stop(f"two processes say that they are rank {rank}. HINT: give each its own -pr", 2)
+            if theirs != size or not 0 <= rank < size:
+                stop(f"rank {rank} was started as one of {theirs} processes, rank 0 as one of {size}", 2)
+            ranks[sock] = rank
+            send({"welcome": rank}, [sock])
+        elif "value" in message:
+            values[rank] = message["value"]
+            if len(values) == size:
+                everything = [values[r] for r in range(size)]
+                values.clear()
+                send({"values": everything})
+        elif "error" in message:
+            errors.setdefault(rank, (time.monotonic(), message["error"], message["code"]))
+        elif "bye" in message:
+            left.add(rank)
+
+    ready = selectors.DefaultSelector()  # epoll: of several that have died since the last look, the first comes first
+    ready.register(listener, selectors.EVENT_READ)
+    ready.register(sys.stdin, selectors.EVENT_READ)
+    while len(left) < size:
+        for sock in [key.fileobj for key, _ in ready.select(0.2)]:
+            if sock is sys.stdin:
+                ready.unregister(sock)
+                if 0 not in ranks.values():
+                    return
+                continue
+            if sock is listener:
+                sock = listener.accept()[0]
+                sock.settimeout(silence)
+                ready.register(sock, selectors.EVENT_READ)
+                ranks[sock], unread[sock], heard[sock] = None, b"", time.monotonic()
+                continue
+            try:
+                data = sock.recv(1 << 16)
+                *lines, unread[sock] = (unread[sock] + data).split(b"\n")
+                heard[sock] = time.monotonic()
+                for line in lines:
+                    receive(sock, json.loads(line))
+                if not data:
+                    raise OSError("closed")
+            except (OSError, ValueError, KeyError):
+                rank = ranks.pop(sock)
+                ready.unregister(sock)
+                sock.close()
+                if rank is not None and rank not in left and rank not in errors:
+                    stop(f"rank {rank} died, the other ranks stop. HINT: {AGAIN}", 1)
+        now = time.monotonic()
+        if errors:  # all ranks may be about to report the same
+            first = min(errors, key=errors.get)
+            since, text, code = errors[first]
+            if len(errors) == size or now - since > 1.0:
+                common = len(errors) == size and len({text for _, text, _ in errors.values()}) == 1
+                stop(text if common else f"rank {first}: {text}", code)
+        missing = sorted(set(range(size)) - set(ranks.values()) - left)
+        if missing and now - start > connect:
+            who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:8]))}"
+            stop(f"{who} of {size} did not connect within {connect:.0f} s. HINT: start {size} processes, see -pn", 2)
+        for sock, rank in ranks.items():
+            if rank not in left and now - heard[sock] > silence:
+                stop(f"rank {rank} has not been heard of for {silence:.0f} s, the other ranks stop. HINT: {AGAIN}", 1)
+        if now - beat > BEAT:
+            beat = now
+            send({"beat": 1})
+
+
+def start_hub(size, token, host="", port=0, connect=CONNECT, silence=SILENCE):
+    """Start the hub beside this process, rank 0; returns its port. It outlives this process only to name the dead."""
+    import subprocess
+
+    try:
+        listener = socket.create_server((host, port), backlog=size)
+    except OSError as error:
+        raise UserError(f"port {port} of this machine: {error.strerror}. HINT: is another run using it?") from error
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from llmc.distributed import hub; "
+    code += "hub(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], float(sys.argv[5]), float(sys.argv[6]))"
+    argv = [here, listener.fileno(), size, token, connect, silence]
+    start_hub.process = subprocess.Popen(  # kept: it holds our end of the pipe
+        [sys.executable, "-I", "-S", "-c", code, *map(str, argv)],
+        pass_fds=[listener.fileno()], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    port = listener.getsockname()[1]
+    listener.close()
+    return port
+
+
+class Ranks:
+    """This process among the others, over its connection to the hub. rank, size, local_rank.
+
+    A thread answers the hub meanwhile: when another rank fails, it ends this process, whatever it is waiting for.
+    """
+
+    def __init__(self, rank, size, local_rank, where, connect=CONNECT, silence=SILENCE):
+        import queue
+
+        self.rank, self.size, self.local_rank, self.arrays = rank, size, local_rank, None
+        self.replies, self.lock, self.closed = queue.SimpleQueue(), threading.Lock(), threading.Event()
+        self.sock, self.lines = find_hub(rank, size, where, connect, silence)
+        self.sock.settimeout(silence)
+        for work in (self._listen, self._beat):
+            threading.Thread(target=work, daemon=True, name="llmc.ranks").start()
+        self.barrier()
+
+    def _send(self, message):
+        with self.lock:
+            self.sock.sendall(json.dumps(message).encode() + b"\n")
+
+    def _beat(self):
+        while not self.closed.wait(BEAT):
+            with contextlib.suppress(OSError):  # _listen will see it
+                self._send({"beat": 1})
+
+    def _listen(self):
+        with contextlib.suppress(OSError, ValueError):
+            for message in map(json.loads, self.lines):
+                if "values" in message:
+                    self.replies.put(message["values"])
+                elif "stop" in message:
+                    leave(message["stop"])
+        if not self.closed.is_set():
+            text = f"rank {self.rank} lost its connection to the machine of rank 0"
+            print(f"llmc.train: error: {text}. HINT: {AGAIN}", file=sys.stderr, flush=True)
+            leave(1)
+
+    def exchange(self, value):
+        """[the value of every rank], which JSON must be able to hold. All ranks call it; it waits for them."""
+        self._send({"value": value})
+        return self.replies.get()
+
+    def barrier(self):
+        """Returns when every rank has called it."""
+        self.exchange(None)
+
+    def from_rank0(self, value):
+        """Rank 0's value, on every rank."""
+        return self.exchange(value if self.rank == 0 else None)[0]
+
+    def fail(self, text, code):
+        """End this process and the others; the hub prints the text, once if it is the same on all ranks."""
+        with contextlib.suppress(OSError):
+            self._send({"error": text, "code": code})
+            time.sleep(10)  # the hub's answer ends this process
+        leave(code)
+
+    def close(self):
+        """The end of a run that went well, on all ranks."""
+        self.barrier()
+        if self.arrays:
+            self.arrays.close()
+        self.closed.set()
+        with contextlib.suppress(OSError):
+            self._send({"bye": 1})
+
+
+def leave(code):
+    """End this process now: its main thread may be waiting in MPI or NCCL for a rank that is no more."""
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    os._exit(code)
+
+
+def find_hub(rank, size, where, connect=CONNECT, silence=SILENCE):
+    """(socket to the hub, the lines it sends). On rank 0 the hub is started first. where: meeting_place()'s.
+
+    A file that an earlier run left leads to a closed port, or to a hub that wants another token: it is read again
+    until rank 0 has replaced it.
+    """
+    import secrets
+
+    token, hosts, port = "", [], 0
+    if where[0] == "tcp":
+        hosts, port = [where[1]], where[2]
+    if where[0] == "mpi":
+        comm = import_mpi(size).COMM_WORLD
+    if rank == 0:
+        token = "" if where[0] == "tcp" else secrets.token_hex(8)
+        hosts, port = addresses(), start_hub(size, token, port=port, connect=connect, silence=silence)
+    if where[0] == "mpi":
+        token, hosts, port = comm.bcast((token, hosts, port))
+    elif where[0] == "fs" and rank == 0:
+        write_place(where[1], token, hosts, port)
+    deadline = time.monotonic() + connect
+    while True:
+        if where[0] == "fs" and rank:
+            token, hosts, port = read_place(where[1])
+        for host in hosts:
+            with contextlib.suppress(OSError, ValueError):
+                sock = socket.create_connection((host, port), timeout=10)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.sendall(json.dumps(dict(rank=rank, size=size, token=token)).encode() + b"\n")
+                lines = sock.makefile("rb")
+                answer = json.loads(lines.readline())  # nothing, if this is the hub of another run
+                if "stop" in answer:
+                    leave(answer["stop"])
+                return sock, lines
+        if time.monotonic() > deadline:
+            at = where[1] if where[0] == "fs" else f"{hosts[0]} port {port}"
+            raise UserError(f"rank {rank} did not find rank 0 within {connect:.0f} s: {at}. HINT: is rank 0 running?")
+        time.sleep(0.2)
+
+
+def write_place(path, token, hosts, port):
+    """Tell the others where the hub is, in a file that all machines see; what an earlier run left there is replaced."""
+    from llmc.checkpoint import atomic_write
+
+    if os.path.exists(path) and read_place(path)[0] == "":
+        raise UserError(f"{path} is not a file of a run. HINT: -pf needs a folder for this alone.")
+    with atomic_write(path) as file:
+        file.write(json.dumps({"llmc": [token, hosts, port]}).encode())
+
+
+def read_place(path):
+    """What write_place wrote, or nothing: ("", [], 0)."""
+    try:
+        with open(path, "rb") as file:
+            token, hosts, port = json.load(file)["llmc"]
+        return str(token), list(hosts), int(port)
+    except (OSError, ValueError, KeyError, TypeError):
+        return "", [], 0
+
+
+def addresses():
+    """Names and addresses under which other machines may reach this one; this machine's own first."""
+    found = ["127.0.0.1"]
+    with contextlib.suppress(OSError):
+        probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        probe.connect(("192.0.2.1", 9))  # sends nothing: it only looks up the way out
+        found.append(probe.getsockname()[0])
+        probe.close()
+    return [*found, socket.gethostname()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# arrays
+
+
+def import_mpi(size):
+    """mpi4py's MPI, if this process is one of `size` to it, else UserError."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        hint = "pip install llmc[mpi]; on GPUs -pi tcp or -pi fs work without it"
+        raise UserError(f"{size} processes need mpi4py ({error}). HINT: {hint}.") from error
+    if MPI.COMM_WORLD.size != size:
+        text = f"this process is one of {size}, but MPI sees {MPI.COMM_WORLD.size}"
+        hint = f"the CPU op set needs mpirun -n {size} python -m llmc.train ..., of the MPI that mpi4py uses"
+        raise UserError(f"{text}. HINT: {hint}.")
+    return MPI
+
+
+class Mpi:
+    """Sums and gathers of NumPy arrays over all ranks. Calls only start; wait() returns when all have finished.
+
+    All ranks make the same calls in the same order. The sum has the same bits on every rank.
+    """
+
+    def __init__(self, rank, size):
+        self.mpi = import_mpi(size)
+        self.comm, self.rank, self.size, self.requests = self.mpi.COMM_WORLD, rank, size, []
+
+    def _start(self, requests):
+        self.requests += requests
+        self.mpi.Request.Testall(self.requests)  # MPI moves data while it is called
+
+    def all_reduce(self, arrays):
+        """Each array = its sum over the ranks."""
+        self._start([self.comm.Iallreduce(self.mpi.IN_PLACE, array) for array in arrays])
+
+    def reduce_scatter(self, shares, arrays):
+        """share (n/P,) = this rank's part of the sum of array (n,): the r-th of P equal parts on rank r."""
+        self._start([self.comm.Ireduce_scatter_block(a, s) for s, a in zip(shares, arrays, strict=True)])
+
+    def all_gather(self, arrays, shares):
+        """array (n,) = the shares (n/P,) of all ranks, in order."""
+        self._start([self.comm.Iallgather(s, a) for a, s in zip(arrays, shares, strict=True)])
+
+    def wait(self):
+        """What follows reads what was started before."""
+        self.mpi.Request.Waitall(self.requests)
+        self.requests = []
+
+    def sums(self, values):
+        """The sum over the ranks of each number, as floats."""
+        array = array_of("d", map(float, values))
+        self.comm.Allreduce(self.mpi.IN_PLACE, array)
+        return array.tolist()
+
+    def close(self):
+        """Nothing: mpi4py ends MPI with the interpreter."""
+
+
+NCCL_TYPES = {"float16": 6, "float32": 7, "float64": 8, "bfloat16": 9}  # ncclDataType_t
+NCCL_SUM = 0  # ncclRedOp_t
+
+
+class Nccl:
+    """The same for arrays on GPUs, one for each rank. Calls queue work on a stream of their own and return at once.
+
+    That stream first waits for the work queued before the call on the current one; wait() makes the current stream wait
+    for it in turn. With both the calls can be captured into a CUDA graph.
+    """
+
+    def __init__(self, rank, size, unique_id=None):
+        cupy, self.nccl = import_nccl()
+        self.rank, self.size = rank, size
+        unique_id = self.nccl.get_unique_id() if unique_id is None else tuple(unique_id)
+        try:
+            self.comm = self.nccl.NcclCommunicator(size, unique_id, rank)
+        except self.nccl.NcclError as error:
+            hint = "NCCL_DEBUG=WARN as environment variable makes NCCL say why"
+            raise UserError(f"rank {rank} cannot join NCCL's ranks: {error}. HINT: {hint}.") from error
+        self.cuda = cupy.cuda
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self.before, self.after = (cupy.cuda.Event(disable_timing=True) for _ in range(2))
+        self.scalars = cupy.zeros(16, "float64")
+
+    @contextlib.contextmanager
+    def _queued(self):
+        self.before.record(self.cuda.get_current_stream())
+        self.stream.wait_event(self.before)
+        self.nccl.groupStart()  # one launch for all calls of a group
+        try:
+            yield self.comm
+        finally:
+            self.nccl.groupEnd()
+
+    def all_reduce(self, arrays):
+        """Each array = its sum over the ranks."""
+        with self._queued() as comm:
+            for array in arrays:
+                at, kind = array.data.ptr, NCCL_TYPES[array.dtype.name]
+                comm.allReduce(at, at, array.size, kind, NCCL_SUM, self.stream.ptr)
+
+    def reduce_scatter(self, shares, arrays):
+        """share (n/P,) = this rank's part of the sum of array (n,): the r-th of P equal parts on rank r."""
+        with self._queued() as comm:
+            for share, array in zip(shares, arrays, strict=True):
+                assert share.size * self.size == array.size and share.dtype == array.dtype, (share.shape, array.shape)
+                kind = NCCL_TYPES[array.dtype.name]
+                comm.reduceScatter(array.data.ptr, share.data.ptr, share.size, kind, NCCL_SUM, self.stream.ptr)
+
+    def all_gather(self, arrays, shares):
+        """array (n,) = the shares (n/P,) of all ranks, in order."""
+        with self._queued() as comm:
+            for array, share in zip(arrays, shares, strict=True):
+                assert share.size * self.size == array.size and share.dtype == array.dtype, (share.shape, array.shape)
+                kind = NCCL_TYPES[array.dtype.name]
+                comm.allGather(share.data.ptr, array.data.ptr, share.size, kind, self.stream.ptr)
+
+    def wait(self):
+        """What is queued from now on reads what was queued before."""
+        self.after.record(self.stream)
+        self.cuda.get_current_stream().wait_event(self.after)
+
+    def sums(self, values):
+        """The sum over the ranks of each number, as floats."""
+        import numpy as np
+
+        part = self.scalars[: len(values)]
+        part.set(np.array(values, np.float64))
+        self.all_reduce([part])
+        self.wait()
+        return part.get().tolist()
+
+    def close(self):
+        """Give NCCL's memory back."""
+        self.comm.destroy()
+
+
+def import_nccl():
+    """(cupy, cupy.cuda.nccl), or UserError where NCCL cannot be loaded."""
+    import warnings
+
+    import cupy
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # CuPy's own text about it takes ten lines
+        from cupy.cuda import nccl
+    if not nccl.available:
+        major = cupy.cuda.runtime.runtimeGetVersion() // 1000
+        raise UserError(f"several GPUs need NCCL, which is not installed. HINT: pip install nvidia-nccl-cu{major}.")
+    return cupy, nccl
+
+
+def arrays(ranks, device):
+    """The Mpi or Nccl of a run's ranks, on device "cpu" or "cuda"."""
+    if device == "cpu":
+        ranks.arrays = Mpi(ranks.rank, ranks.size)
+        return ranks.arrays
+    cupy, nccl = import_nccl()
+    gpus = ranks.exchange([socket.gethostname(), cupy.cuda.Device().pci_bus_id])
+    if gpus.count(gpus[ranks.rank]) > 1:
+        who = [rank for rank, gpu in enumerate(gpus) if gpu == gpus[ranks.rank]]
+        raise UserError(f"ranks {who} have the same GPU {gpus[ranks.rank]}. HINT: -pg, or a launcher with local ranks.")
+    ranks.arrays = Nccl(ranks.rank, ranks.size, ranks.from_rank0(nccl.get_unique_id() if ranks.rank == 0 else None))
+    return ranks.arrays
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a run
+
+
+@contextlib.contextmanager
+def launched(args):
+    """Yield the Ranks that this process is one of, or None for a process on its own. Nothing is printed but on rank 0.
+
+    -pn and -pr are set in args; flags are compared. An exception on any rank ends all of them with one message.
+    """
+    rank, size, local_rank, launcher = world(args)
+    if size == 1:
+        yield None
+        return
+    args.process_count, args.process_rank = size, rank
+    ranks = Ranks(rank, size, local_rank, meeting_place(args, rank, size, launcher))
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    try:
+        same_flags(args, ranks)
+        yield ranks
+        ranks.close()
+    except UserError as error:
+        ranks.fail(str(error), 2)
+    except KeyboardInterrupt:
+        ranks.fail("interrupted", 2)
+    except BaseException as error:
+        import traceback
+
+        print(f"rank {rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        ranks.fail(f"{type(error).__name__}: {error}", 1)
+
+
+def same_flags(args, ranks):
+    """UserError that names the rank and the first flag that differ, if the ranks were started with different ones."""
+    mine = {name: value for name, value in vars(args).items() if name not in ("process_rank", "threads")}
+    first, *others = ranks.exchange(mine)
+    for rank, theirs in enumerate(others, 1):
+        for name in first:
+            if theirs[name] != first[name]:
+                flag = "--" + name.replace("_", "-")
+                text = f"rank {rank} was started with {flag} {theirs[name]}, rank 0 with {flag} {first[name]}"
+                raise UserError(f"{text}. HINT: the flags of all processes must be the same.")
+
+
+def choose_gpu(local_rank):
+    """Leave this process the GPU of its local rank alone. Called before CUDA starts."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(local_rank)
+    elif "," in visible:  # else the launcher has done it, or there is to be none
+        names = visible.split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[local_rank % len(names)]
+
+
+def threads_each(ranks):
+    """CPU threads for this rank: the cores it may use, shared evenly with the ranks that may use the same ones."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    everyone = ranks.exchange([socket.gethostname(), cores])
+    return max(1, len(cores) // everyone.count(everyone[ranks.rank]))
