@@ -21,7 +21,7 @@ from collections import namedtuple
 import numpy as np
 
 from llmc import UserError, command, flags
-from llmc.checkpoint import atomic_write
+from llmc.checkpoint import atomic_write, open_checked
 from llmc.rand import MT19937, random_permutation
 
 HEADER_BYTES = 1024
@@ -273,6 +273,80 @@ class DataLoader:
                     f"{self.shard_num_samples}. {hint}"
                 )
             self._intra_shard_indices = order
+
+
+# ----------------------------------------------------------------------------
+# eval sets: multiple choice with four completions, hellaswag_val.bin of llm.c
+
+
+EVAL_MAGIC, EVAL_VERSION = 20240522, 1
+EVAL_START = 2**16 - 1  # the word before each example
+COMPLETIONS = 4
+
+
+def write_eval_set(path, examples):
+    """Write (label, context, completions) examples as llm.c's eval set, atomically.
+
+    label: 0..3, the completion that is right; context: a list of token ids; completions: four such lists.
+    An example is a run of uint16 words: 65535, its bytes (these words too), its index, label, 4, then each list behind
+    its length. The header has the number of examples in h[2] and the bytes of the longest one in h[3].
+    Errors: UserError for what the format cannot hold. Source: llm.c dev/data/hellaswag.py, data_common.py.
+    """
+    stream, longest = [], 0
+    if not 1 <= len(examples) < 2**16:
+        raise UserError(f"{path}: an eval set holds 1 to 65535 examples, not {len(examples)}. HINT: split the file")
+    for i, (label, context, completions) in enumerate(examples):
+        words = [EVAL_START, 0, i, label, len(completions)]
+        for tokens in (context, *completions):
+            words += [len(tokens), *map(int, tokens)]
+        words[1] = 2 * len(words)
+        problem = None
+        if len(completions) != COMPLETIONS or not 0 <= label < COMPLETIONS:
+            problem = f"label {label} of {len(completions)} completions, expected 0..3 of 4"
+        elif not all(map(len, (context, *completions))):
+            problem = "the context or a completion is empty"
+        elif words[1] >= 2**16:
+            problem = f"{words[1]} bytes, at most 65534 fit"
+        elif max(words[5:]) >= EVAL_START or min(words) < 0:
+            problem = f"a token id outside 0..65534 ({max(words[5:])})"
+        if problem:
+            raise UserError(f"{path}: example {i}: {problem}. HINT: remove or shorten it")
+        longest = max(longest, words[1])
+        stream.append(np.array(words, "<u2"))
+    header = np.zeros(HEADER_BYTES // 4, "<i4")
+    header[:4] = EVAL_MAGIC, EVAL_VERSION, len(examples), longest
+    with atomic_write(path) as file:
+        file.write(header)
+        for words in stream:
+            file.write(words)
+
+
+def read_eval_set(path):
+    """The (label, context, completions) examples of an eval set, token ids as lists of int. Errors: UserError."""
+    with open_checked(path, EVAL_MAGIC, (EVAL_VERSION,)) as (file, header, size):
+        count, longest = int(header[2]), int(header[3])
+        data = file.read()
+    damaged = f"{path} is damaged, over-long or truncated ({size} bytes, {count} examples)"
+    hint = "HINT: copy it again, or make it with: python -m llmc.data prepare hellaswag FILE.jsonl"
+    if len(data) % 2 or count < 1:
+        raise UserError(f"{damaged}. {hint}")
+    words, examples, at = np.frombuffer(data, "<u2"), [], 0
+    for i in range(count):
+        example = words[at : at + words[at + 1] // 2].tolist() if at + 1 < words.size else []
+        lists, place = [], 5
+        while place < len(example) and len(lists) <= COMPLETIONS:
+            lists.append(example[place + 1 : place + 1 + example[place]])
+            place += 1 + example[place]
+        fits = place == len(example) == words[at + 1] // 2 and 2 * place <= longest if example else False
+        if not (fits and example[:1] == [EVAL_START] and example[2] == i and example[3] < example[4] == COMPLETIONS):
+            raise UserError(f"{damaged}: example {i} is not one. {hint}")
+        if len(lists) != 1 + COMPLETIONS or not all(lists):
+            raise UserError(f"{damaged}: example {i} lacks tokens. {hint}")
+        examples.append((example[3], lists[0], lists[1:]))
+        at += place
+    if at != words.size:
+        raise UserError(f"{damaged}: there is more behind the last example. {hint}")
+    return examples
 
 
 # ----------------------------------------------------------------------------
