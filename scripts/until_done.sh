@@ -1,0 +1,33 @@
+#!/bin/bash
+# until_done.sh DIR COMMAND...
+#
+# Run COMMAND, a training run with -o DIR -y 1, again after each crash, until it has ended by itself.
+#
+# Exit code 0 is the end of the run. 2 is something that trying again does not mend: a wrong flag or file, Ctrl-C, a
+# loss that is not finite. Any other is a crash (a GPU or a node went away), after which -y 1 resumes from the newest
+# checkpoint. Two crashes with no checkpoint in between end it, or a fault that always strikes would repeat for ever.
+# COMMAND sees which attempt it is as $ATTEMPT, from 1.
+
+dir=$1
+shift
+newest() { find "$dir" -maxdepth 1 -name 'DONE_*' 2>/dev/null | sort | tail -n 1; }
+trap 'exit 130' INT TERM
+
+export ATTEMPT=1
+at_last_crash=none
+while true; do
+    "$@"
+    code=$?
+    case $code in
+        0 | 2 | 130 | 143) exit $code ;;
+    esac
+    at_this_crash=$(newest)
+    if [ "$at_this_crash" = "$at_last_crash" ]; then
+        echo "until_done.sh: exit code $code again, and no new checkpoint in $dir since the last crash: giving up" >&2
+        exit $code
+    fi
+    at_last_crash=$at_this_crash
+    echo "until_done.sh: exit code $code; resuming from ${at_this_crash:-the start}" >&2
+    ATTEMPT=$((ATTEMPT + 1))
+    sleep "${RETRY_SECONDS:-10}"
+done
