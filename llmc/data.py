@@ -8,8 +8,10 @@ Source: llm.c llmc/dataloader.h, dev/data/data_common.py, dev/data/tinyshakespea
 """
 
 import codecs
+import contextlib
 import glob
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -601,6 +603,48 @@ def prepare(names, tokenizer="gpt2", out=None, val_fraction=None, blank_lines=Fa
         raise UserError(f"cannot write to {where}: {error.strerror}. HINT: choose another folder with --out") from error
 
 
+def prepare_hellaswag(path, tokenizer="gpt2", out=None, overwrite=False):
+    """Make FILE.bin, an eval set, of HellaSwag's FILE.jsonl, in its folder or in `out`; returns (path, examples).
+
+    A line is a JSON object: ctx, the context; endings, four completions; label, the number of the right one.
+    Completions are encoded apart from the context, with a space in front. Source: llm.c dev/data/hellaswag.py.
+    """
+    from llmc import tokenizer as tokenizers
+
+    labels, texts = [], []
+    for number, line in enumerate(_read_bytes(path).splitlines(), 1):
+        try:
+            example = json.loads(line)
+            context, label, endings = example["ctx"], int(example["label"]), example["endings"]
+            if not (
+                isinstance(context, str) and isinstance(endings, list) and all(isinstance(e, str) for e in endings)
+            ):
+                raise ValueError("ctx is text, endings a list of texts")
+            if len(endings) != COMPLETIONS or not 0 <= label < COMPLETIONS:
+                raise ValueError(f"label {label} of {len(endings)} endings, expected 0..3 of 4")
+        except (ValueError, KeyError, TypeError) as error:
+            wrong = f"no {error}" if isinstance(error, KeyError) else str(error)
+            form = '{"ctx": "...", "label": 0, "endings": ["...", "...", "...", "..."]}'
+            raise UserError(f"{path}, line {number}: {wrong}. HINT: a line of HellaSwag's jsonl is {form}") from error
+        labels.append(label)
+        texts += [context, *(" " + ending for ending in endings)]
+    ids = [tokens.tolist() for tokens in tokenizers.get(tokenizer).encode_batch(texts)]
+    examples = [(label, ids[5 * i], ids[5 * i + 1 : 5 * i + 5]) for i, label in enumerate(labels)]
+    stem, folder = os.path.splitext(os.path.basename(path))[0], out or os.path.dirname(path)
+    target = os.path.join(folder, f"{stem}.bin")
+    if os.path.exists(target) and not overwrite:
+        with contextlib.suppress(UserError):
+            if read_eval_set(target) == examples:
+                return target, examples
+        raise UserError(f"{target} exists with other content. HINT: choose another --out, or add --overwrite")
+    try:
+        os.makedirs(folder or ".", exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {folder}: {error.strerror}. HINT: choose another --out") from error
+    write_eval_set(target, examples)
+    return target, examples
+
+
 def _tinyshakespeare_tokens(tokenizer):
     path = tinyshakespeare_text()
     if tokenizer.name == "bytes":
@@ -691,11 +735,12 @@ def main(argv=None):
     prepare_parser = parser.add_subparsers(dest="command", required=True).add_parser(
         "prepare",
         help="turn a known dataset or UTF-8 text files into token shards",
-        description="Turn a known dataset (tinyshakespeare) or UTF-8 text files into token shards.",
+        description="Turn a known dataset (tinyshakespeare) or UTF-8 text files into token shards, or with hellaswag "
+        "FILE.jsonl HellaSwag's examples into FILE.bin, the eval set of llmc.train -h 1 and llmc.evaluate.",
         allow_abbrev=False,
     )
     add = prepare_parser.add_argument
-    add("names", nargs="+", metavar="NAME|FILE.txt", help="tinyshakespeare, or text files")
+    add("names", nargs="+", metavar="NAME|FILE.txt", help="tinyshakespeare, or text files, or hellaswag FILE.jsonl")
     add("--tokenizer", default="gpt2", metavar="NAME", help="gpt2 or bytes (default gpt2)")
     add("--out", metavar="DIR", help="folder for the shards (default ./FILE-TOKENIZER; known data: the user's cache)")
     add("--val-fraction", type=flags.below_one, metavar="F", help="last part of all tokens, to validate (default 0.1)")
@@ -709,6 +754,13 @@ def main(argv=None):
     add("--overwrite", action="store_true", help="replace shards that have other content")
     args = parser.parse_args(argv)
 
+    if args.names[0] == "hellaswag":
+        if len(args.names) != 2 or args.val_fraction is not None or args.split != "files":
+            raise UserError("hellaswag takes one jsonl file and has no splits. HINT: prepare hellaswag FILE.jsonl")
+        path, examples = prepare_hellaswag(args.names[1], args.tokenizer, args.out, args.overwrite)
+        print(f"{path}: {len(examples)} examples, {os.path.getsize(path)} bytes")
+        print(f"next: python -m llmc.evaluate MODEL --hellaswag {shlex.quote(path)}")
+        return 0
     blank_lines = args.split == "blank-lines"
     train, val, files = prepare(
         args.names, args.tokenizer, args.out, args.val_fraction, blank_lines, args.shard_size, args.overwrite
