@@ -1,14 +1,16 @@
 import argparse
+import shlex
 
 import pytest
 
-from llmc import flags
+from llmc import UserError, flags
 
 
 @pytest.mark.parametrize(
     "kind, good, bad",
     [
         (flags.positive, {"1": 1, "007": 7, " 3 ": 3}, ["0", "-1", "1.0", "1e3", "x", "", "nan", "inf", "0x10"]),
+        (flags.period, {"0": 0, "-1": 0, "10": 10}, ["-2", "0.5", "x"]),
         (flags.natural, {"0": 0, "5": 5}, ["-1", "0.5", "one", "nan"]),
         (flags.count, {"-1": -1, "1": 1, "20": 20}, ["0", "-2", "1.5", "all", "nan"]),
         (flags.number, {"0": 0.0, "3e-4": 3e-4, "2": 2.0}, ["-1e-9", "nan", "inf", "-inf", "1e999", "3,5", ""]),
@@ -55,6 +57,8 @@ def parser():
         (["f", "-x"], ["-x/--count", "expected one argument"]),
         (["f", "--coun", "1"], ["unrecognized", "--coun"]),
         (["f", "-z", "1"], ["unrecognized", "-z"]),
+        (["f", "-nr", "1"], ["unrecognized", "-nr"]),
+        (["f", "-n3"], ["unrecognized", "-n3"]),
         (["f", "g"], ["unrecognized", "g"]),
         ([], ["file"]),
     ],
@@ -72,3 +76,104 @@ def test_an_error_is_one_line(argv, fragments, capsys):
 def test_minus_one_is_a_value():
     args = parser().parse_args(["-x", "-1", "f"])
     assert args.count == -1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the trainer's: llm.c's command lines, as its scripts have them after the program's name
+
+COMMON = "-v 250 -g 144 -h 1 -r 0 -z 1 -c 0.1 -u 700"
+NODES = "-s 20000 -b 64 -t 1024 -d 2097152 -l 0.0006 -e d12"
+SLURM = "-pn 16 -pr 9 -pg 8"
+DATA = {
+    name: f'-i "dev/data/{name}/{prefix}_train_*.bin" -j "dev/data/{name}/{prefix}_val_*.bin"'
+    for name, prefix in (("fineweb10B", "fineweb"), ("fineweb100B", "fineweb"), ("edu_fineweb100B", "edu_fineweb"))
+}
+ALL = dict(val_loss_every=250, sample_length=144, hellaswag=1, recompute=0, zero_stage=1, weight_decay=0.1)
+ALL.update(warmup_iterations=700, resume=1, sequence_length=1024, lr_scheduler="cosine")
+LLM_C = {
+    "run_gpt2_124M.sh": (
+        f"{DATA['fineweb10B']} -o log {COMMON} -s 20000 -b 64 -t 1024 -d 524288 -l 0.0006 -q 0.0 -n 5000 -y 1 -e d12",
+        dict(ALL, model="d12", batch_size=64, total_batch_size=524288, learning_rate=6e-4, checkpoint_every=5000),
+    ),
+    "run_gpt2_350M.sh": (
+        f"{DATA['fineweb100B']} -o log350M {COMMON} -s 100000 -b 64 -t 1024 -d 524288 -l 0.0003 -q 0.0 -n 2000 -y 1 "
+        "-x 60000 -e d24",
+        dict(ALL, model="d24", learning_rate=3e-4, max_steps=60000, sample_every=100000, checkpoint_every=2000),
+    ),
+    "run_gpt2_774M.sh": (
+        f"{DATA['fineweb100B']} -o log774M {COMMON} -s 300000 -b 32 -t 1024 -d 524288 -l 0.00025 -q 0.0 -n 4000 -y 1 "
+        "-x 286102 -e d36",
+        dict(ALL, model="d36", batch_size=32, learning_rate=2.5e-4, max_steps=286102, final_learning_rate_frac=0.0),
+    ),
+    "run_gpt2_1558M.sh": (
+        f"{DATA['edu_fineweb100B']} -o log1558M {COMMON.replace('144', '384')} -s 300000 -b 16 -t 1024 -d 1048576 "
+        "-k cosine -l 0.0006 -q 0.1 -n 2000 -x 32000 -ge 1 -y 1 -e d48",
+        dict(ALL, model="d48", sample_length=384, gelu_fusion=1, final_learning_rate_frac=0.1, max_steps=32000),
+    ),
+    "run_gpt3_125M.sh": (
+        f"{DATA['fineweb100B']} -o log125M {COMMON} -s 20000 -b 32 -t 2048 -d 524288 -l 0.0006 -q 0.1 -n 10000 -nk 5 "
+        "-nm 50000 -ge 1 -sl 7.0 -sg 7.0 -y 1 -x 572204 -e gpt3:c768",
+        dict(ALL, model="gpt3:c768", sequence_length=2048, checkpoints_keep=5, major_checkpoint_every=50000)
+        | dict(skip_update_loss_z=7.0, skip_update_grad_z=7.0, max_steps=572204),
+    ),
+    "multi_node mpi": (
+        f"{DATA['fineweb10B']} -o log {COMMON} {NODES} -q 0.1 -n 1000 -y 0",
+        dict(ALL, resume=0, final_learning_rate_frac=0.1, process_count=None, nccl_init_method=None),
+    ),
+    "multi_node fs": (
+        f"{DATA['fineweb10B']} -o log {COMMON} {NODES} -q 0.0 -n 5000 -y 1 {SLURM} -pf /ephemeral/sync -pi fs",
+        dict(ALL, process_count=16, process_rank=9, gpus_per_node=8, nccl_init_method="fs")
+        | dict(fs_path="/ephemeral/sync", total_batch_size=2097152),
+    ),
+    "multi_node tcp": (
+        f"{DATA['fineweb10B']} -o log {COMMON} {NODES} -q 0.0 -n 5000 -y 1 {SLURM} -ps 10.0.0.1 -pi tcp",
+        dict(ALL, process_count=16, process_rank=9, gpus_per_node=8, nccl_init_method="tcp", server_ip="10.0.0.1"),
+    ),
+    "ci_gpu.yml": (
+        "-b 1 -t 64 -d 256 -l 0.0001 -v 200 -s 200 -a 1 -x 10 -r 0 -f 0 -e gpt2_124M.bin",
+        dict(batch_size=1, sequence_length=64, total_batch_size=256, overfit_single_batch=1, max_steps=10, tf32=0)
+        | dict(model="gpt2_124M.bin", input_bin=None),  # its default data, Tiny Shakespeare, is ours too
+    ),
+}
+
+
+@pytest.mark.parametrize("script", LLM_C)
+def test_command_lines_of_llm_c(script):
+    line, expected = LLM_C[script]
+    argv = shlex.split(line)
+    args = flags.parser().parse_args(argv)
+    flags.check(args)
+    flags.fill_defaults(args, "cuda")
+    assert {name: getattr(args, name) for name in expected} == expected
+    if "-i" in argv:
+        assert args.input_bin == argv[argv.index("-i") + 1] and args.input_val_bin == argv[argv.index("-j") + 1]
+        assert args.dtype == "bf16" and args.use_master_weights == 1 and args.val_max_steps == 20
+
+
+@pytest.mark.parametrize(
+    "argv, fragments",
+    [
+        ("-pn 2 -pr 2", ["-pr 2", "-pn 2", "0 to 1"]),
+        ("-pi tcp", ["-pi tcp", "-ps"]),
+        ("-pi fs", ["-pi fs", "-pf"]),
+    ],
+)
+def test_flags_that_do_not_go_together(argv, fragments):
+    with pytest.raises(UserError) as error:
+        flags.check(flags.parser().parse_args(argv.split()))
+    assert all(text in str(error.value) for text in [*fragments, "HINT: "]), error.value
+
+
+def test_zero_stages_2_and_3_become_0():
+    for stage, lines in ((0, 0), (1, 0), (2, 1), (3, 1)):
+        args = flags.parser().parse_args(["-z", str(stage)])
+        notices = flags.check(args)
+        assert len(notices) == lines and args.zero_stage == (stage if stage < 2 else 0)
+        assert all(f"-z {stage}" in line for line in notices)
+
+
+def test_h_is_hellaswag(capsys):
+    assert flags.parser().parse_args(["-h", "1"]).hellaswag == 1
+    with pytest.raises(SystemExit):
+        flags.parser().parse_args(["-h"])
+    assert "--help lists all flags" in capsys.readouterr().err

@@ -24,7 +24,7 @@ def flags_of(script, tmp_path):
     """What the script gives the trainer, with stand-ins for python, mpirun and Slurm on the PATH."""
     stand_ins = tmp_path / "bin"
     stand_ins.mkdir()
-    launcher = '#!/bin/bash\nwhile [ "$1" != python ] && [ "$1" != bash ] && [ "$1" != hostname ]; do shift; done\n"$@"\n'
+    launcher = '#!/bin/bash\nuntil [[ $1 =~ ^(python|bash|hostname)$ ]]; do shift; done\n"$@"\n'
     for name in ("mpirun", "srun"):
         executable(stand_ins / name, launcher)
     executable(stand_ins / "hostname", "#!/bin/bash\necho 10.0.0.7 fe80::1\n")
