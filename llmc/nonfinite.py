@@ -187,6 +187,8 @@ def save(path, model, inputs, targets, **about):
 def load(path):
     """(about, params (N,) f32, inputs, targets) of save()'s file. UserError where it is none."""
     try:
+        if os.path.isfile(path) and not zipfile.is_zipfile(path):
+            raise ValueError("it is no .npz file, or not all of one")
         with np.load(path, allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
             config = GPT2Config(**about["config"])

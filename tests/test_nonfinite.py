@@ -1,0 +1,330 @@
+"""The non-finite guard: every op in each direction is made to write one NaN or Inf, which has to be found and named.
+
+What is expected is written down by hand, from the order of calls in llmc/gpt2.py: the nth call of an op within a step
+of a model of two layers.
+"""
+
+import functools
+import inspect
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simt
+from conftest import op_set
+from reference import DTYPES, OPS, assert_bits
+from test_gpt2 import LLMC, batches, weights
+
+from llmc import checkpoint, cpu, nonfinite, train
+from llmc.data import DataLoader, write_shard
+from llmc.gpt2 import GPT2, GPT2Config
+
+CONFIG, B, T = GPT2Config(24, 61, 128, 2, 2, 32), 2, 17
+PLACE = 37  # element that is poisoned, of arrays that have as many
+
+
+def poison(monkeypatch, ops, op, argument, nth=None, value=np.nan, when=lambda arguments: True):
+    """From now on the nth call of an op (None: every one), counted from 0, writes `value` into one of its arrays."""
+    function, calls = getattr(ops, op), []
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def poisoned(*args, **kwargs):
+        function(*args, **kwargs)
+        arguments = signature.bind(*args, **kwargs).arguments
+        calls.append(op)
+        if nth in (None, len(calls) - 1) and when(arguments):
+            array = arguments[argument].reshape(-1)
+            array[PLACE % array.size] = value
+
+    monkeypatch.setattr(ops, op, poisoned)
+
+
+def build(ops, dtype="fp32", recompute=1):
+    """A model whose weights are set and whose other buffers hold NaN: what a step does not write must not be found."""
+    model = GPT2(CONFIG, ops, B, T, recompute, dtype=DTYPES[dtype])
+    model.grads_flat.view(np.uint8)[:] = 0xFF
+    model.acts_flat[:] = 0xFF
+    for name, values in weights(CONFIG).items():
+        getattr(model.params, name)[...] = values.astype(DTYPES[dtype])
+    return model
+
+
+def traced(model, micro_steps=2):
+    inputs, targets = zip(*batches(CONFIG, B, T, micro_steps), strict=True)
+    before, state = model.params_flat.copy(), (model.rng_state, model.ops, model.graphs)
+    found = nonfinite.trace(model, np.array(inputs), np.array(targets), rng_state=13371337)
+    assert_bits("trace", "weights", model.params_flat, before)
+    assert (model.rng_state, model.ops, model.graphs) == state
+    return found
+
+
+def expected(name, op, argument, where, value, shape):
+    at = PLACE % int(np.prod(shape))
+    kinds = "1 NaN, 0 Inf" if np.isnan(value) else "0 NaN, 1 Inf"
+    first = tuple(int(i) for i in np.unravel_index(at, shape))
+    return (
+        f"the first non-finite value is in {name}, written by {op} as {argument} ({where}): "
+        f"{kinds} of {int(np.prod(shape))}, first at {first}"
+    )
+
+
+C, V = CONFIG.channels, CONFIG.padded_vocab_size
+ACTS, FORWARD, BACKWARD = (B, T, C), "forward, {}micro-step {}", "backward, {}micro-step {}"
+IN = [f"layer {layer}, " for layer in range(2)]
+#    op, its nth call in a step, argument, tensor, where, shape
+CASES = [
+    ("encoder_forward", 0, "out", "encoded", FORWARD.format("", 0), ACTS),
+    ("encoder_forward", 1, "out", "encoded", FORWARD.format("", 1), ACTS),
+    ("layernorm_forward", 0, "out", "h[0].ln1", FORWARD.format(IN[0], 0), ACTS),
+    ("layernorm_forward", 1, "rstd", "h[0].ln1_rstd", FORWARD.format(IN[0], 1), (B, T)),
+    ("matmul_forward", 0, "out", "h[0].qkvr", FORWARD.format(IN[0], 0), (B, T, 3 * C)),
+    ("matmul_forward", 5, "out", "scratch_btc", FORWARD.format(IN[1], 0), ACTS),  # attention's projection
+    ("matmul_forward", 6, "pre_gelu", "h[1].fch", FORWARD.format(IN[1], 0), (B, T, 4 * C)),
+    ("matmul_forward", 6, "out", "h[1].fch_gelu", FORWARD.format(IN[1], 0), (B, T, 4 * C)),  # one for all layers
+    ("matmul_forward", 12, "out", "scratch_btc", FORWARD.format(IN[0], 1), ACTS),  # of the MLP
+    ("matmul_forward", 8, "out", "output", FORWARD.format("", 0), (B, T, V)),
+    ("attention_forward", 0, "att", "h[0].att", FORWARD.format(IN[0], 0), (B, 2, T)),
+    ("attention_forward", 3, "out", "h[1].atty", FORWARD.format(IN[1], 1), ACTS),
+    ("fused_residual_forward", 0, "residual", "h[0].residual2", FORWARD.format(IN[0], 0), ACTS),
+    ("fused_residual_forward", 2, "normed", "h[1].ln2", FORWARD.format(IN[1], 0), ACTS),
+    ("fused_residual_forward", 1, "residual", "h[0].residual3", FORWARD.format(IN[0], 0), ACTS),
+    ("fused_residual_forward", 1, "normed", "h[1].ln1", FORWARD.format(IN[1], 0), ACTS),  # the next layer's
+    ("fused_residual_forward", 1, "mean", "h[1].ln1_mean", FORWARD.format(IN[1], 0), (B, T)),
+    ("fused_residual_forward", 3, "residual", "h[1].residual3", FORWARD.format(IN[1], 0), ACTS),
+    ("fused_residual_forward", 3, "normed", "lnf", FORWARD.format("", 0), ACTS),
+    ("fused_classifier", 0, "losses", "losses", BACKWARD.format("", 0), (B, T)),
+    ("fused_classifier", 1, "logits", "output", BACKWARD.format("", 1), (B, T, V)),
+    ("matmul_backward", 0, "dinp", "scratch_bt4c", BACKWARD.format("", 0), ACTS),
+    ("matmul_backward", 9, "dweight", "grads.wte", BACKWARD.format("", 1), (V, C)),
+    ("matmul_backward", 1, "dinp", "scratch_bt4c", BACKWARD.format(IN[1], 0), (B, T, 4 * C)),
+    ("matmul_backward", 5, "dbias", "grads.h[0].fcprojb", BACKWARD.format(IN[0], 0), (C,)),
+    ("matmul_backward", 6, "dinp", "dl_btc", BACKWARD.format(IN[0], 0), ACTS),
+    ("matmul_backward", 7, "dinp", "dl_btc", BACKWARD.format(IN[0], 0), ACTS),
+    ("matmul_backward", 4, "dweight", "grads.h[1].qkvw", BACKWARD.format(IN[1], 0), (3 * C, C)),
+    ("layernorm_backward", 0, "dinp", "scratch_btc", BACKWARD.format("", 0), ACTS),
+    ("layernorm_backward", 0, "dweight", "grads.lnfw", BACKWARD.format("", 0), (C,)),
+    ("layernorm_backward", 4, "dinp", "scratch_btc", BACKWARD.format(IN[0], 0), ACTS),
+    ("layernorm_backward", 6, "dbias", "grads.h[1].ln2b", BACKWARD.format(IN[1], 1), (C,)),
+    ("attention_backward", 1, "dqkvr", "scratch_bt4c", BACKWARD.format(IN[0], 0), (B, T, 3 * C)),
+    ("gelu_forward", 0, "out", "h[1].fch_gelu", BACKWARD.format(IN[1], 0), (B, T, 4 * C)),  # recomputed
+    ("encoder_backward", 0, "dwte", "grads.wte", BACKWARD.format("", 0), (V, C)),
+    ("encoder_backward", 1, "dwpe", "grads.wpe", BACKWARD.format("", 1), (CONFIG.max_seq_len, C)),
+    ("global_norm_squared", 0, "out", "norm_squared of the gradients", "update", (1,)),
+    ("global_norm_squared", 1, "out", "norm_squared of the losses", "update", (1,)),
+]
+RECOMPUTED = [  # with -r 2
+    ("layernorm_forward", 2, "out", "h[1].ln1", BACKWARD.format(IN[1], 0), ACTS),
+    ("layernorm_forward", 3, "out", "h[0].ln2", BACKWARD.format(IN[0], 0), ACTS),
+    ("fused_residual_forward", 1, "normed", "h[1].ln1", FORWARD.format(IN[1], 0), ACTS),  # one for all layers
+]
+
+
+def test_the_cases_are_every_op_of_a_step_in_each_direction():
+    table = {op: set(arguments) for file in OPS.values() for op, arguments in file.items()}
+    table = {op: arguments for op, arguments in table.items() if op not in nonfinite.UPDATES}
+    assert {op: set(arguments) for op, arguments in nonfinite.WRITES.items()} == table
+    in_a_step = set(table) - {"residual_forward", "gelu_backward_inplace"}  # these are fused with others
+    directions = {(case[0], case[4].split(",")[0]) for case in CASES + RECOMPUTED}
+    assert {op for op, _ in directions} == in_a_step and ("layernorm_forward", "backward") in directions
+
+
+@pytest.mark.parametrize("recompute, case", [*((1, c) for c in CASES), *((2, c) for c in RECOMPUTED)], ids=str)
+def test_the_first_bad_value_is_named(monkeypatch, recompute, case):
+    op, nth, argument, name, where, shape = case
+    model = build(cpu, recompute=recompute)
+    value = (np.nan, np.inf, -np.inf)[nth % 3]
+    with np.errstate(all="ignore"), monkeypatch.context() as patch:
+        poison(patch, cpu, op, argument, nth, value)
+        assert traced(model) == expected(name, op, argument, where, value, shape)
+    assert traced(model) is None
+
+
+@pytest.mark.parametrize("dtype", ("fp16", "bf16"))
+def test_on_the_executor(monkeypatch, dtype):
+    ops = op_set("executor", monkeypatch)
+    monkeypatch.setattr(ops.device, "host_view", cpu.device.host_view)
+    with simt.mode(orders=("forward",), fast=True):
+        model = build(ops, dtype)
+        model.graphs = {("forward_pass", (B, T)): pytest.fail}  # a replay launches
+        for op, nth, argument, name, where, shape in (CASES[5], CASES[25], CASES[33], CASES[36]):
+            with monkeypatch.context() as patch:
+                poison(patch, ops, op, argument, nth)
+                assert traced(model) == expected(name, op, argument, where, np.nan, shape)
+        assert traced(model, micro_steps=1) is None
+
+
+@pytest.mark.parametrize("dtype", ("fp32", "bf16"))
+def test_weights_that_were_bad_before(monkeypatch, dtype):
+    ops = cpu if dtype == "fp32" else op_set("executor", monkeypatch)
+    monkeypatch.setattr(ops.device, "host_view", cpu.device.host_view)
+    model = build(ops, dtype)
+    model.params.h[1].fcw[3, 5] = -np.inf
+    model.params.h[1].fcb[7] = np.nan  # comes later
+    text = f"the weights were not finite before the step: params.h[1].fcw: 0 NaN, 1 Inf of {4 * C * C}, first at (3, 5)"
+    inputs = np.zeros((1, B, T), np.int32)
+    assert nonfinite.trace(model, inputs, inputs, 1) == text
+    model.params.wpe[2, 1] = np.nan
+    assert "params.wpe: 1 NaN, 0 Inf" in nonfinite.trace(model, inputs, inputs, 1)
+
+
+@pytest.mark.parametrize("kind", ("cpu", "executor"))
+@pytest.mark.parametrize("value", (np.nan, np.inf))
+def test_a_loss_that_is_not_finite_updates_nothing(monkeypatch, kind, value):
+    """By itself: the gradients, and their norm, are finite."""
+    model = build(op_set(kind, monkeypatch))
+    ((x, y),) = batches(CONFIG, B, T, 1)
+    with simt.mode(orders=("forward",), fast=True):
+        for t in (1, 2):
+            model.forward(x)
+            model.backward(x, y)
+            if t == 2:
+                model.acts.losses[1, 3] = value
+                before = [array.copy() for array in (model.params_flat, model.m, model.v)]
+            model.update(**LLMC, t=t)
+            assert np.isfinite(model.grad_norm())
+    for array, was in zip((model.params_flat, model.m, model.v), before, strict=True):
+        assert_bits(f"loss {value}", "arena", array, was)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the trainer
+
+FLAGS = "-i train.bin -j val.bin -e tiny:d1 -b 2 -t 32 -d 128 -v 0 -s 0 -x 6 --device cpu".split()  # two micro-steps
+BAD = 200  # a token; the shards have letters
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    """A folder with shards; one batch of the training data has a token like no other."""
+    monkeypatch.chdir(tmp_path)
+    for name, count, seed in (("train.bin", 16 * 64 + 1, 1), ("val.bin", 200, 2)):
+        steps = np.random.default_rng(seed).integers(-2, 4, count)
+        tokens = (97 + np.cumsum(steps) % 26).astype(np.uint16)
+        if name == "train.bin":
+            tokens[9 * 64 + 10] = BAD
+        write_shard(name, tokens, 257)
+    return tmp_path
+
+
+def step_with(token):
+    """(0-based step, micro-step) that sees the token, by the loader itself."""
+    loader = DataLoader("train.bin", 2, 32, should_shuffle=True, vocab_size=257)
+    x, y = np.empty((2, 2, 32), np.int32)
+    for i in range(12):
+        loader.next_batch(x, y)
+        if token in x:
+            return divmod(i, 2)
+
+
+def sees_bad(arguments):
+    return BAD in arguments["inp"]
+
+
+def run(capsys, *argv):
+    """(exit code, stdout, stderr) of the trainer."""
+    code = train.main([*FLAGS, *map(str, argv)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_stop_names_it_and_saves_a_replay(monkeypatch, folder, capsys):
+    step, micro_step = step_with(BAD)
+    assert run(capsys, "-x", step, "-o", "before", "-n", 1)[0] == 0
+    where = f"encoded, written by encoder_forward as out (forward, micro-step {micro_step}): 1 NaN, 0 Inf of 4096"
+    with monkeypatch.context() as patch:
+        poison(patch, cpu, "encoder_forward", "out", when=sees_bad)
+        code, _, err = run(capsys, "-o", "out")
+        assert code == 2 and err.count("\n") == 1 and "HINT: " in err
+        assert f"step {step + 1}: loss nan, gradient norm nan: the first non-finite value is in {where}" in err
+        (file,) = Path("out").glob("nonfinite_*")
+        assert file.name == f"nonfinite_{step + 1:08d}_00000.npz" and str(file) in err
+        code, out, _ = run(capsys, "--replay", file)
+        assert code == 1 and out.count(where) == 2
+    code, out, _ = run(capsys, "--replay", file)  # the fault is mended
+    assert code == 0 and out.count(where) == 1 and "every tensor is finite" in out
+
+    about, params, inputs, _ = nonfinite.load(file)
+    was = np.empty(params.size, np.float32)
+    checkpoint.read_model(checkpoint.model_path("before", step), was)
+    assert_bits("the file", "weights before the step", params, was)
+    assert BAD in inputs[micro_step] and about["update"][6] == step + 1
+
+
+@pytest.mark.parametrize("more", ([], ["-sg", "9"]), ids=" ".join)
+def test_skip_leaves_the_weights_alone(monkeypatch, folder, capsys, more):
+    step, states, train_step = step_with(BAD)[0], [], train.train_step
+
+    def recorded(model, loader, args, i, *rest):
+        before = [array.copy() for array in (model.params_flat, model.m, model.v)]
+        result = train_step(model, loader, args, i, *rest)
+        detectors = [len(detector.values) for detector in rest[-1].values()]
+        same = [np.array_equal(a, b) for a, b in zip(before, (model.params_flat, model.m, model.v), strict=True)]
+        states.append((detectors, same))
+        return result
+
+    monkeypatch.setattr(train, "train_step", recorded)
+    poison(monkeypatch, cpu, "matmul_backward", "dweight", when=lambda a: a["dweight"].shape[0] == 64 and losing())
+    seen = {"bad": False}  # the poison is in a gradient of the batch with the token: the loss is finite
+
+    def losing():
+        return seen["bad"]
+
+    forward = cpu.encoder_forward
+
+    @functools.wraps(forward)
+    def watch(out, inp, wte, wpe):
+        seen["bad"] = BAD in inp
+        forward(out, inp, wte, wpe)
+
+    monkeypatch.setattr(cpu, "encoder_forward", watch)
+    code, out, err = run(capsys, "--on-nonfinite", "skip", "-o", "out", *more)
+    assert code == 0 and err == ""
+    (line,) = (line for line in out.splitlines() if "non-finite" in line)
+    named = r"grads\.h\[0\]\.fcprojw, written by matmul_backward as dweight \(backward, layer 0, micro-step \d\)"
+    assert re.match(rf"step {step + 1}: loss \d.*, gradient norm nan: .* is in {named}", line)
+    assert line.endswith("Skipped: the weights were not updated.") and len(list(Path("out").glob("*.npz"))) == 1
+    for i, (detectors, same) in enumerate(states):
+        assert detectors == [i + (i < step)] * 2 and same == [i == step] * 3, i
+    lines = [json.loads(line) for line in Path("out", "metrics.jsonl").read_text().splitlines()]
+    assert [line["grad_norm"] is None for line in lines] == [i == step for i in range(6)]
+
+
+def test_weights_that_have_gone_bad_stop_a_run_that_skips(folder, capsys):
+    """An update of 1e30, which is finite, is followed by a step that is not; 1e39 by weights that are not."""
+    code, out, err = run(capsys, "--on-nonfinite", "skip", "-l", 1e30, "-o", "large")
+    assert code == 0 and out.count("h[0].qkvr, written by matmul_forward") == 5 and err == ""
+    assert [path.name for path in Path("large").glob("*.npz")] == ["nonfinite_00000002_00000.npz"]
+    assert run(capsys, "--replay", *Path("large").glob("*.npz"))[0] == 1
+    with np.errstate(all="ignore"):
+        code, _, err = run(capsys, "--on-nonfinite", "skip", "-l", 1e39, "-o", "larger")
+    assert code == 2 and err.count("\n") == 1
+    assert "step 2: " in err and "the weights were not finite before the step: params.wte: " in err
+
+
+def test_files_that_are_no_replay(monkeypatch, folder, capsys):
+    assert run(capsys, "-l", 1e30)[0] == 2
+    (good,) = Path().glob("nonfinite_*")  # with no -o: here
+    data = good.read_bytes()
+    Path("cut.npz").write_bytes(data[: len(data) // 2])
+    Path("empty.npz").write_bytes(b"")
+    np.savez("other.npz", x=np.zeros(3))
+    about, params, inputs, targets = nonfinite.load(good)
+    about["config"] = vars(about["config"])
+    files = {"tokens.npz": dict(inputs=inputs + 300), "weights.npz": dict(params=params[1:])}
+    for name, changed in files.items():
+        np.savez(name, **dict(params=params, inputs=inputs, targets=targets, about=json.dumps(about)) | changed)
+    np.savez("bf16.npz", params=params, inputs=inputs, targets=targets, about=json.dumps(about | dict(dtype="float16")))
+    for name in ("none.npz", "train.bin", ".", "cut.npz", "empty.npz", "other.npz", *files, "bf16.npz"):
+        code, _, err = run(capsys, "--replay", name)
+        assert code == 2 and err.count("\n") == 1 and f"--replay {name}: " in err and "HINT: " in err, (name, err)
+    assert run(capsys, "--replay", "bf16.npz", "--dtype", "fp32")[0] == 1
+
+    def full(path):
+        raise nonfinite.UserError(f"cannot write {path}: disk full. HINT: free space")
+
+    monkeypatch.setattr(nonfinite, "atomic_write", full)  # what was found is told in any case
+    code, _, err = run(capsys, "-l", 1e30, "-o", "full")
+    assert code == 2 and "h[0].qkvr" in err and "not saved: cannot write" in err and err.count("HINT") == 1
