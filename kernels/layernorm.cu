@@ -29,7 +29,7 @@
 // backward in fp32, 32768 and 12288 in 16 bits.
 //
 // Source: llm.c llmc/layernorm.cuh; Ba et al. 2016, arXiv:1607.06450.
-#include "common.cuh"
+#include "ptx.cuh"
 
 #define EPS 1e-5f
 
@@ -222,6 +222,97 @@ fused_residual_forward_kernel3(floatX* residual, floatX* normed, float* mean, fl
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// both, with the next row's loads under way before this row is reduced
+// ---------------------------------------------------------------------------------------------------------------------
+
+#define ROW_PACKS 3  // packs of a row that a thread holds; llmc/cuda/layernorm.py has the same number
+
+// blockDim.x threads per row, blockDim.y rows at a time; block b takes rows b * blockDim.y + y, then those
+// gridDim.x * blockDim.y further on. Any grid; blockDim.x a multiple of 32 with blockDim.x * ROW_PACKS >= C / x128::size.
+template <bool FUSED>
+__device__ inline void normalize_rows(floatX* residual, floatX* out, float* mean, float* rstd, const floatX* inp1,
+                                      const floatX* inp2, const floatX* weight, const floatX* bias, int N, int C) {
+    int packs = C / x128::size, step = gridDim.x * blockDim.y;
+    x128 a[ROW_PACKS], b[ROW_PACKS];
+    auto fetch = [&](int row) {
+#pragma unroll
+        for (int i = 0; i < ROW_PACKS; i++) {
+            int pack = i * blockDim.x + threadIdx.x;
+            if (row < N && pack < packs) {
+                i64 offset = (i64)row * C + pack * x128::size;
+                a[i] = load128cs(inp1 + offset);
+                if (FUSED) { b[i] = load128cs(inp2 + offset); }
+            }
+        }
+    };
+    int row = blockIdx.x * blockDim.y + threadIdx.y;
+    fetch(row);
+    for (; row - (int)threadIdx.y < N; row += step) {  // the same number of rounds in all threads of the block
+        float x[ROW_PACKS][x128::size] = {}, sum = 0.0f, squares = 0.0f;
+#pragma unroll
+        for (int i = 0; i < ROW_PACKS; i++) {
+            int pack = i * blockDim.x + threadIdx.x;
+            if (row < N && pack < packs) {
+                to_floats(x[i], a[i]);
+                if (FUSED) {
+                    float other[x128::size];
+                    to_floats(other, b[i]);
+                    for (int k = 0; k < x128::size; k++) { x[i][k] += other[k]; }
+                    x128 rounded = to_pack(x[i]);
+                    store128cs(residual + (i64)row * C + pack * x128::size, rounded);
+                    to_floats(x[i], rounded);
+                }
+                for (int k = 0; k < x128::size; k++) { sum += x[i][k]; }
+            }
+        }
+        fetch(row + step);
+        float m = rowReduceSum(sum) / C;
+#pragma unroll
+        for (int i = 0; i < ROW_PACKS; i++) {
+            if (i * blockDim.x + threadIdx.x < packs) {
+                for (int k = 0; k < x128::size; k++) {
+                    x[i][k] -= m;
+                    squares = fmaf(x[i][k], x[i][k], squares);
+                }
+            }
+        }
+        float s = rsqrtf(rowReduceSum(squares) / C + EPS);
+        if (row < N) {
+#pragma unroll
+            for (int i = 0; i < ROW_PACKS; i++) {
+                int pack = i * blockDim.x + threadIdx.x;
+                if (pack < packs) {
+                    float w[x128::size], shift[x128::size];
+                    to_floats(w, load128(weight + pack * x128::size));
+                    to_floats(shift, load128(bias + pack * x128::size));
+                    for (int k = 0; k < x128::size; k++) { x[i][k] = fmaf(x[i][k] * s, w[k], shift[k]); }
+                    store128(out + (i64)row * C + pack * x128::size, to_pack(x[i]));
+                }
+            }
+            if (threadIdx.x == 0) {
+                mean[row] = m;
+                rstd[row] = s;
+            }
+        }
+    }
+}
+
+#ifndef ROWS_BOUND
+#define ROWS_BOUND 512
+#endif
+extern "C" __global__ void __launch_bounds__(ROWS_BOUND)
+layernorm_forward_kernel4(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
+                          const floatX* bias, int N, int C) {
+    normalize_rows<false>(NULL, out, mean, rstd, inp, NULL, weight, bias, N, C);
+}
+
+extern "C" __global__ void __launch_bounds__(ROWS_BOUND)
+fused_residual_forward_kernel4(floatX* residual, floatX* normed, float* mean, float* rstd, const floatX* inp1,
+                               const floatX* inp2, const floatX* weight, const floatX* bias, int N, int C) {
+    normalize_rows<true>(residual, normed, mean, rstd, inp1, inp2, weight, bias, N, C);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // backward
 // ---------------------------------------------------------------------------------------------------------------------
 
@@ -376,5 +467,135 @@ layernorm_backward_kernel3(floatX* dinp, float* partials, const floatX* dout, co
             }
         }
         __syncthreads();
+    }
+}
+
+#ifndef RING_STAGES
+#define RING_STAGES 2
+#endif
+#define RING_PACKS 3   // packs of a row that a thread holds; llmc/cuda/layernorm.py has the same three numbers
+#define RING_ARRAYS 3  // dout, inp, dinp
+
+// Everything in one pass; rows arrive in shared memory while earlier ones are worked on. A thread copies the packs that it
+// will itself read, so the copies need no barrier; with 32 threads per row nothing else does either.
+// blockDim.x threads per row, blockDim.y rows at a time; block b of the grid takes rows b * blockDim.y + y, then those
+// gridDim.x * blockDim.y further on. block (x, y) of at most 512 threads, x a multiple of 32 with x * RING_PACKS >=
+// C / x128::size; partials (grid, 2, C) f32; dynamic shared memory threads * RING_STAGES * RING_ARRAYS * RING_PACKS * 16.
+extern "C" __global__ void __launch_bounds__(512)
+layernorm_backward_kernel4(floatX* dinp, float* partials, const floatX* dout, const floatX* inp, const floatX* weight,
+                           const float* mean, const float* rstd, int N, int C) {
+    extern __shared__ __align__(16) char memory[];
+    __shared__ float2 row_sums[2][16];  // of the warps; two, so that a row needs one barrier
+    int threads = blockDim.x * blockDim.y, warps = blockDim.x / 32, packs = C / x128::size;
+    int rows = gridDim.x * blockDim.y, first_row = blockIdx.x * blockDim.y + threadIdx.y;
+    x128* ring = reinterpret_cast<x128*>(memory) + threadIdx.y * blockDim.x + threadIdx.x;
+    auto slot = [&](int stage, int array, int i) -> x128& {
+        return ring[((stage * RING_ARRAYS + array) * RING_PACKS + i) * threads];
+    };
+    auto fetch = [&](int row, int stage) {
+        i64 start = (i64)row * C;
+#pragma unroll
+        for (int i = 0; i < RING_PACKS; i++) {
+            int pack = i * blockDim.x + threadIdx.x;
+            if (row < N && pack < packs) {
+                cp_async_16(&slot(stage, 0, i), dout + start + pack * x128::size, true);
+                cp_async_16(&slot(stage, 1, i), inp + start + pack * x128::size, true);
+                cp_async_16(&slot(stage, 2, i), dinp + start + pack * x128::size, true);
+            }
+        }
+        cp_async_commit();
+    };
+
+    x128 w[RING_PACKS];
+    float dw[RING_PACKS][x128::size] = {}, db[RING_PACKS][x128::size] = {};
+#pragma unroll
+    for (int i = 0; i < RING_PACKS; i++) {
+        int pack = i * blockDim.x + threadIdx.x;
+        w[i] = pack < packs ? load128(weight + pack * x128::size) : zeros128<floatX>();
+    }
+#pragma unroll
+    for (int ahead = 0; ahead < RING_STAGES - 1; ahead++) { fetch(first_row + ahead * rows, ahead); }
+    float next_m = first_row < N ? mean[first_row] : 0.0f, next_s = first_row < N ? rstd[first_row] : 0.0f;
+    int stage = 0, turn = 0;
+    for (int row = first_row; row - (int)threadIdx.y < N; row += rows) {  // the same number of rounds in all threads
+        fetch(row + (RING_STAGES - 1) * rows, stage == 0 ? RING_STAGES - 1 : stage - 1);
+        float m = next_m, s = next_s, sum = 0.0f, sum_xhat = 0.0f;
+        if (row + rows < N) { next_m = mean[row + rows], next_s = rstd[row + rows]; }
+        cp_async_wait<RING_STAGES - 1>();
+        float d[x128::size], x[x128::size], weights[x128::size];
+#pragma unroll
+        for (int i = 0; i < RING_PACKS; i++) {
+            forget128(w[i]);
+            if (row < N && i * blockDim.x + threadIdx.x < packs) {
+                to_floats(d, slot(stage, 0, i));
+                to_floats(x, slot(stage, 1, i));
+                to_floats(weights, w[i]);
+                for (int k = 0; k < x128::size; k++) {
+                    float dn = d[k] * weights[k], xhat = (x[k] - m) * s;
+                    sum += dn;
+                    sum_xhat = fmaf(dn, xhat, sum_xhat);
+                    dw[i][k] = fmaf(d[k], xhat, dw[i][k]);
+                    db[i][k] += d[k];
+                }
+            }
+        }
+        for (int offset = 16; offset > 0; offset /= 2) {
+            sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+            sum_xhat += __shfl_xor_sync(0xffffffffu, sum_xhat, offset);
+        }
+        if (warps > 1) {
+            if (threadIdx.x % 32 == 0) {
+                row_sums[turn][threadIdx.y * warps + threadIdx.x / 32] = make_float2(sum, sum_xhat);
+            }
+            __syncthreads();
+            sum = sum_xhat = 0.0f;
+            for (int i = 0; i < warps; i++) {
+                float2 part = row_sums[turn][threadIdx.y * warps + i];
+                sum += part.x;
+                sum_xhat += part.y;
+            }
+            turn ^= 1;
+        }
+        float dn_mean = sum / C, dn_xhat_mean = sum_xhat / C;
+#pragma unroll
+        for (int i = 0; i < RING_PACKS; i++) {
+            int pack = i * blockDim.x + threadIdx.x;
+            forget128(w[i]);
+            if (row < N && pack < packs) {
+                x128 once_more = slot(stage, 0, i), and_x = slot(stage, 1, i);
+                forget128(once_more);
+                forget128(and_x);
+                to_floats(d, once_more);
+                to_floats(x, and_x);
+                to_floats(weights, w[i]);
+                float dx[x128::size];
+                to_floats(dx, slot(stage, 2, i));
+                for (int k = 0; k < x128::size; k++) {
+                    float xhat = (x[k] - m) * s;
+                    dx[k] = fmaf(fmaf(d[k], weights[k], -dn_mean) - xhat * dn_xhat_mean, s, dx[k]);
+                }
+                store128(dinp + (i64)row * C + pack * x128::size, to_pack(dx));
+            }
+        }
+        stage = stage == RING_STAGES - 1 ? 0 : stage + 1;
+    }
+
+    // add up the block's rows, in the order of threadIdx.y
+    float* sums = reinterpret_cast<float*>(memory);
+    cp_async_wait<0>();
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < RING_PACKS; i++) {
+        int pack = i * blockDim.x + threadIdx.x;
+        if (pack < packs) {
+            add_sums(sums + (2 * threadIdx.y) * C + pack * x128::size, NULL, dw[i]);
+            add_sums(sums + (2 * threadIdx.y + 1) * C + pack * x128::size, NULL, db[i]);
+        }
+    }
+    __syncthreads();
+    for (int c = threadIdx.y * blockDim.x + threadIdx.x; c < 2 * C; c += threads) {
+        float sum = 0.0f;
+        for (int y = 0; y < blockDim.y; y++) { sum += sums[y * 2 * C + c]; }
+        partials[(i64)blockIdx.x * 2 * C + c] = sum;
     }
 }

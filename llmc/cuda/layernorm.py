@@ -6,6 +6,10 @@ from . import module
 
 FORWARD_PACKS = 4  # kernels/layernorm.cu has the same number
 BACKWARD_ELEMENTS = 24  # elements of a row that a thread of the one-pass backward kernel holds
+ROW_PACKS = 3  # of the forward kernels 4
+RING_PACKS, RING_STAGES = 3, 2  # kernels/layernorm.cu has the same numbers
+RING_THREADS = 128  # of a block of layernorm_backward4
+RING_SLICES = 528  # its blocks: four on each of 132 multiprocessors
 MAX_SLICES = 1024  # slices of rows with sums of their own; a constant, so that every GPU adds in the same order
 
 
@@ -54,6 +58,20 @@ def layernorm_forward3(out, mean, rstd, inp, weight, bias):
     assert threads <= 1024, C
     kernel = module.kernel("layernorm.cu", "layernorm_forward_kernel3", out.dtype)
     kernel((-(-N // rows),), (threads, rows), (out, mean, rstd, inp, weight, bias, np.int32(N), np.int32(C)))
+
+
+def rows_grid(N, C, itemsize):
+    """grid, block of the forward kernels 4."""
+    threads, rows = row_block(C * itemsize // 16, ROW_PACKS)
+    assert threads <= 512, C
+    return (-(-N // rows),), (threads, rows)
+
+
+def layernorm_forward4(out, mean, rstd, inp, weight, bias):
+    """layernorm_forward1 with the next row's loads under way while one is reduced."""
+    N, C = check_forward(out, mean, rstd, inp, weight, bias)
+    kernel = module.kernel("layernorm.cu", "layernorm_forward_kernel4", out.dtype)
+    kernel(*rows_grid(N, C, out.itemsize), (out, mean, rstd, inp, weight, bias, np.int32(N), np.int32(C)))
 
 
 def residual_forward1(out, inp1, inp2):
@@ -113,6 +131,14 @@ def fused_residual_forward3(residual, normed, mean, rstd, inp1, inp2, weight, bi
     kernel = module.kernel("layernorm.cu", "fused_residual_forward_kernel3", residual.dtype)
     args = (residual, normed, mean, rstd, inp1, inp2, weight, bias, np.int32(N), np.int32(C))
     kernel((-(-N // rows),), (threads, rows), args)
+
+
+def fused_residual_forward4(residual, normed, mean, rstd, inp1, inp2, weight, bias):
+    """fused_residual_forward1 with the next row's loads under way while one is reduced."""
+    N, C = check_fused(residual, normed, mean, rstd, inp1, inp2, weight, bias)
+    kernel = module.kernel("layernorm.cu", "fused_residual_forward_kernel4", residual.dtype)
+    args = (residual, normed, mean, rstd, inp1, inp2, weight, bias, np.int32(N), np.int32(C))
+    kernel(*rows_grid(N, C, residual.itemsize), args)
 
 
 def layernorm_scratch_size(B, T, C):
@@ -184,6 +210,24 @@ def layernorm_backward3(dinp, dweight, dbias, scratch, dout, inp, weight, mean, 
     kernel = module.kernel("layernorm.cu", "layernorm_backward_kernel3", inp.dtype)
     args = (dinp, scratch, dout, inp, weight, mean, rstd, np.int32(slice_rows), np.int32(N), np.int32(C))
     kernel((slices,), (threads, rows), args, shared_mem=2 * C * 4 if rows > 1 else 0)
+    combine(dweight, dbias, scratch, slices)
+
+
+def ring_block(C, itemsize, threads=RING_THREADS):
+    """(threads per row, rows per block, bytes of shared memory) of layernorm_backward4."""
+    x, y = row_block(C * itemsize // 16, RING_PACKS, threads)
+    return x, y, x * y * RING_STAGES * 3 * RING_PACKS * 16
+
+
+def layernorm_backward4(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd):
+    """layernorm_backward1 in one pass over memory, the next rows on their way while one is worked on."""
+    N, C = check_backward(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd)
+    x, y, smem = ring_block(C, inp.itemsize)
+    assert x <= 512, C
+    slices = min(RING_SLICES, -(-N // y))
+    kernel = module.kernel("layernorm.cu", "layernorm_backward_kernel4", inp.dtype, smem=smem)
+    args = (dinp, scratch, dout, inp, weight, mean, rstd, np.int32(N), np.int32(C))
+    kernel((slices,), (x, y), args, shared_mem=smem)
     combine(dweight, dbias, scratch, slices)
 
 
