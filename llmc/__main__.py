@@ -8,6 +8,7 @@ from llmc import __version__
 COMMANDS = {
     "train": "train GPT-2; with no flags: on Tiny Shakespeare",
     "generate": "continue a text with a trained model",
+    "evaluate": "validation loss and HellaSwag accuracy of a model",
     "data": "make token shards of a text: llmc data prepare FILE.txt",
     "plot": "draw the loss curves of runs as a PNG",
     "test_gpt2": "compare this build with llm.c's debug state",

@@ -190,7 +190,7 @@ def parser():
     add("-s", "--sample-every", type=natural, metavar="N", help="sample every N steps and at the end (20; 0 = off)")
     add("-g", "--sample-length", type=positive, metavar="N", help="positions of a sample (64)")
     add("--temperature", type=number, help="of samples (1)")
-    add("-h", "--hellaswag", **on_off, default=0, help="1: HellaSwag accuracy every -v steps and at the end; -b >= 4")
+    add("-h", "--hellaswag", **on_off, default=0, help="1: HellaSwag accuracy every -v steps and at the end")
 
     add = p.add_argument_group("precision and memory").add_argument
     text = "of parameters and activations (bf16 on a GPU, fp32 on a CPU)"
@@ -248,9 +248,6 @@ def check(args):
         raise UserError("-pi tcp needs -ps, the machine of rank 0. HINT: -ps $(hostname -i) as seen on that machine.")
     if method == "fs" and not args.fs_path:
         raise UserError("-pi fs needs -pf, a folder that all processes share. HINT: -pf DIR on a shared file system.")
-    if args.hellaswag and args.batch_size is not None and args.batch_size < 4:
-        have = f"-h 1 scores four endings at once, -b is {args.batch_size}"
-        raise UserError(f"{have}. HINT: -b 4 or more, or -h 0.")
     if args.memory and not args.plan:
         raise UserError("--memory is for --plan: a run takes what the device has. HINT: add --plan, or lower -b.")
     lines = []

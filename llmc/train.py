@@ -126,6 +126,17 @@ def open_data(args, config, B, T):
     return train_loader, val_loader
 
 
+def open_hellaswag(args, config, T):
+    """(the examples of -h 1, or none, and what there is to say about them); -h becomes 0 where their file is not."""
+    from llmc import evaluate
+
+    if not args.hellaswag:
+        return [], None
+    path, line = evaluate.find_hellaswag(args.input_bin)
+    args.hellaswag = int(path is not None)
+    return evaluate.load_examples(path, config.vocab_size, T) if path else ([], line)
+
+
 def count_steps(args, num_tokens, total_batch, resume_step):
     """Steps of the run: -x, or one epoch of the training tokens."""
     steps = num_tokens // total_batch if args.max_steps == -1 else args.max_steps
@@ -364,7 +375,7 @@ def main(argv=None):
     # what is wrong with the flags or files is found here, before anything is allocated
     import numpy as np
 
-    from llmc import gpt2, memory, mfu, schedulers, startup
+    from llmc import evaluate, gpt2, memory, mfu, schedulers, startup
     from llmc.logger import Display, Logger, step_line
     from llmc.loss_scaler import LossScaler
     from llmc.outlier_detector import OutlierDetector
@@ -385,10 +396,11 @@ def main(argv=None):
     steps = count_steps(args, train_loader.num_tokens, total_batch, resume_step)
     all_val_batches = val_loader.num_tokens // (B * T)
     val_batches = all_val_batches if args.val_max_steps == -1 else args.val_max_steps
+    examples, hellaswag_line = open_hellaswag(args, config, T)
     tokenizer, tokenizer_line = sample_tokenizer(config, args.tokenizer) if args.sample_every else (None, None)
 
     print(device_line)
-    for line in (*notices, data_line, tokenizer_line):
+    for line in (*notices, data_line, hellaswag_line, tokenizer_line):
         if line:
             print(line)
     if resume_step is not None:
@@ -437,6 +449,11 @@ def main(argv=None):
                 val_loss = validate(model, val_loader, batches, inputs[0], targets[0])
                 display.write(f"val loss {val_loss:.6f}")
                 logger.val(step, val_loss)
+            due = args.val_loss_every and step > 0 and step % args.val_loss_every == 0
+            if examples and (due or last):
+                result = evaluate.score(model, examples)
+                display.write(evaluate.score_line(result))
+                logger.eval(step, result.correct / result.total)
             if args.sample_every and ((step > 0 and step % args.sample_every == 0) or last):
                 display.write(sample(model, tokenizer, args))
             due = args.checkpoint_every and ((step > 0 and step % args.checkpoint_every == 0) or last)

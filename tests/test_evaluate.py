@@ -1,13 +1,15 @@
 """Multiple-choice scoring against PyTorch in float64, and HellaSwag's way from its jsonl into the training loop."""
 
+import itertools
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from reference import GPT2_TENSORS, cross_entropy, gpt2_logits, to_torch
 
-from llmc import UserError, cpu, evaluate
+from llmc import UserError, cpu, data, evaluate, tokenizer, train
 from llmc.gpt2 import GPT2, GPT2Config
 
 V, T = 61, 80
@@ -33,9 +35,9 @@ def example(rng, context, lengths):
 def examples():
     """Rows of 2 to 81 tokens: shorter and longer than a block of positions, and as long as T + 1 allows."""
     rng = np.random.default_rng(5)
-    return [example(rng, c, n) for c, n in ((1, (1, 2, 1, 9)), (75, (6, 1, 3, 2)), (40, (3, 24, 25, 30)), (3, (7,) * 4))] + [
-        example(rng, int(rng.integers(1, 60)), rng.integers(1, 20, 4)) for _ in range(20)
-    ]  # fmt: skip
+    extremes = [(1, (1, 2, 1, 9)), (75, (6, 1, 3, 2)), (40, (3, 24, 25, 30)), (3, (7, 7, 7, 7))]
+    others = [(int(rng.integers(1, 60)), rng.integers(1, 20, 4)) for _ in range(20)]
+    return [example(rng, *sizes) for sizes in extremes + others]
 
 
 def torch_losses(model, examples):
@@ -113,3 +115,154 @@ def test_long_contexts_lose_their_beginning(examples):
     np.testing.assert_allclose(evaluate.completion_losses(model, examples)[0], torch_losses(model, cut)[0], rtol=2e-5)
     with pytest.raises(UserError, match=r"-t 29: a completion .* has 30 tokens. HINT: -t 30 or more"):
         evaluate.score(build(2, 29), examples)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# from HellaSwag's jsonl to the number in main.log
+
+LINES = [
+    {"ctx": f"{who} goes to the {where}. {who}", "label": (i * 3) % 4, "endings": [f"{what} it.", "runs.", "", "sings"]}
+    for i, (who, where, what) in enumerate([("Anna", "shop", "buys"), ("Émile", "lake", "sees"), ("A cat", "roof", "")])
+]
+for line in LINES:
+    line["endings"][2] = "is"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty current folder with HellaSwag's jsonl and training data of bytes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LLMC_DATA_DIR", raising=False)
+    tmp_path.joinpath("hellaswag_val.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    tokens = np.random.default_rng(0).integers(97, 123, 2000).astype(np.uint16)
+    for name in ("train.bin", "val.bin"):
+        data.write_shard(name, tokens, 257)
+    return tmp_path
+
+
+def run(command, capsys, *argv):
+    """(exit code, stdout, stderr)"""
+    capsys.readouterr()
+    try:
+        code = command.main([str(a) for a in argv])
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
+
+
+def prepare(capsys, *argv):
+    return run(data, capsys, "prepare", "hellaswag", "hellaswag_val.jsonl", *argv)
+
+
+@pytest.mark.parametrize("name", ("bytes", "gpt2"))
+def test_prepare(name, folder, capsys):
+    """Tokens are those of the context, and of each ending behind a space."""
+    code, out, _ = prepare(capsys, "--tokenizer", name)
+    assert code == 0 and "hellaswag_val.bin: 3 examples" in out and "llmc.evaluate MODEL --hellaswag" in out
+    decode = tokenizer.get(name).decode
+    for line, (label, context, completions) in zip(LINES, data.read_eval_set("hellaswag_val.bin"), strict=True):
+        assert (label, decode(context)) == (line["label"], line["ctx"])
+        assert [decode(c) for c in completions] == [" " + ending for ending in line["endings"]]
+    if name == "gpt2":
+        assert completions[1] == tokenizer.get("gpt2").encode(" runs.").tolist()
+    before = folder.joinpath("hellaswag_val.bin").read_bytes()
+    assert prepare(capsys, "--tokenizer", name)[0] == 0  # the same again is nothing to complain about
+    folder.joinpath("hellaswag_val.jsonl").write_text(json.dumps(LINES[1]))
+    code, _, err = prepare(capsys, "--tokenizer", name)
+    assert code == 2 and "exists with other content" in err and "--overwrite" in err
+    assert prepare(capsys, "--tokenizer", name, "--overwrite")[0] == 0
+    assert folder.joinpath("hellaswag_val.bin").read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "line 2: "),
+        ('{"ctx": "a", "label": 1}', "line 2: no 'endings'"),
+        ('{"ctx": "a", "label": 4, "endings": ["a", "b", "c", "d"]}', "label 4 of 4 endings, expected 0..3 of 4"),
+        ('{"ctx": "a", "label": 1, "endings": ["a", "b", "c"]}', "label 1 of 3 endings"),
+        ('{"ctx": 7, "label": 1, "endings": ["a", "b", "c", "d"]}', "ctx is text"),
+        ("[1]", "line 2: "),
+        ("", "line 2: "),
+    ],
+)
+def test_prepare_bad_lines(line, message, folder, capsys):
+    folder.joinpath("hellaswag_val.jsonl").write_text(json.dumps(LINES[0]) + "\n" + line + "\n")
+    code, _, err = prepare(capsys, "--tokenizer", "bytes")
+    assert code == 2 and message in err and "HINT: " in err and err.count("\n") == 1
+    assert not folder.joinpath("hellaswag_val.bin").exists()
+
+
+TRAIN = "-i train.bin -j val.bin -e tiny:d1 -b 2 -t 48 -x 4 -v 2 -m 2 -s 0 -n 4 -o out --device cpu -h 1".split()
+
+
+def test_in_the_loop_and_as_a_command(folder, capsys):
+    """-h 1 prints and logs llm.c's lines every -v steps but the first, and the command gives the last of them again."""
+    assert prepare(capsys, "--tokenizer", "bytes")[0] == 0
+    code, out, err = run(train, capsys, *TRAIN)
+    assert code == 0, err
+    lines = [line for line in out.splitlines() if line.startswith("HellaSwag: ")]
+    assert len(lines) == 2 and "| run hellaswag         | yes" in out and "contexts lose their beginning" not in out
+    log = [line for line in folder.joinpath("out", "main.log").read_text().splitlines() if "eval:" in line]
+    accuracies = [
+        re.fullmatch(r"HellaSwag: ([0-3])/3 = (0\.\d{6}|1\.0{6}) \(by summed loss: [01]\.\d+\)", x) for x in lines
+    ]
+    assert log == [f"s:{s} eval:{int(m[1]) / 3:.4f}" for s, m in zip((2, 4), accuracies, strict=True)]
+    assert [m[2] for m in accuracies] == [f"{int(m[1]) / 3:f}" for m in accuracies]
+
+    flags = ["--hellaswag", "hellaswag_val.bin", "-j", "val.bin", "-m", 2, "-b", 2, "-t", 48, "--device", "cpu"]
+    code, again, err = run(evaluate, capsys, "out", *flags)
+    assert code == 0, err
+    assert again.splitlines()[1:] == [[x for x in out.splitlines() if x.startswith("val loss")][-1], lines[-1]]
+    code, again, _ = run(evaluate, capsys, "out", *flags[:2], "-t", 12, "--device", "cpu")
+    assert "3 of 3 contexts lose their beginning: -t 12 is too short" in again
+
+
+def test_without_the_file_one_line_says_so(folder, capsys, monkeypatch):
+    monkeypatch.setenv("LLMC_DATA_DIR", "somewhere")
+    code, out, _ = run(train, capsys, *TRAIN)
+    said = [line for line in out.splitlines() if line.startswith("-h 1: ")]
+    assert code == 0 and len(said) == 1 and "| run hellaswag         | no" in out and "HellaSwag: " not in out
+    where = ("dev/data/hellaswag/", "", "somewhere/hellaswag/")
+    assert all(place + "hellaswag_val.bin" in said[0] for place in where) and "HINT: llmc.data prepare" in said[0]
+    assert "eval:" not in folder.joinpath("out", "main.log").read_text()
+
+
+@pytest.mark.parametrize("place", ("dev/data/hellaswag", "data/hellaswag", "shards"))
+def test_places(place, folder, monkeypatch):
+    monkeypatch.setenv("LLMC_DATA_DIR", "data")
+    assert evaluate.find_hellaswag("shards/train_*.bin")[0] is None
+    folder.joinpath(place).mkdir(parents=True)
+    folder.joinpath(place, "hellaswag_val.bin").touch()
+    assert evaluate.find_hellaswag("shards/train_*.bin") == (f"{place}/hellaswag_val.bin", None)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["out"], "nothing to evaluate on"),
+        (["out", "--hellaswag", "none.bin"], "none.bin"),
+        (["out", "--hellaswag", "val.bin"], "val.bin"),
+        (["out", "--hellaswag", "gpt2.bin"], "has a token 50000, the model's vocabulary ends at 256"),
+        (["out", "-j", "val.bin", "-t", "64"], "-t 64: the model has positions for 1 to 48"),
+        (["none.bin", "-j", "val.bin"], "none.bin"),
+        (["out", "-j", "val.bin", "--dtype", "bf16", "--device", "cpu"], "the CPU op set has fp32 only"),
+    ],
+)
+def test_bad_input(argv, message, trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    code, _, err = run(evaluate, capsys, *argv)
+    assert code == 2 and err.startswith("llmc.evaluate: error: ") and message in err and "HINT: " in err
+    assert err.count("\n") == 1, err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a run in "out", its data, and an eval set of another tokenizer's."""
+    folder = tmp_path_factory.mktemp("trained")
+    data.write_shard(str(folder / "val.bin"), np.full(2000, 97, np.uint16), 257)
+    data.write_eval_set(str(folder / "gpt2.bin"), [(0, [1, 2], [[3], [4], [50000], [5]])])
+    paths = {"-i": folder / "val.bin", "-j": folder / "val.bin", "-o": folder / "out"}
+    flags = [*TRAIN[4:-2], "-x", "1", "-n", "1"]
+    assert train.main([*map(str, itertools.chain(*paths.items())), *[f for f in flags if f not in ("-o", "out")]]) == 0
+    return folder
