@@ -255,7 +255,8 @@ def load(args, step, model, loader, detectors):
     """
     from llmc import checkpoint, startup
 
-    model_path, state_path = (f(args.output_dir, step) for f in (checkpoint.model_path, checkpoint.state_path))
+    model_path = checkpoint.model_path(args.output_dir, step)
+    state_path = checkpoint.state_path(args.output_dir, step, 0)
     version = startup.read_weights(model, model_path)
     arrays = [model.m, model.v]
     in_state = checkpoint.read_state_header(state_path, (model.m.size,))["use_master_weights"]
