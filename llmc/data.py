@@ -108,13 +108,16 @@ class DataLoader:
     dropped. With should_shuffle each rank permutes shards once an epoch and samples once a shard, with its own MT19937
     seeded 42 + rank; ranks stay disjoint because their offset inside a sample is fixed.
 
+    turn (r, P): of every P batches of this order the r-th, so that P loaders serve what one would, in P turns, and are
+    all at the same position after each. llm.c has no such order; its own for P processes changes with P.
     vocab_size (optional): ids >= vocab_size and shards that state another vocabulary are refused.
     Attributes: num_tokens (of all shards), paths, current_shard_idx, current_sample_idx (the next one in the shard).
     Errors: UserError for a pattern without files, an invalid shard, or one with fewer than P*B*T + 1 tokens.
     Source: llm.c llmc/dataloader.h.
     """
 
-    def __init__(self, pattern, B, T, rank=0, num_processes=1, should_shuffle=False, vocab_size=None):
+    def __init__(self, pattern, B, T, rank=0, num_processes=1, should_shuffle=False, vocab_size=None, turn=(0, 1)):
+        self.turn = turn
         self.pattern, self.B, self.T, self.rank, self.num_processes = pattern, B, T, rank, num_processes
         self.should_shuffle, self.vocab_size = bool(should_shuffle), vocab_size
         self.paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
@@ -183,6 +186,7 @@ class DataLoader:
         B, T = self.B, self.T
         for array in (inputs, targets):
             assert array.shape == (B, T) and array.dtype == np.int32 and array.flags.c_contiguous, (array.shape, B, T)
+        self._skip(self.turn[0])
         if self.current_sample_idx >= self.shard_num_samples:
             self._advance()
         sample = self.current_sample_idx
@@ -193,6 +197,13 @@ class DataLoader:
         inputs.reshape(-1)[:] = self._buffer[:-1]
         targets.reshape(-1)[:] = self._buffer[1:]
         self.current_sample_idx += 1
+        self._skip(self.turn[1] - 1 - self.turn[0])
+
+    def _skip(self, batches):
+        for _ in range(batches):
+            if self.current_sample_idx >= self.shard_num_samples:
+                self._advance()
+            self.current_sample_idx += 1
 
     def _read(self, position):
         """Read B*T + 1 tokens from token `position` of the open shard into the buffer."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import UserError, rand
+from . import UserError, rand, zero
 from .buffers import TensorSpec, carve, offsets, plan
 
 ALIGN = 256  # bytes: rows of the activation buffer start at multiples of it
@@ -160,6 +160,9 @@ def scratch_specs(config, ops, B, T):
     ]
 
 
+OUTSIDE = ("wte", "wpe", "lnfw", "lnfb")  # the tensors that belong to no layer
+
+
 def num_parameters(config):
     """The padded parameter count N, as llm.c prints it and counts its FLOPs with."""
     return sum(spec.size for spec in parameter_specs(config))
@@ -171,18 +174,21 @@ def flops_per_token(config, T):
 
 
 def memory_plan(
-    config, ops, B, T, recompute=1, dtype="float32", training=True, use_master_weights=True, grad_dtype=None
-):
+    config, ops, B, T, recompute=1, dtype="float32", training=True, use_master_weights=True, grad_dtype=None,
+    shards=1,
+):  # fmt: skip
     """[(title, specs, align, bytes)] for each buffer that GPT2(...) allocates with the same arguments."""
     parameters, activations = parameter_specs(config), activation_specs(config, B, T, recompute)
     scratch = scratch_specs(config, ops, B, T)
     gradients = [spec._replace(dtype="f32") for spec in parameters] if grad_dtype == "float32" else parameters
     master = use_master_weights and np.dtype(dtype) != np.float32  # fp32 weights are their own master
     state = ("m", "v", "master") if master else ("m", "v")
-    optimizer = [TensorSpec(name, (num_parameters(config),), "f32") for name in state]
+    optimizer = [TensorSpec(name, (num_parameters(config) // shards,), "f32") for name in state]
     plans = [("parameters", parameters, 1)]
     if training:
         plans += [("gradients", gradients, 1), ("optimizer", optimizer, 1)]
+    if training and shards > 1:
+        plans += [("share", zero.share_specs(parameters, shards, gradients[0].dtype), ALIGN)]
     plans += [("activations", activations, ALIGN), ("scratch", scratch, ALIGN)]
     return [(title, specs, align, offsets(specs, dtype, align)[1]) for title, specs, align in plans]
 
@@ -211,11 +217,13 @@ class GPT2:
     use_master_weights=False: AdamW updates the parameters themselves, in bfloat16 by stochastic rounding.
     training=False leaves out gradients and optimizer state. graphs=True replays the passes over a full batch as CUDA
     graphs: the same launches, without their cost on the host.
+    ranks: distributed.Mpi or Nccl, over which gradients are summed; None for one process. shards: 1, or with ZeRO-1 the
+    number of ranks: m, v and master are then this rank's share, see zero.py.
     """
 
     def __init__(
         self, config, ops, B, T, recompute=1, training=True, dtype="float32", graphs=False, use_master_weights=True,
-        grad_dtype=None,
+        grad_dtype=None, ranks=None, shards=1,
     ):  # fmt: skip
         if not 0 < T <= config.max_seq_len:
             raise UserError(f"-t {T}: the model has positions for 1 to {config.max_seq_len} tokens. HINT: lower -t.")
@@ -223,7 +231,7 @@ class GPT2:
         self.dtype = np.dtype(dtype)
         L = config.num_layers
         buffers = {}
-        precision = (use_master_weights, grad_dtype)
+        precision = (use_master_weights, grad_dtype, shards)
         for title, specs, align, nbytes in memory_plan(config, ops, B, T, recompute, self.dtype, training, *precision):
             buffers[title] = (ops.device.alloc(nbytes), specs, align)
 
@@ -243,7 +251,11 @@ class GPT2:
         self.acts = self.activations(B, T)
         ends = np.cumsum([spec.size for spec in parameter_specs(config)], dtype=np.int64)
         ops.device.upload(self.scratch.ends, ends)
-        self.rng_state = 13371337  # of the stochastic-rounding seeds, as in llm.c (plus the rank)
+        self.ranks, self.rank, self.num_ranks = ranks, ranks.rank if ranks else 0, ranks.size if ranks else 1
+        self.share = None
+        if training and shards > 1:
+            self.share = zero.Share(parameter_specs(config), self.rank, shards, views("share"), ops.device)
+        self.rng_state = 13371337  # of the stochastic-rounding seeds, as in llm.c; on all ranks the same
         self.rng_state_last_update = self.rng_state
         self.loss_scale = 1.0  # the gradients are this many times too large: a power of 2, so that no bit is lost
         self.graphs = {} if graphs else None  # what is replayed, by pass and arguments
@@ -262,10 +274,12 @@ class GPT2:
 
     def load_parameters(self, host):
         """Parameters = host (N,), rounded to nearest where it is finer; master weights = the rounded values."""
-        if host is self.params_flat:
-            return
         rounded = host.astype(self.dtype, copy=False)
-        self.ops.device.upload(self.params_flat, rounded)
+        if host is not self.params_flat:
+            self.ops.device.upload(self.params_flat, rounded)
+        if self.share:
+            rounded = self.share.of(rounded)
+            self.ops.device.upload(self.share.params, rounded)
         if self.master is not None:
             self.ops.device.upload(self.master, rounded.astype(np.float32))
 
@@ -345,15 +359,21 @@ class GPT2:
         Call forward(inputs) with it first. The first micro-step writes the gradients (=), later ones add to them (+=).
         acts.losses likewise.
         """
-        upload = self.ops.device.upload
-        seed, self.rng_state = rand.random_u32(self.rng_state)
-        upload(self.scratch.encoder_seed, np.array([seed], np.uint32))
+        upload, seeds = self.ops.device.upload, np.empty(self.num_ranks, np.uint32)
+        for i in range(self.num_ranks):  # one for each micro-batch of all ranks, so that P does not matter
+            seeds[i], self.rng_state = rand.random_u32(self.rng_state)
+        upload(self.scratch.encoder_seed, seeds[self.rank : self.rank + 1])
         upload(self.activations(*inputs.shape).targets, targets)
-        dloss = self.loss_scale / (inputs.size * grad_accum_steps)
-        self.run(self.backward_pass, inputs.shape, *inputs.shape, dloss, micro_step > 0)
+        dloss = self.loss_scale / (inputs.size * grad_accum_steps * self.num_ranks)
+        final = self.ranks is not None and micro_step == grad_accum_steps - 1
+        self.run(self.backward_pass, inputs.shape, *inputs.shape, dloss, micro_step > 0, final)
 
-    def backward_pass(self, b, t, dloss, more):
-        """Every backward call, from the gradient dloss of each position's loss. more: gradients accumulate."""
+    def backward_pass(self, b, t, dloss, more, final=False):
+        """Every backward call, from the gradient dloss of each position's loss. more: gradients accumulate.
+
+        final: the gradients are complete but for those of other ranks, with which they are summed layer by layer,
+        while the pass goes on.
+        """
         ops, acts, params, grads = self.ops, self.activations(b, t), self.params, self.grads
         C, scratch = self.config.channels, self.scratch
         if not more:  # what only ever accumulates starts from zero; matmuls write their gradients outright
@@ -372,7 +392,8 @@ class GPT2:
         ops.layernorm_backward(dresidual, grads.lnfw, grads.lnfb, scratch.f32, dlnf, acts.h[-1].residual3, *n)
 
         residuals = [acts.encoded, *(a.residual3 for a in acts.h[:-1])]
-        for w, g, a, residual in zip(params.h[::-1], grads.h[::-1], acts.h[::-1], residuals[::-1], strict=True):
+        for layer in reversed(range(self.config.num_layers)):
+            w, g, a, residual = params.h[layer], grads.h[layer], acts.h[layer], residuals[layer]
             if self.recompute >= 1:
                 ops.gelu_forward(a.fch_gelu, a.fch)
             d = (g.fcprojw, g.fcprojb, scratch.f32)
@@ -390,19 +411,45 @@ class GPT2:
             ops.matmul_backward(dl_btc, g.qkvw, g.qkvb, scratch.f32, dqkvr, a.ln1, w.qkvw, accumulate=more)
             n = (w.ln1w, a.ln1_mean, a.ln1_rstd)
             ops.layernorm_backward(dresidual, g.ln1w, g.ln1b, scratch.f32, dl_btc, residual, *n)
+            if final:
+                self.reduce(layer)
         ops.encoder_backward(grads.wte, grads.wpe, scratch.i32, dresidual, acts.inputs, scratch.encoder_seed)
+        if final:
+            self.reduce(-1)  # wte has had both its parts by now
+            self.ranks.wait()
+
+    def reduce(self, layer):
+        """Start the sum over all ranks of the gradients of a layer, of what is outside the layers for -1."""
+        if self.share:
+            whole, shares = self.share.pairs(self.grads_flat, self.share.grads, layer)
+            self.ranks.reduce_scatter(shares, whole)
+        else:
+            tensors = vars(self.grads.h[layer]) if layer >= 0 else {n: getattr(self.grads, n) for n in OUTSIDE}
+            self.ranks.all_reduce([tensor.reshape(-1) for tensor in tensors.values()])
 
     def mean_loss(self, grad_accum_steps=1):
-        """Mean loss in nats of the micro-batches since the last micro_step 0."""
-        return float(self.ops.device.download(self.acts.losses).mean(dtype=np.float64)) / grad_accum_steps
+        """Mean loss in nats of the micro-batches since the last micro_step 0, on all ranks."""
+        loss = float(self.ops.device.download(self.acts.losses).mean(dtype=np.float64)) / grad_accum_steps
+        return self.ranks.sums([loss])[0] / self.num_ranks if self.ranks else loss
 
     def round_master(self):
         """Parameters = the master weights, rounded with the noise of the last update (llm.c gpt2_build_from_state)."""
         rng_state, seeds = self.rng_state_last_update, np.empty(16, np.uint32)
         for i in range(16):
             seeds[i], rng_state = rand.random_u32(rng_state)
-        self.ops.device.upload(self.scratch.seeds, seeds)
-        self.ops.init_from_master(self.params_flat, self.master, self.scratch.ends, self.scratch.seeds)
+        if self.share:
+            self.share.set_tables(seeds, 0.0)
+            for arenas, (ends, _, row_seeds) in self.share.calls(self.share.params, self.master):
+                self.ops.init_from_master(*arenas, ends, row_seeds)
+            self.gather()
+        else:
+            self.ops.device.upload(self.scratch.seeds, seeds)
+            self.ops.init_from_master(self.params_flat, self.master, self.scratch.ends, self.scratch.seeds)
+
+    def gather(self):
+        """Parameters = the shares of all ranks."""
+        self.ranks.all_gather(*self.share.pairs(self.params_flat, self.share.params))
+        self.ranks.wait()
 
     def update(self, learning_rate, beta1, beta2, eps, weight_decay, grad_clip, t):
         """One AdamW step on all parameters; t counts updates from 1. Without finite norm and loss it does nothing."""
@@ -412,6 +459,8 @@ class GPT2:
         for i in range(16):
             seeds[i], self.rng_state = rand.random_u32(self.rng_state)
         decays = [weight_decay if spec.decay else 0.0 for spec in parameter_specs(self.config)]
+        if self.share:
+            self.share.set_tables(seeds, weight_decay)
         upload(scratch.seeds, seeds)
         upload(scratch.decays, np.array(decays, np.float32))
         hyper = [learning_rate, 1.0 - beta1**t, 1.0 - beta2**t, 1.0 / self.loss_scale]
@@ -422,15 +471,26 @@ class GPT2:
         """The norms, then AdamW with the gradients clipped by theirs."""
         self.norm_pass()
         ops, scratch = self.ops, self.scratch
-        arenas = (self.params_flat, self.master, self.grads_flat, self.m, self.v)
-        tables = (scratch.ends, scratch.decays, scratch.seeds, scratch.hyper, scratch.norm_squared)
-        ops.adamw_update(*arenas, *tables, beta1, beta2, eps, grad_clip)
+        scalars = (scratch.hyper, scratch.norm_squared, beta1, beta2, eps, grad_clip)
+        if self.share:
+            for arenas, tables in self.share.calls(
+                self.share.params, self.master, self.share.grads, self.m, self.v
+            ):
+                ops.adamw_update(*arenas, *tables, *scalars)
+            self.gather()
+        else:
+            arenas = (self.params_flat, self.master, self.grads_flat, self.m, self.v)
+            ops.adamw_update(*arenas, scratch.ends, scratch.decays, scratch.seeds, *scalars)
 
     def norm_pass(self):
-        """The norms of the gradients and of the losses."""
+        """The norms of the gradients and of the losses, those of all ranks."""
         ops, scratch = self.ops, self.scratch
-        ops.global_norm_squared(scratch.norm_squared[:1], scratch.f32, self.grads_flat)
+        grads = self.share.grads if self.share else self.grads_flat
+        ops.global_norm_squared(scratch.norm_squared[:1], scratch.f32, grads)
         ops.global_norm_squared(scratch.norm_squared[1:], scratch.f32, self.acts.losses.reshape(-1))
+        if self.ranks:  # summed gradients are the same everywhere, shares of them are not
+            self.ranks.all_reduce([scratch.norm_squared if self.share else scratch.norm_squared[1:]])
+            self.ranks.wait()
 
     def measure_norm(self):
         """Find grad_norm() without an update, for a caller that decides by it whether to update."""
