@@ -107,7 +107,7 @@ def op_set(kind, monkeypatch):
     monkeypatch.setattr(cuda.module, "capability", lambda: 80)
     monkeypatch.setattr(cuda.module, "multiprocessors", lambda: 3)  # few: kernels whose blocks stay make several rounds
     monkeypatch.setattr(cuda.device, "alloc", simt.alloc)
-    for name in ("zero", "upload", "download", "synchronize", "timer", "memory", "describe"):
+    for name in ("zero", "upload", "download", "host_view", "synchronize", "timer", "memory", "describe"):
         monkeypatch.setattr(cuda.device, name, getattr(cpu.device, name))
     return cuda
 

@@ -1,0 +1,157 @@
+"""-w, --dtype and --grad-dtype: what a resume at another precision starts from, what an update does without masters.
+
+On the executor and on a GPU, as the CPU op set has fp32 alone. No pass over a batch is needed: states are drawn.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from reference import DTYPES, assert_bits
+
+from llmc import UserError, checkpoint, gpt2, train
+
+CONFIG = gpt2.GPT2Config(8, 61, 128, 1, 2, 16)
+SETS = pytest.mark.parametrize("ops", ("executor", pytest.param("gpu", marks=pytest.mark.gpu)), indirect=True)
+RNG_STATE = 987654321
+OPTIMIZER = (1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0)
+
+
+class Loader:
+    """As much of a DataLoader as a checkpoint wants, far into its epoch."""
+
+    def __init__(self):
+        self.at = dict(should_shuffle=False, current_shard_idx=1, current_sample_idx=23)
+
+    def state(self):
+        return self.at
+
+    def load_state(self, state):
+        self.at = dict(state)
+
+
+def build(ops, dtype, masters=True, **options):
+    return gpt2.GPT2(CONFIG, ops, 1, 8, dtype=DTYPES[dtype], use_master_weights=masters, **options)
+
+
+def drawn(ops, dtype, masters=True):
+    """A model after an update: parameters, as it rounded them from the masters, m and v."""
+    model, rng = build(ops, dtype, masters), np.random.default_rng(3)
+    N = model.params_flat.size
+    model.load_parameters(rng.normal(0, 0.02, N).astype(np.float32))
+    ops.device.upload(model.grads_flat, rng.normal(0, 1e-2, N).astype(DTYPES[dtype]))
+    model.update(*OPTIMIZER, t=1)
+    model.rng_state = RNG_STATE  # after the next backward passes
+    return model
+
+
+def arguments(masters=True):
+    keep = dict(checkpoints_keep=0, major_checkpoint_every=0)
+    return SimpleNamespace(output_dir="out", use_master_weights=int(masters), **keep)
+
+
+def saved(model, masters=True):
+    train.save(arguments(masters), 5, model, Loader(), {})
+    return checkpoint.read_model_header(checkpoint.model_path("out", 5))["version"]
+
+
+def resumed(ops, dtype, masters=True):
+    model, loader = build(ops, dtype, masters), Loader()
+    loader.at = None
+    train.load(arguments(masters), 5, model, loader, {})
+    assert {k: loader.at[k] for k in Loader().at} == Loader().at
+    assert (model.rng_state, model.rng_state_last_update) == (RNG_STATE, 13371337)
+    return model
+
+
+def bits(ops, model, *names):
+    return {name: ops.device.download(getattr(model, name)) for name in names if getattr(model, name) is not None}
+
+
+def assert_same(ops, got, expected, *names):
+    expected = bits(ops, expected, *names)
+    for name, array in bits(ops, got, *names).items():
+        assert_bits("resumed", name, array, expected[name])
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+
+@SETS
+@pytest.mark.parametrize("dtype, masters, version", [("bf16", 1, 5), ("bf16", 0, 5), ("fp16", 1, 3), ("fp16", 0, 3)])
+def test_resume_at_the_same_precision(dtype, masters, version, ops):
+    model = drawn(ops, dtype, masters)
+    assert (model.master is not None) == bool(masters)
+    assert saved(model, masters) == version
+    assert_same(ops, resumed(ops, dtype, masters), model, "params_flat", "m", "v", "master")
+
+
+@SETS
+def test_resume_at_another_precision(ops):
+    """With -w 1 nothing of the fp32 weights is lost, whatever both runs compute in."""
+    model = drawn(ops, "bf16")
+    saved(model)
+    fp32, fp16 = resumed(ops, "fp32"), resumed(ops, "fp16")
+    master = ops.device.download(model.master)
+    assert_bits("fp32", "params", ops.device.download(fp32.params_flat), master)
+    assert_same(ops, fp16, model, "master", "m", "v")
+    assert_bits("fp16", "params", ops.device.download(fp16.params_flat), master.astype(np.float16))
+
+    assert saved(fp32) == 3  # an fp32 run has no other weights, and they are the masters of a bf16 run after it
+    assert_same(ops, resumed(ops, "bf16"), model, "params_flat", "master", "m", "v")
+
+
+@SETS
+def test_resume_without_masters(ops):
+    """-w 0 takes the weights of the model file, and steps over the masters in the state; -w 1 has to find some."""
+    model = drawn(ops, "bf16")
+    saved(model)
+    without = resumed(ops, "bf16", masters=False)
+    assert_same(ops, without, model, "params_flat", "m", "v")
+    fp32 = ops.device.download(resumed(ops, "fp32", masters=False).params_flat)
+    assert_bits("fp32", "params", fp32, ops.device.download(model.params_flat).astype(np.float32))
+
+    saved(without, masters=False)
+    with pytest.raises(UserError, match="state_00000005_00000.bin has no master weights. HINT: .*-w 0"):
+        resumed(ops, "bf16")
+    resumed(ops, "bf16", masters=False)
+
+
+@SETS
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_updates_without_masters(dtype, ops):
+    """The first update is that of a run with masters, which then hold what parameters hold; later ones are not."""
+    models = []
+    for masters in (True, False):
+        model, rng = build(ops, dtype, masters), np.random.default_rng(4)
+        N = model.params_flat.size
+        model.load_parameters(rng.normal(0, 0.02, N).astype(np.float32))
+        start = ops.device.download(model.params_flat)
+        ops.device.upload(model.grads_flat, rng.normal(0, 1e-2, N).astype(DTYPES[dtype]))
+        model.update(*OPTIMIZER, t=1)
+        models.append(model)
+    assert_same(ops, *models, "params_flat", "m", "v")
+    assert (ops.device.download(models[1].params_flat) != start).mean() > 0.5
+    for model in models:
+        model.update(*OPTIMIZER, t=2)
+    assert_same(ops, *models, "m", "v")
+    assert (ops.device.download(models[0].params_flat) != ops.device.download(models[1].params_flat)).any()
+
+
+@SETS
+def test_memory_plan(ops):
+    """Master weights are 4 bytes a parameter, fp32 gradients 2 more than bf16 ones; fp32 weights have no masters."""
+    N = gpt2.num_parameters(CONFIG)
+
+    def plan(dtype, **options):
+        titles = gpt2.memory_plan(CONFIG, ops, 1, 8, dtype=DTYPES[dtype], **options)
+        return {title: nbytes for title, _, _, nbytes in titles}
+
+    bf16 = plan("bf16")
+    assert (bf16["parameters"], bf16["gradients"], bf16["optimizer"]) == (2 * N, 2 * N, 12 * N)
+    assert plan("bf16", use_master_weights=False) == {**bf16, "optimizer": 8 * N}
+    assert plan("bf16", grad_dtype="float32") == {**bf16, "gradients": 4 * N}
+    assert plan("fp32") == plan("fp32", use_master_weights=False) == plan("fp32", grad_dtype="float32")
