@@ -191,12 +191,11 @@ def hub(fd, size, token, connect=CONNECT, silence=SILENCE):
                 if rank is not None and rank not in left and rank not in errors:
                     stop(f"rank {rank} died, the other ranks stop. HINT: {AGAIN}", 1)
         now = time.monotonic()
-        if errors:  # all ranks may be about to report the same
-            first = min(errors, key=errors.get)
+        if errors:  # what is wrong for all ranks, rank 0 will report too
+            first = 0 if 0 in errors else min(errors, key=errors.get)
             since, text, code = errors[first]
-            if len(errors) == size or now - since > 1.0:
-                common = len(errors) == size and len({text for _, text, _ in errors.values()}) == 1
-                stop(text if common else f"rank {first}: {text}", code)
+            if first == 0 or now - since > 1.0:
+                stop(f"rank {first}: {text}" if first else text, code)
         missing = sorted(set(range(size)) - set(ranks.values()) - left)
         if missing and now - start > connect:
             who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:8]))}"
@@ -276,10 +275,6 @@ class Ranks:
     def barrier(self):
         """Returns when every rank has called it."""
         self.exchange(None)
-
-    def from_rank0(self, value):
-        """Rank 0's value, on every rank."""
-        return self.exchange(value if self.rank == 0 else None)[0]
 
     def fail(self, text, code):
         """End this process and the others; the hub prints the text, once if it is the same on all ranks."""
@@ -538,7 +533,7 @@ def arrays(ranks, device):
     if gpus.count(gpus[ranks.rank]) > 1:
         who = [rank for rank, gpu in enumerate(gpus) if gpu == gpus[ranks.rank]]
         raise UserError(f"ranks {who} have the same GPU {gpus[ranks.rank]}. HINT: -pg, or a launcher with local ranks.")
-    ranks.arrays = Nccl(ranks.rank, ranks.size, ranks.from_rank0(nccl.get_unique_id() if ranks.rank == 0 else None))
+    ranks.arrays = Nccl(ranks.rank, ranks.size, on_rank0(ranks, nccl.get_unique_id))
     return ranks.arrays
 
 
@@ -587,6 +582,22 @@ def same_flags(args, ranks):
                 raise UserError(f"{text}. HINT: the flags of all processes must be the same.")
 
 
+def pick_device(args, ranks):
+    """startup.pick_device for this process or rank, and the Mpi or Nccl of the ranks, None for one process."""
+    from llmc import startup
+
+    if ranks is None:
+        return *startup.pick_device(args.device, args.threads), None
+    if args.device != "cpu":
+        choose_gpu(ranks.local_rank)
+    ops, device, line = startup.pick_device(args.device, args.threads or threads_each(ranks))
+    devices = ranks.exchange(device)
+    for rank, other in enumerate(devices):
+        if other != devices[0]:
+            raise UserError(f"rank {rank} would run on {other}, rank 0 on {devices[0]}. HINT: give --device.")
+    return ops, device, line, arrays(ranks, device)
+
+
 def choose_gpu(local_rank):
     """Leave this process the GPU of its local rank alone. Called before CUDA starts."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -602,3 +613,25 @@ def threads_each(ranks):
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     everyone = ranks.exchange([socket.gethostname(), cores])
     return max(1, len(cores) // everyone.count(everyone[ranks.rank]))
+
+
+def on_rank0(ranks, function):
+    """What function() returns on rank 0, where alone it is called; on every rank."""
+    if ranks is None:
+        return function()
+    return ranks.exchange(function() if ranks.rank == 0 else None)[0]
+
+
+def rank0_first(ranks, function):
+    """function() on rank 0, then on the others, which find there what it has prepared."""
+    if ranks and ranks.rank:
+        ranks.barrier()
+    result = function()
+    if ranks and ranks.rank == 0:
+        ranks.barrier()
+    return result
+
+
+def total(sums, value):
+    """The sum of a number over the ranks of an Mpi or Nccl; the number itself for one process, None."""
+    return sums.sums([value])[0] if sums else value

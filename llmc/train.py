@@ -79,9 +79,10 @@ def model_config(args, resume_step):
 
 
 def precision_of(args):
-    """What of -w and --grad-dtype the memory plan and GPT2(...) take."""
+    """What of -w, --grad-dtype and -z the memory plan and GPT2(...) take."""
     grad_dtype = "float32" if args.grad_dtype == "fp32" else None  # None: that of the model
-    return dict(use_master_weights=bool(args.use_master_weights), grad_dtype=grad_dtype)
+    shards = args.process_count or 1 if args.zero_stage == 1 else 1
+    return dict(use_master_weights=bool(args.use_master_weights), grad_dtype=grad_dtype, shards=shards)
 
 
 def data_vocabulary(pattern):
@@ -106,21 +107,38 @@ def sample_tokenizer(config, name):
         return None, f"samples are printed as token ids: {error}"
 
 
-def total_batch_of(args, B, T):
-    """(tokens, micro-steps) of one update."""
-    total_batch = args.total_batch_size or B * T
-    if total_batch % (B * T):
-        raise UserError(f"-d {total_batch} is not a multiple of -b {B} x -t {T} = {B * T}. HINT: -d {B * T}.")
-    return total_batch, total_batch // (B * T)
+def total_batch_of(args, B, T, P=1):
+    """(tokens of one update, micro-steps that each of P processes makes of it)."""
+    total_batch, at_once = args.total_batch_size or B * T * P, B * T * P
+    if total_batch % at_once:
+        factors = f"-b {B} x -t {T}" + f" x {P} processes" * (P > 1)
+        raise UserError(f"-d {total_batch} is not a multiple of {factors} = {at_once}. HINT: -d {at_once}.")
+    return total_batch, total_batch // at_once
 
 
-def open_data(args, config, B, T):
-    """The training and the validation loader, every token id checked. -a 1 trains on validation data, unshuffled."""
+def check_zero(args, config, P):
+    """What there is to say about -z 1, which becomes 0 where the tensors cannot be cut into P equal shares."""
+    from llmc import gpt2, zero
+
+    if args.zero_stage == 0 or (P > 1 and zero.share_rows(gpt2.parameter_specs(config), P)):
+        return None
+    args.zero_stage = 0
+    if P == 1:
+        return "-z 1 has no effect on one process"
+    return f"-z 1: {config.channels} channels cannot be cut into {P} equal shares; running with -z 0"
+
+
+def open_data(args, config, B, T, rank=0, P=1):
+    """The training and the validation loader, every token id checked. -a 1 trains on validation data, unshuffled.
+
+    P processes take turns in the order that one has, so that a step has the same batches however many there are.
+    """
     from llmc.data import DataLoader
 
     train_pattern, shuffle = (args.input_val_bin, False) if args.overfit_single_batch else (args.input_bin, True)
-    train_loader = DataLoader(train_pattern, B, T, should_shuffle=shuffle, vocab_size=config.vocab_size)
-    val_loader = DataLoader(args.input_val_bin, B, T, vocab_size=config.vocab_size)
+    options = dict(vocab_size=config.vocab_size, turn=(rank, P))
+    train_loader = DataLoader(train_pattern, B, T, should_shuffle=shuffle, **options)
+    val_loader = DataLoader(args.input_val_bin, B, T, **options)
     train_loader.check_all_ids()
     val_loader.check_all_ids()
     return train_loader, val_loader
@@ -197,12 +215,14 @@ def report(rows):
 
 def validate(model, loader, batches, inputs, targets):
     """Mean loss in nats over the first batches of the validation data."""
+    from llmc.distributed import total
+
     loader.reset()
-    total = 0.0
-    for _ in range(batches):
+    loss = 0.0
+    for _ in range(model.rank, batches, model.num_ranks):
         loader.next_batch(inputs, targets)
-        total += model.validate(inputs, targets)
-    return total / batches
+        loss += model.validate(inputs, targets)
+    return total(model.ranks, loss) / batches
 
 
 def sample(model, tokenizer, args):
@@ -215,15 +235,15 @@ def sample(model, tokenizer, args):
     return f"generating:\n---\n{text}\n---"
 
 
-def save(args, step, model, loader, detectors):
-    """Model, train state and DONE marker of this step; then what -nk and -nm let go."""
+def save(args, step, model, loader, detectors, ranks=None):
+    """Model, train state of each rank and DONE marker of this step; then what -nk and -nm let go."""
     from llmc import checkpoint
 
     host = model.ops.device.host_view
     header = {field: getattr(model.config, field) for field in checkpoint.MODEL_WORDS}
     state = dict(
-        num_processes=1,
-        rank=0,
+        num_processes=model.num_ranks,
+        rank=model.rank,
         rng_state=model.rng_state,
         rng_state_last_update=model.rng_state_last_update,
         m=host(model.m),
@@ -235,8 +255,10 @@ def save(args, step, model, loader, detectors):
     params, version = host(model.params_flat), 3 if model.dtype.name != "bfloat16" else 5
     if model.dtype == "float16":
         params = params.astype("float32")  # llm.c has no fp16 file; nothing is lost
-    checkpoint.save_checkpoint(args.output_dir, step, header, params, version, state)
-    let_go(args, step)
+    barrier = ranks.barrier if ranks else lambda: None
+    checkpoint.save_checkpoint(args.output_dir, step, header, params, version, state, barrier)
+    if model.rank == 0:
+        let_go(args, step)
 
 
 def let_go(args, step):
@@ -253,24 +275,30 @@ def load(args, step, model, loader, detectors):
     run, which has no others; without either it is an error. If --dtype is not that of the file, the parameters are
     rounded from the master weights anew, with the noise of the last update: a run can change its precision.
     """
+    import numpy as np
+
     from llmc import checkpoint, startup
 
     model_path = checkpoint.model_path(args.output_dir, step)
-    state_path = checkpoint.state_path(args.output_dir, step, 0)
+    state_path = checkpoint.state_path(args.output_dir, step, model.rank)
     version = startup.read_weights(model, model_path)
     arrays = [model.m, model.v]
+    weights = model.share.params if model.share else model.params_flat  # in fp32 their own master
     in_state = checkpoint.read_state_header(state_path, (model.m.size,))["use_master_weights"]
     if args.use_master_weights and (in_state or (model.master is not None and version == 5)):
-        arrays.append(model.params_flat if model.master is None else model.master)
+        arrays.append(weights if model.master is None else model.master)
     hosts = [model.ops.device.host_view(array) for array in arrays]
-    state = checkpoint.read_state(state_path, *hosts)
+    state = checkpoint.read_state(state_path, *hosts, num_processes=model.num_ranks, rank=model.rank)
     if model.master is not None and len(arrays) == 2:
         arrays.append(model.master)
-        hosts.append(model.ops.device.host_view(model.master))
-        checkpoint.read_model(model_path, hosts[2])
+        whole = np.empty(model.params_flat.size, np.float32)
+        checkpoint.read_model(model_path, whole)
+        hosts.append(model.share.of(whole) if model.share else whole)
     for array, host in zip(arrays, hosts, strict=True):
         if host is not array:
             model.ops.device.upload(array, host)
+    if model.share:
+        model.gather()
     model.rng_state, model.rng_state_last_update = state["rng_state"], state["rng_state_last_update"]
     if model.master is not None and not (version == 5 and model.dtype.name == "bfloat16"):
         model.round_master()
@@ -369,31 +397,41 @@ def main(argv=None):
 
         print_plan(args)
         return 0
+    from llmc import distributed
+
     start_time = time.perf_counter()
+    with distributed.launched(args) as ranks:
+        return run(args, notices, ranks, start_time)
+
+
+def run(args, notices, ranks, start_time):
+    """The run that args describe, on this process or on this one of ranks; returns the exit code."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding does not have
 
     # what is wrong with the flags or files is found here, before anything is allocated
     import numpy as np
 
-    from llmc import evaluate, gpt2, memory, mfu, schedulers, startup
+    from llmc import distributed, evaluate, gpt2, memory, mfu, schedulers, startup
     from llmc.logger import Display, Logger, step_line
     from llmc.loss_scaler import LossScaler
     from llmc.outlier_detector import OutlierDetector
 
     schedulers.check(args.lr_scheduler)
-    ops, device, device_line = startup.pick_device(args.device, args.threads)
+    ops, device, device_line, sums = distributed.pick_device(args, ranks)
+    rank, P = (ranks.rank, ranks.size) if ranks else (0, 1)
     default_job = fill_defaults(args, device)
+    args.output_dir = distributed.on_rank0(ranks, lambda: args.output_dir)
     gpu = mfu.current_gpu() if device == "cuda" else None
     peak = mfu.peak_flops(*gpu[:2], args.dtype) if gpu else None
     gpu_stats = open_gpu_stats(args, gpu)
     dtype = startup.model_dtype(args.dtype)
-    data_line = prepare_data(args, default_job)
-    resume_step = check_output_dir(args)
+    data_line = distributed.rank0_first(ranks, lambda: prepare_data(args, default_job))
+    resume_step = distributed.on_rank0(ranks, lambda: check_output_dir(args))
     config, model_path = model_config(args, resume_step)
     B, T = args.batch_size, args.sequence_length or min(1024, config.max_seq_len)
-    total_batch, micro_steps = total_batch_of(args, B, T)
-    train_loader, val_loader = open_data(args, config, B, T)
+    total_batch, micro_steps = total_batch_of(args, B, T, P)
+    train_loader, val_loader = open_data(args, config, B, T, rank, P)
     steps = count_steps(args, train_loader.num_tokens, total_batch, resume_step)
     all_val_batches = val_loader.num_tokens // (B * T)
     val_batches = all_val_batches if args.val_max_steps == -1 else args.val_max_steps
@@ -401,7 +439,7 @@ def main(argv=None):
     tokenizer, tokenizer_line = sample_tokenizer(config, args.tokenizer) if args.sample_every else (None, None)
 
     print(device_line)
-    for line in (*notices, data_line, hellaswag_line, tokenizer_line):
+    for line in (*notices, check_zero(args, config, P), data_line, hellaswag_line, tokenizer_line):
         if line:
             print(line)
     if resume_step is not None:
@@ -413,17 +451,18 @@ def main(argv=None):
     needs = memory.needs_of(config, ops, T, dtype, **precision)
     plan_bytes = needs(B, args.recompute)
     print(memory.plan_text(plan, ops, dtype))
-    limits = memory.limits(args, config, ops, T, dtype)
+    limits = memory.limits(args, config, ops, T, dtype, P)
     memory.check(needs, B, T, args.recompute, *limits)
     baseline = peak_memory()
     each = "1 micro-step" if micro_steps == 1 else f"{micro_steps} micro-steps"
-    print(f"batch B * T = {B} * {T} = {B * T} tokens; total batch {total_batch} => {each} a step")
+    batch = f"B * T = {B} * {T} = {B * T}" if P == 1 else f"B * T * processes = {B} * {T} * {P} = {B * T * P}"
+    print(f"batch {batch} tokens; total batch {total_batch} => {each} a step")
 
     graphs = device == "cuda" and not (args.no_graph or args.check)
     if device == "cuda":
         print(startup.prepare_kernels(config, dtype, args.check))
     try:
-        model = gpt2.GPT2(config, ops, B, T, args.recompute, dtype=dtype, graphs=graphs, **precision)
+        model = gpt2.GPT2(config, ops, B, T, args.recompute, dtype=dtype, graphs=graphs, ranks=sums, **precision)
     except MemoryError:
         memory.check(needs, B, T, args.recompute, *limits, failed=True)
     detectors = {"loss": OutlierDetector(), "grad_norm": OutlierDetector()}
@@ -431,19 +470,21 @@ def main(argv=None):
         detectors["loss_scale"] = LossScaler()
     if resume_step is not None:
         load(args, resume_step, model, train_loader, detectors)
-        let_go(args, resume_step)  # a kill may have come between its save and the removal of an old one
+        if rank == 0:
+            let_go(args, resume_step)  # a kill may have come between its save and the removal of an old one
     elif model_path:
         startup.read_weights(model, model_path)
     else:
         model.init_weights(args.seed)
 
     inputs, targets = np.empty((2, micro_steps, B, T), np.int32)
-    logger = Logger(args.output_dir, resume_step)
+    logger = Logger(args.output_dir if rank == 0 else None, resume_step)
     first, live, val_loss = resume_step or 0, sys.stdout.isatty(), None
     speed, step_flops = Speed(total_batch), gpt2.flops_per_token(config, T) * B * T * micro_steps
     with contextlib.closing(Display(steps, live, first)) as display, contextlib.closing(Interrupt()) as interrupt:
         for step in range(first, steps + 1):
             last = step == steps
+            stop = distributed.total(sums, interrupt.seen) > 0
 
             if args.val_loss_every and (step % args.val_loss_every == 0 or last):
                 batches = all_val_batches if default_job and last else val_batches
@@ -452,18 +493,19 @@ def main(argv=None):
                 logger.val(step, val_loss)
             due = args.val_loss_every and step > 0 and step % args.val_loss_every == 0
             if examples and (due or last):
-                result = evaluate.score(model, examples)
+                result = evaluate.score(model, examples[rank::P])
+                result = evaluate.Score(*(round(n) for n in sums.sums(result))) if sums else result
                 display.write(evaluate.score_line(result))
                 logger.eval(step, result.correct / result.total)
-            if args.sample_every and ((step > 0 and step % args.sample_every == 0) or last):
+            if rank == 0 and args.sample_every and ((step > 0 and step % args.sample_every == 0) or last):
                 display.write(sample(model, tokenizer, args))
             due = args.checkpoint_every and ((step > 0 and step % args.checkpoint_every == 0) or last)
-            if args.output_dir and step != resume_step and (due or (interrupt.seen and step > first)):
-                save(args, step, model, train_loader, detectors)
+            if args.output_dir and step != resume_step and (due or (stop and step > first)):
+                save(args, step, model, train_loader, detectors, ranks)
                 display.write(f"wrote checkpoint of step {step} to {args.output_dir}")
             if last:
                 break
-            if interrupt.seen:
+            if stop:
                 again = f"-o {args.output_dir} -y 1 continues" if args.output_dir else "-o DIR would have kept its work"
                 raise UserError(f"interrupted after step {step} of {steps}. HINT: the same command with {again}.")
 
