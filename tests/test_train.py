@@ -690,6 +690,88 @@ def test_resume_with_other_flags(flags):
     assert_same_run("again", "full", 8)
 
 
+def rounded_to_bf16(folder, step, masters):
+    """Round the weights of a checkpoint. With masters it becomes a bf16 run's, with the fp32 weights in the state."""
+    model, state_file = checkpoint.model_path(folder, step), checkpoint.state_path(folder, step, 0)
+    N = checkpoint.num_parameters(checkpoint.read_model_header(model))
+    params, m, v = np.empty((3, N), np.float32)
+    header, state = checkpoint.read_model(model, params), checkpoint.read_state(state_file, m, v)
+    names = ("num_processes", "rank", "rng_state", "rng_state_last_update", "loader_state", "extra")
+    state = dict({name: state[name] for name in names}, m=m, v=v, master=params if masters else None)
+    bf16 = checkpoint.fp32_to_bf16(params)
+    rounded = (bf16, 5) if masters else (checkpoint.bf16_to_fp32(bf16), 3)
+    checkpoint.save_checkpoint(folder, step, header, *rounded, state)
+
+
+def test_resume_of_a_bf16_run_in_fp32():
+    """-w 1 goes on from the masters in the state, so not a bit is lost; -w 0 from the rounded weights, whatever else
+    the state holds (llm.c reads the masters for the loader's state then)."""
+    flags = ("-x", 6, "-v", 3, "-m", 1)
+    assert run(*flags, "-n", 3, "-o", "full") == 0
+    for masters in (1, 0):
+        out = stopped_at(3, "full", f"w{masters}")
+        rounded_to_bf16(out, 3, masters=True)
+        assert run(*flags, "-n", 6, "-o", out, "-y", 1, "-w", masters) == 0
+    assert_same_run("w1", "full", 6)
+    assert weights_and_state("w0", 6) != weights_and_state("full", 6)
+    rounded_to_bf16(stopped_at(3, "full", "rounded"), 3, masters=False)
+    assert run(*flags, "-n", 6, "-o", "rounded", "-y", 1) == 0
+    assert weights_and_state("w0", 6) == weights_and_state("rounded", 6)
+
+
+@pytest.mark.parametrize("limits", [dict(loss=1.5, grad=1.5), dict(loss=0.0, grad=1.5)])
+def test_skipped_updates(limits, capsys):
+    """-sl and -sg against the same loop by hand: one-sided, from step 128 on, the loss first; also across a resume."""
+    write_shard("train_noise.bin", np.random.default_rng(0).integers(0, V, B * T + 1).astype(np.uint16), V)
+    steps = 128 + 2 * (EPOCH + 1)  # two of them with the batch of noise
+    argv = ("-x", steps, "-n", 136, "-l", 3e-3, "-sl", limits["loss"], "-sg", limits["grad"])
+    assert run(*argv, "-o", "out") == 0
+    out = capsys.readouterr().out
+
+    model = gpt2.GPT2(gpt2.config_from_descriptor("tiny:d1", V, T), cpu, B, T)
+    model.init_weights()
+    loader = DataLoader("train_*.bin", B, T, should_shuffle=True)
+    x, y = np.empty((2, B, T), np.int32)
+    losses, norms, expected = [], [], []
+    for step in range(steps):
+        loader.next_batch(x, y)
+        model.forward(x)
+        model.backward(x, y)
+        model.measure_norm()
+        losses.append(model.mean_loss())
+        norms.append(model.grad_norm())
+        z = {}
+        for name, values in (("loss", losses), ("grad", norms)):
+            window = np.array(values[-128:])
+            z[name] = (window[-1] - window.mean()) / max(window.std(), 1e-9)
+        over = [name for name in ("loss", "grad") if step >= 128 and limits[name] and z[name] > limits[name]]
+        if over:
+            expected.append((step, over[0], z[over[0]]))
+        else:
+            model.update(3e-3, 0.9, 0.95, 1e-8, 0.0, 1.0, step + 1)
+    lines = lines_of(out, "step ", "skipping")
+    notices = [line for line in lines if line.startswith("skipping")]
+    assert ("loss" if limits["loss"] else "grad") in [name for _, name, _ in expected] and len(expected) < steps - 128
+    for (step, name, z), notice in zip(expected, notices, strict=True):
+        match = re.fullmatch(r"skipping update due to (loss|grad) z-score of (\d+\.\d{6})", notice)
+        assert match[1] == name and float(match[2]) == pytest.approx(z, abs=2e-6)
+        assert lines[lines.index(notice) + 1].startswith(f"step {step + 1:4d}/")
+    saved = np.empty_like(model.params_flat)
+    checkpoint.read_model(checkpoint.model_path("out", steps), saved)
+    assert np.array_equal(saved, model.params_flat)
+    state = checkpoint.read_state_header(checkpoint.state_path("out", steps, 0), (saved.size,))
+    assert state["rng_state"] == model.rng_state  # no seeds are drawn for an update that is left out
+
+    assert run(*argv, "-o", stopped_at(136, "out", "again"), "-y", 1) == 0
+    assert_same_run("again", "out", steps)
+
+
+def test_gpu_readings_of_a_run_without_a_gpu(capsys):
+    assert run("-x", 1, "-lg", 1) == 2
+    assert_one_line(capsys.readouterr().err, "-lg 1", "CPU", "HINT: ")
+    assert run("-x", 1, "-lg", -1) == 0
+
+
 def test_resume_without_a_checkpoint_starts_afresh(capsys):
     assert run("-x", 2, "-n", 2, "-o", "one") == 0
     os.mkdir("other")
@@ -986,7 +1068,10 @@ VALUES = [
     ("--eps", "0"), ("--eps", "x"), ("--grad-clip", "-1"), ("--grad-clip", "x"), ("--seed", "-1"), ("--seed", "x"),
     ("-v", "-1"), ("-v", "x"), ("-m", "0"), ("-m", "-2"), ("-m", "x"), ("-s", "-1"), ("-s", "x"), ("-g", "0"),
     ("-g", "x"), ("--temperature", "-1"), ("--temperature", "x"), ("-a", "2"), ("-a", "x"), ("-r", "3"), ("-r", "x"),
-    ("-y", "2"), ("-y", "x"), ("--threads", "0"), ("--threads", "x"), ("--threads", "1000000"),
+    ("-y", "2"), ("-y", "x"), ("-sl", "-1"), ("-sl", "x"), ("-sg", "-7"), ("-sg", "nan"), ("-w", "2"), ("-w", "x"),
+    ("-f", "2"), ("-ge", "3"), ("-ge", "x"), ("-h", "2"), ("-lg", "-2"), ("-lg", "x"), ("-z", "4"), ("-z", "-1"),
+    ("-pn", "0"), ("-pn", "x"), ("-pr", "-1"), ("-pg", "0"), ("-pi", "udp"), ("-pi", "tcp"), ("-pi", "fs"),
+    ("--grad-dtype", "bf16"), ("--threads", "0"), ("--threads", "x"), ("--threads", "1000000"),
 ]  # fmt: skip
 
 
