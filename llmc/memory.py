@@ -80,13 +80,13 @@ def needs_of(config, ops, T, dtype, **precision):
     return needs
 
 
-def limits(args, config, ops, T, dtype, processes=1):
-    """(budget, most, divides) for check(): of this device, or of --memory; what the kernels index; the rows of -d."""
+def limits(args, config, ops, T, dtype, P=1):
+    """(budget, most, divides) for check(): of this device or --memory; what kernels index; rows of -d on one of P."""
     try:
         budget = ops.device.budget(args.memory)
     except UserError:  # --plan without that device
         budget = None
-    rows = args.total_batch_size // (T * processes) if args.total_batch_size else None
+    rows = args.total_batch_size // (T * P) if args.total_batch_size else None
     return budget, ops.device.max_positions(config.channels, config.padded_vocab_size, dtype), rows
 
 
@@ -118,18 +118,21 @@ def print_plan(args):
         dtype = startup.model_dtype(args.dtype)
     except ImportError:  # ml_dtypes, which only bf16 arrays need: the other 16-bit type has the same plan
         dtype, stand_in = "float16", True
+    P = args.process_count or 1
+    notice = train.check_zero(args, config, P)
     precision = train.precision_of(args)
     plan = gpt2.memory_plan(config, ops, B, T, args.recompute, dtype, **precision)
     text = plan_text(plan, ops, dtype)
-    print(line)
+    print(line if notice is None else f"{line}\n{notice}")
     print(f"{args.model}: {gpt2.num_parameters(config):,} parameters, {args.dtype}; -b {B} -t {T} -r {args.recompute}")
     print(text.replace("float16 ", "bfloat16") if stand_in else text)
     needs = needs_of(config, ops, T, dtype, **precision)
-    budget, most, divides = limits(args, config, ops, T, dtype)
+    budget, most, divides = limits(args, config, ops, T, dtype, P)
     if budget is None:
         print("how much memory the device has is not known. HINT: --memory 80GiB tells the largest batch that fits.")
     else:
         print(table(needs, T, budget, most))
+    train.total_batch_of(args, B, T, P)
     check(needs, B, T, args.recompute, budget, most, divides)
 
 

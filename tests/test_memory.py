@@ -3,6 +3,7 @@
 import re
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -52,14 +53,17 @@ def test_the_plan_is_what_is_allocated(kind, monkeypatch):
     sizes = record(monkeypatch, ops)
     dtypes = ("fp32",) if kind == "cpu" else ("bf16", "fp16", "fp32")
     for i, dtype in enumerate(dtypes * 3):  # -w and --grad-dtype go through their combinations as -r does
-        settings = dict(use_master_weights=i % 2 == 0, grad_dtype="float32" if i // 2 % 2 else None)
+        settings = dict(
+            use_master_weights=i % 2 == 0, grad_dtype="float32" if i // 2 % 2 else None, shards=2 ** (i % 3)
+        )
         B, T, recompute = 1 + i, 5 + 3 * i, i % 3 if kind == "cpu" else i // 3
         sizes.clear()
-        model = GPT2(CONFIG, ops, B, T, recompute, dtype=DTYPES[dtype], **settings)
+        ranks = SimpleNamespace(rank=0, size=settings["shards"]) if settings["shards"] > 1 else None
+        model = GPT2(CONFIG, ops, B, T, recompute, dtype=DTYPES[dtype], ranks=ranks, **settings)
         planned = memory.needs_of(CONFIG, ops, T, DTYPES[dtype], **settings)(B, recompute)
         assert planned == sum(sizes) + ops.device.scratch_bytes(), (dtype, settings)
         inputs = np.zeros((B, T), np.int32)
-        if kind == "cpu":  # and nothing later
+        if kind == "cpu" and ranks is None:  # and nothing later
             count = len(sizes)
             model.token_losses(inputs, inputs)
             model.backward(inputs, inputs)
@@ -174,6 +178,14 @@ def test_plan_without_gpu_cupy_data(hidden, tmp_path, capsys, monkeypatch):
     code, out, _ = run(capsys, *argv.split(), "--dtype", "bf16", "--plan", "-w", 0, "--grad-dtype", "fp32")
     assert code == 0 and "--memory 80GiB tells" in out and "largest batch in" not in out and "master" not in out
     assert "gradients (tensor by tensor as the parameters)         497,903,616 bytes" in out
+    code, out, _ = run(capsys, *argv.split(), "--dtype", "bf16", "--plan", "-z", 1, "-pn", 8, "-d", 2**22)
+    assert (
+        code == 0
+        and "  master        15559488  " in out
+        and "optimizer                                              186,7" in out
+    )
+    code, out, err = run(capsys, *argv.split(), "--dtype", "bf16", "--plan", "-pn", 3)
+    assert code == 2 and "-d 524288 is not a multiple of -b 64 x -t 1024 x 3 processes" in err
 
 
 def test_plan_that_does_not_fit(capsys, monkeypatch):
