@@ -27,6 +27,7 @@ import errno
 import json
 import os
 import re
+import zlib
 
 import numpy as np
 
@@ -257,6 +258,17 @@ def write_model(path, header, params, version=3):
             write_from(file, convert(params[i : i + CHUNK], dtype))
 
 
+def fingerprint(path):
+    """[version, CRC-32 of 64 of its pages]: what tells the model files of two runs or steps apart."""
+    crc, size = 0, os.path.getsize(path)
+    with open(path, "rb") as file:
+        version = int(np.frombuffer(file.read(8), np.int32)[1])
+        for i in range(64):
+            file.seek(i * size // 64 // 4096 * 4096)
+            crc = zlib.crc32(file.read(4096), crc)
+    return [version, crc]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # train state
 
@@ -347,8 +359,8 @@ def read_state_header(path, sizes, *, num_processes=None, rank=None):
         for name, wanted in (("num_processes", num_processes), ("rank", rank)):
             if wanted is not None and state[name] != wanted:
                 raise UserError(
-                    f"{path} was written with {name} = {state[name]}, this run has {wanted}. HINT: resume with as many "
-                    "processes as the run that wrote it"
+                    f"{path} was written with {name} = {state[name]}, expected {wanted}. HINT: the states of a "
+                    "checkpoint are of one run; copy them again"
                 )
         if stored and stored not in sizes:
             raise UserError(
@@ -404,6 +416,78 @@ def read_state(path, m, v, master=None, *, num_processes=1, rank=0):
             assert values.shape == m.shape and values.dtype == np.float32, (values.shape, m.shape, values.dtype)
             read_into(file, values)
     return state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# elastic resume: the states of P0 ranks, read by any number of ranks
+
+
+def layer_sizes(specs):
+    """Elements of each layer of each tensor, in checkpoint order; specs: gpt2.parameter_specs(config)."""
+    return [spec.size // max(spec.layers, 1) for spec in specs for _ in range(max(spec.layers, 1))]
+
+
+def read_state_elastic(folder, step, specs, m, v, master=None, *, num_processes=1, rank=0, zero_stage=0):
+    """m, v, and master where it is not None, written (=) from the states of all ranks that wrote `step` -> dict.
+
+    The states may be of any number of ranks P0, in llm.c's ZeRO-0 layout (each file holds all N elements) or its ZeRO-1
+    layout (rank q holds the q-th of P0 equal parts of every layer of every tensor, one after the other in checkpoint
+    order). m, v, master (S,) float32 get the layout of this run: S = N, or with zero_stage 1 the parts of `rank` of
+    `num_processes`, S = N / num_processes. Only what is needed is read, layer by layer.
+
+    Returns the dict of rank 0's read_state_header, plus zero_stage (of the states) and loader_states, the loader_state
+    of each rank, for DataLoader.load_states. rng_state is rank 0's: ranks share the noise of stochastic rounding.
+    Errors: UserError as read_state, for a missing file, for files that do not belong together, and for layers that are
+    no multiple of the number of ranks.
+    """
+    sizes = layer_sizes(specs)
+    P, N = num_processes if zero_stage else 1, sum(sizes)
+    rank = rank if zero_stage else 0
+    states = read_state_headers(folder, step, N)
+    P0 = len(states) if states[0]["num_parameters"] < N else 1
+    first = state_path(folder, step, 0)
+    if master is not None and not states[0]["use_master_weights"]:
+        raise UserError(f"{first} has no master weights. HINT: resume with -w 0, as the run that wrote it")
+    for ranks, whose in ((P0, f"the {P0} ranks that wrote {first}"), (P, f"-z 1 with {P} ranks")):
+        if any(n % ranks for n in sizes):
+            n = next(n for n in sizes if n % ranks)
+            raise UserError(f"a layer of {n} parameters cannot be shared by {whose}. HINT: -z 0, or fewer ranks")
+    arrays = (m, v) if master is None else (m, v, master)
+    for array in arrays:
+        assert array.shape == (N // P,) and array.dtype == np.float32, (array.shape, array.dtype, N, P)
+    for q in range(P0):
+        with open_checked(state_path(folder, step, q), STATE_MAGIC, (1,)) as (file, _, _):
+            for i, array in enumerate(arrays):
+                at = 0  # of the layer, in the flat parameters
+                for n in sizes:
+                    start, end = max(rank * n // P, q * n // P0), min((rank + 1) * n // P, (q + 1) * n // P0)
+                    if start < end:  # of the layer's elements, those that this rank wants and that one has
+                        file.seek(HEADER_BYTES + 4 * (i * N // P0 + at // P0 + start - q * n // P0))
+                        place = at // P + start - rank * n // P
+                        read_into(file, array[place : place + end - start])
+                    at += n
+    return states[0] | dict(zero_stage=int(P0 > 1), loader_states=[state["loader_state"] for state in states])
+
+
+def read_state_headers(folder, step, N):
+    """read_state_header of every rank's state of `step` for a model of N parameters, which must belong together."""
+    states, lengths, P0 = [], None, None
+    while not states or len(states) < P0:
+        rank, path = len(states), state_path(folder, step, len(states))
+        if states and not os.path.exists(path):
+            hint = "HINT: copy the states of all ranks into the folder"
+            raise UserError(f"{path}: No such file, step {step} was written by {P0} ranks. {hint}")
+        if not states:
+            with open_checked(path, STATE_MAGIC, (1,)) as (_, words, _):
+                lengths = (N, N // int(words[2])) if words[2] > 1 else (N,)
+        state = read_state_header(path, lengths, num_processes=P0, rank=rank)
+        P0, lengths = state["num_processes"], (state["num_parameters"],)
+        if state["step"] != step:
+            raise UserError(f"{path} is of step {state['step']}, not {step}. HINT: copy it again")
+        if states and state["use_master_weights"] != states[0]["use_master_weights"]:
+            raise UserError(f"{path} and the state of rank 0 are of different runs (-w). HINT: copy them again")
+        states.append(state)
+    return states
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -492,6 +576,7 @@ def save_checkpoint(folder, step, header, params, version, state, barrier=lambda
     barrier()
     if rank == 0:
         write_model(model_path(folder, step), header, params, version)
+        state = state | dict(extra=(state.get("extra") or {}) | dict(model=fingerprint(model_path(folder, step))))
     write_state(state_path(folder, step, rank), step=step, **state)
     barrier()
     if rank == 0:
@@ -501,17 +586,13 @@ def save_checkpoint(folder, step, header, params, version, state, barrier=lambda
 
 def check_checkpoint(folder, step):
     """Check that the model and every rank's state of `step` are there, complete and belong together, or UserError."""
-    N = num_parameters(read_model_header(model_path(folder, step)))
-    rank, num_processes = 0, 1
-    while rank < num_processes:
-        path = state_path(folder, step, rank)
-        with open_checked(path, STATE_MAGIC, (1,)) as (_, words, _):
-            num_processes = int(words[2])
-        sizes = (N, N // num_processes) if num_processes > 0 else (N,)
-        state = read_state_header(path, sizes, rank=rank)
-        if state["step"] != step:
-            raise UserError(f"{path} is of step {state['step']}. HINT: copy or write it again")
-        rank += 1
+    path = model_path(folder, step)
+    states = read_state_headers(folder, step, num_parameters(read_model_header(path)))
+    stated, found = (states[0]["extra"] or {}).get("model"), fingerprint(path)
+    if stated is not None and stated[0] == found[0] and stated != found:  # it may have been converted since
+        raise UserError(
+            f"{path} and {state_path(folder, step, 0)} are of different runs. HINT: copy both from the same checkpoint"
+        )
 
 
 def latest_checkpoint(folder):

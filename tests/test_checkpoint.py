@@ -1,6 +1,7 @@
 """Files are built here by hand with struct from the documented layout, so that reader and writer are checked apart."""
 
 import errno
+import itertools
 import os
 import random
 import signal
@@ -17,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmc import UserError, checkpoint
+from llmc.gpt2 import GPT2Config, parameter_specs
 from llmc.rand import MT19937
 
 HEADER = dict(max_seq_len=8, vocab_size=5, num_layers=2, num_heads=2, channels=4, padded_vocab_size=8)
@@ -466,9 +468,9 @@ def test_state_refused(tmp_path, shuffle):
             refuses(cut, problem, len(cut))
     refuses(ours, N, N + 1, size=N + 1)
     refuses(good, "another model", N + 1, size=N + 1)
-    refuses(state_bytes(values(1), values(2), num_processes=4), "num_processes = 4", "this run has 2", num_processes=2)
+    refuses(state_bytes(values(1), values(2), num_processes=4), "num_processes = 4", "expected 2", num_processes=2)
     two = state_bytes(values(1), values(2), num_processes=2)
-    refuses(two, "rank = 0", "this run has 1", num_processes=2, rank=1)
+    refuses(two, "rank = 0", "expected 1", num_processes=2, rank=1)
     for pair in ((2, 0), (3, 1), (3, -1), (4, 2), (5, 2), (10, -1), (66, -1)):
         refuses(with_words(pair), "damaged")
     if shuffle:
@@ -479,6 +481,125 @@ def test_state_refused(tmp_path, shuffle):
     save_state(path, loader_state=loader, extra=dict(a=1))
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     refuses(None, "damaged")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# elastic resume
+
+SPECS = parameter_specs(GPT2Config(**HEADER))
+LAYERED = [(1, 32), (1, 32)] + [(2, n) for n in (4, 4, 48, 12, 16, 4, 4, 4, 64, 16, 64, 4)] + [(1, 4)] * 2
+
+
+def shard(flat, P, r):
+    """Rank r's part in llm.c's ZeRO-1 layout: of each layer of each tensor the r-th of P parts."""
+    parts, at = [], 0
+    for layers, n in LAYERED:
+        parts.append(flat[at : at + layers * n].reshape(layers, P, n // P)[:, r].reshape(-1))
+        at += layers * n
+    assert at == flat.size == N
+    return np.concatenate(parts)
+
+
+def write_set(folder, P, zero, master, ours=False):
+    """The states of P ranks, as llm.c writes them; rank r is at sample r of its loader."""
+    folder.mkdir()
+    for r in range(P):
+        arrays = [shard(a, P, r) if zero else a for a in (values(1), values(2), *([values(3)] if master else ()))]
+        loader = loader_state(seed=r + 1) | dict(current_sample_idx=r)
+        words = [(64, arrays[0].size)] if ours else ()
+        data = state_bytes(*arrays, loader=loader, num_processes=P, rank=r, ours=words)
+        (folder / f"state_00000017_{r:05d}.bin").write_bytes(data)
+
+
+def read_elastic(folder, P=1, rank=0, zero=0, master=False, step=17):
+    arrays = [np.full(N // P if zero else N, np.nan, np.float32) for _ in range(2 + master)]
+    where = dict(num_processes=P, rank=rank, zero_stage=zero)
+    return checkpoint.read_state_elastic(folder, step, SPECS, *arrays, **where), arrays
+
+
+@pytest.mark.parametrize("P0, zero0", [(1, 0), (2, 0), (2, 1), (4, 0), (4, 1)])
+def test_elastic_any_ranks_to_any_ranks(tmp_path, P0, zero0, chunk):
+    """From and to 1, 2, 4 ranks, ZeRO 0 and 1, -w 1 read with -w 1 and -w 0, -w 0 with -w 0."""
+    for saved_master in (False, True):
+        folder = tmp_path / str(saved_master)
+        write_set(folder, P0, zero0, saved_master, ours=saved_master)
+        for P, zero, master in itertools.product((1, 2, 4), (0, 1), {False, saved_master}):
+            for r in range(P):
+                state, arrays = read_elastic(folder, P, r, zero, master)
+                for seed, array in enumerate(arrays, 1):
+                    expected = shard(values(seed), P, r) if zero else values(seed)
+                    assert np.array_equal(array, expected), (P, zero, r, seed)
+                assert state["zero_stage"] == zero0 and state["step"] == 17 and state["num_processes"] == P0
+                assert state["rng_state"] == 0x7EDCBA9876543210
+                assert [loader["current_sample_idx"] for loader in state["loader_states"]] == list(range(P0))
+                for q, loader in enumerate(state["loader_states"]):
+                    assert_same_loader(loader, loader_state(seed=q + 1) | dict(current_sample_idx=q))
+
+
+def test_elastic_what_our_ranks_write(tmp_path):
+    """save_checkpoint of four ZeRO-1 ranks, one after the other; then read by two."""
+    for r in range(4):
+        state = dict(num_processes=4, rank=r, rng_state=5, rng_state_last_update=4, m=shard(values(1), 4, r))
+        checkpoint.save_checkpoint(tmp_path, 17, HEADER, values(3), 3, state | dict(v=shard(values(2), 4, r)))
+    checkpoint.check_checkpoint(tmp_path, 17)
+    for r in range(2):
+        state, (m, v) = read_elastic(tmp_path, 2, r, 1)
+        assert np.array_equal(m, shard(values(1), 2, r)) and np.array_equal(v, shard(values(2), 2, r))
+
+
+def test_elastic_refused(tmp_path):
+    folder = tmp_path / "set"
+
+    def refuses(*parts, **kwargs):
+        assert_user_error(lambda: read_elastic(folder, **kwargs), *parts)
+
+    refuses("state_00000017_00000.bin", "No such file")
+    write_set(folder, 4, 1, False)
+    refuses("state_00000017_00000.bin", "no master weights", "-w 0", master=True)
+    refuses("a layer of 32 parameters", "-z 1 with 3 ranks", P=3, zero=1)
+    good = (folder / "state_00000017_00002.bin").read_bytes()
+
+    def with_word(index, value):
+        data = bytearray(good)
+        struct.pack_into("<i", data, 4 * index, value)
+        return data
+
+    path = folder / "state_00000017_00002.bin"
+    for data, *parts in (
+        (with_word(10, 18), "is of step 18"),
+        (with_word(2, 8), "num_processes = 8", "expected 4"),
+        (with_word(3, 1), "rank = 1", "expected 2"),
+        (good[:-3000], "truncated"),
+    ):
+        path.write_bytes(data)
+        refuses(path, *parts)
+    write_set(tmp_path / "other", 4, 1, True)
+    path.write_bytes((tmp_path / "other" / path.name).read_bytes())
+    refuses(path, "different runs")
+    write_set(tmp_path / "whole", 4, 0, False)
+    path.write_bytes((tmp_path / "whole" / path.name).read_bytes())
+    refuses(path, "truncated, over-long or for another model")
+    path.unlink()
+    refuses(path, "No such file", "written by 4 ranks")
+
+
+def test_elastic_reads_only_what_it_needs(tmp_path, monkeypatch):
+    write_set(tmp_path / "set", 4, 1, True)
+    read = []
+    monkeypatch.setattr(checkpoint, "read_into", lambda file, array: read.append(array.nbytes))
+    read_elastic(tmp_path / "set", 4, 1, 1)
+    assert sum(read) == 2 * N // 4 * 4
+
+
+def test_model_and_state_of_different_runs(tmp_path):
+    """Each file is whole, the steps are equal; the weights are not those that the state was saved with."""
+    for name, seed in (("a", 1), ("b", 9)):
+        (tmp_path / name).mkdir()
+        state = dict(num_processes=1, rank=0, rng_state=5, rng_state_last_update=4, m=values(1), v=values(2))
+        checkpoint.save_checkpoint(tmp_path / name, 17, HEADER, values(seed), 3, state)
+        checkpoint.check_checkpoint(tmp_path / name, 17)
+    os.replace(tmp_path / "a" / "model_00000017.bin", tmp_path / "b" / "model_00000017.bin")
+    assert_user_error(lambda: checkpoint.check_checkpoint(tmp_path / "b", 17), "model_00000017.bin", "different runs")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
