@@ -1,8 +1,8 @@
 """What every dev/bench_<op>.py shares: arrays, a check against float64, timing, the limit, a table, a CSV row, JSON.
 
-    python -m dev.bench_layernorm                    on a GPU: B=32, T=1024, GPT-2 124M, bf16; else the CPU op set, small
+    python -m dev.bench_layernorm                    GPU: B=32, T=1024, GPT-2 124M, bf16; else the CPU op set, small
     python -m dev.bench_layernorm -b 64 -t 1024 -e d24 --dtype fp32 --only layernorm_backward
-    python -m dev.bench_layernorm --executor         no times: what each rung reads and writes, counted on the CPU executor
+    python -m dev.bench_layernorm --executor         no times: what each rung reads and writes, on the CPU executor
     python -m dev.bench_layernorm --csv dev/results/nvidia_h200.csv --compare dev/results/nvidia_h200.csv
 
 A bench file has one function, cases(b), that yields a Case for each op: its arrays, the NumPy formula that is both the
@@ -26,8 +26,9 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -156,10 +157,7 @@ class Bench:
         return self.array(self.rng.choice(self.V, size=shape, p=p / p.sum()).astype(np.int32))
 
     def host(self, array, index=...):
-        """array[index] as float64 on the host (integers stay what they are)."""
-        part = array[index]
-        part = part if isinstance(part, np.ndarray) else part.get()
-        return part if part.dtype.kind in "iu" else part.astype(np.float64)
+        return on_host(array, index)
 
     def t(self, array, grad=False):
         """A torch tensor over the same memory."""
@@ -252,6 +250,13 @@ class Bench:
     def limit_us(self, nbytes, flops):
         """The least time for so much work on this machine."""
         return max(nbytes / self.ceilings["copy_GBs"] / 1e3, flops / self.ceilings["matmul_TFLOPs"] / 1e6)
+
+
+def on_host(array, index=...):
+    """array[index] as float64 on the host; integers stay what they are."""
+    part = array[index]
+    part = part if isinstance(part, np.ndarray) else part.get()
+    return part if part.dtype.kind in "iu" else part.astype(np.float64)
 
 
 def pick(device):
@@ -376,18 +381,18 @@ def compiled(torch):
     return prepare
 
 
-def check(b, case, label, function, saved, want):
+def check(case, label, function, saved, want):
     """Runs a rung once from the saved state and compares. Returns the largest error over its tolerance."""
     for name in case.writes.split():
-        poison(b, case.args[name])
+        poison(case.args[name])
     for name, copy in saved.items():
         case.args[name][...] = copy
     if "scratch" in case.args:
-        poison(b, case.args["scratch"])
+        poison(case.args["scratch"])
     function(*case.args.values())
     worst = 0.0
     for name, index, truth in want:
-        got = b.host(case.args[name], index)
+        got = on_host(case.args[name], index)
         eps = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}[case.args[name].dtype.name]
         scale = np.max(np.abs(truth))
         allowed = (case.ulps * eps + 1e-5) * scale + 1e-30
@@ -399,8 +404,62 @@ def check(b, case, label, function, saved, want):
     return worst
 
 
-def poison(b, array):
+def poison(array):
     array.view(np.uint8)[...] = 0xFF
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# traffic, on the CPU executor
+
+
+def traffic(case, function):
+    """What one call reads and writes: {launches, requests, read, written (bytes), ratio to the fewest bytes, ...}.
+
+    An access counts its 32-byte sectors each time it is made: data that a kernel reads twice counts twice. Arrays up to
+    an eighth of the op's largest, such as a layer's weights or a row's statistics, stay in a cache: they count once.
+    sectors: 32-byte sectors of a warp's request. coalescing: fewest sectors for the bytes asked for / sectors, in %.
+    conflicts: extra wavefronts of shared memory, in %.
+    """
+    simt = importlib.import_module("simt")
+    with simt.traffic() as rows:
+        function(*case.args.values())
+    largest = max(a.nbytes for name, a in case.args.items() if isinstance(a, np.ndarray) and name != "scratch")
+    moved = {False: 0, True: 0}
+    of_global = [r for r in rows if r.space == "global"]
+    for key in {(r.launch, r.array, r.write) for r in of_global}:
+        own = [r for r in of_global if (r.launch, r.array, r.write) == key]
+        nbytes = 32 * sum(r.units for r in own)
+        moved[key[2]] += min(nbytes, own[0].array_bytes) if own[0].array_bytes <= largest / 8 else nbytes
+    requests, units = sum(r.requests for r in of_global), sum(r.units for r in of_global)
+    ideal = sum(min(r.ideal, r.units) for r in of_global)
+    shared = [r for r in rows if r.space == "shared"]
+    wavefronts, fewest = sum(r.units for r in shared), sum(r.ideal for r in shared)
+    return {
+        "launches": len({r.launch for r in rows}),
+        "requests": requests,
+        "read": moved[False],
+        "written": moved[True],
+        "ratio": sum(moved.values()) / case.bytes,
+        "sectors": units / requests,
+        "coalescing": 100 * ideal / units,
+        "conflicts": 100 * (wavefronts / fewest - 1) if fewest else 0.0,
+    }
+
+
+def count_case(b, case):
+    """Checks every rung and counts its traffic -> list of result dictionaries, printed as a table."""
+    print(f"\n{case.op}  {case.shape} {b.dtype_name} | at least {case.bytes / 1e3:.1f} kB")
+    heads = ("launches", "requests", "read kB", "written kB", "x least", "sectors/req", "coalesced%", "conflicts%")
+    print(f"{'version':<24}" + "".join(f"{h:>12}" for h in heads))
+    results, want, saved = [], case.want(), {name: case.args[name].copy() for name in case.adds.split()}
+    for label, function in versions(b, case.op):
+        check(case, label, function, saved, want)
+        r = traffic(case, function)
+        kilo = "".join(f"{r[k] / 1e3:>12.1f}" for k in ("read", "written"))
+        exact = f"{r['ratio']:>12.3f}{r['sectors']:>12.2f}{r['coalescing']:>12.1f}{r['conflicts']:>12.1f}"
+        print(f"{label:<24}{r['launches']:>12}{r['requests']:>12}{kilo}{exact}")
+        results.append({"op": case.op, "shape": case.shape, "dtype": b.dtype_name, "version": label} | r)
+    return results
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -415,7 +474,7 @@ def run_case(b, case):
     for label, function in versions(b, case.op):
         if case.rungs is not None and label.isdigit() and int(label) not in case.rungs:
             continue
-        check(b, case, label, function, saved, want)
+        check(case, label, function, saved, want)
         rows.append(Row(label, bind(function, case.args), case.bytes, case.flops))
     if case.naive is not None and b.device == "cpu":
         rows.append(Row("NumPy naive", case.naive, case.bytes, case.flops, "host"))
@@ -565,6 +624,5 @@ def spread(n, count):
 
 def finish(b, results):
     """The last line: everything as JSON."""
-    print(
-        json.dumps({"device": b.describe(), "commit": commit(), "software": software(b), **b.ceilings, "rows": results})
-    )
+    about = {"device": b.describe(), "commit": commit(), "software": software(b)}
+    print(json.dumps(about | b.ceilings | {"rows": results}))
