@@ -11,7 +11,7 @@ import pytest
 import simt
 from conftest import op_set
 from reference import FP16, FP32
-from test_gpt2 import batches, weights
+from test_gpt2 import LLMC, batches, weights
 
 from llmc import checkpoint, cpu, loss_scaler, mfu, startup, train
 from llmc.data import write_shard
@@ -90,7 +90,7 @@ def test_an_overflow_halves_the_scale_and_leaves_no_other_trace(executor, monkey
 def test_gradients_too_small_for_fp16_are_there_with_a_scale(executor):
     config, B, T, micro_steps = GPT2Config(24, 61, 128, 2, 2, 32), 2, 17, 15421  # 0.5M tokens, as for GPT-2
     params, ((x, y),) = weights(config), batches(config, B, T, 1)
-    grads = []
+    moments, norms = [], []
     for ops, dtype, scale in ((cpu, FP32, 1.0), (executor, FP16, 1.0), (executor, FP16, loss_scaler.INITIAL_SCALE)):
         model = GPT2(config, ops, B, T, dtype=dtype)
         for name, values in params.items():
@@ -98,10 +98,13 @@ def test_gradients_too_small_for_fp16_are_there_with_a_scale(executor):
         model.loss_scale = scale
         model.forward(x)
         model.backward(x, y, micro_steps)
-        grads.append(model.grads_flat.astype(np.float64) / scale)
-    truth, plain, scaled = grads
-    error = [np.linalg.norm(g - truth) / np.linalg.norm(truth) for g in (plain, scaled)]
+        model.update(**LLMC | dict(grad_clip=0.0), t=1)  # Adam's first moment is 0.1 * the gradient
+        moments.append(model.m.astype(np.float64))
+        norms.append(model.grad_norm())
+    truth, plain, scaled = moments
+    error = [np.linalg.norm(m - truth) / np.linalg.norm(truth) for m in (plain, scaled)]
     assert error[0] > 0.1 and error[1] < 0.005, error
+    assert norms[2] == pytest.approx(norms[0], rel=0.005), norms
 
 
 def test_the_scale_grows_after_enough_good_steps(monkeypatch):

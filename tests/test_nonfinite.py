@@ -259,10 +259,11 @@ def test_skip_leaves_the_weights_alone(monkeypatch, folder, capsys, more):
 
     def recorded(model, loader, args, i, *rest):
         before = [array.copy() for array in (model.params_flat, model.m, model.v)]
+        last_update = model.rng_state_last_update
         result = train_step(model, loader, args, i, *rest)
         detectors = [len(detector.values) for detector in rest[-1].values()]
         same = [np.array_equal(a, b) for a, b in zip(before, (model.params_flat, model.m, model.v), strict=True)]
-        states.append((detectors, same))
+        states.append((detectors, [*same, model.rng_state_last_update == last_update]))
         return result
 
     monkeypatch.setattr(train, "train_step", recorded)
@@ -287,7 +288,7 @@ def test_skip_leaves_the_weights_alone(monkeypatch, folder, capsys, more):
     assert re.match(rf"step {step + 1}: loss \d.*, gradient norm nan: .* is in {named}", line)
     assert line.endswith("Skipped: the weights were not updated.") and len(list(Path("out").glob("*.npz"))) == 1
     for i, (detectors, same) in enumerate(states):
-        assert detectors == [i + (i < step)] * 2 and same == [i == step] * 3, i
+        assert detectors == [i + (i < step)] * 2 and same == [i == step] * 4, i
     lines = [json.loads(line) for line in Path("out", "metrics.jsonl").read_text().splitlines()]
     assert [line["grad_norm"] is None for line in lines] == [i == step for i in range(6)]
 
