@@ -433,7 +433,7 @@ def run(args, notices, ranks, start_time):
     total_batch, micro_steps = total_batch_of(args, B, T, P)
     train_loader, val_loader = open_data(args, config, B, T, rank, P)
     steps = count_steps(args, train_loader.num_tokens, total_batch, resume_step)
-    all_val_batches = val_loader.num_tokens // (B * T)
+    all_val_batches = val_loader.num_tokens // (B * T * P)
     val_batches = all_val_batches if args.val_max_steps == -1 else args.val_max_steps
     examples, hellaswag_line = open_hellaswag(args, config, T)
     tokenizer, tokenizer_line = sample_tokenizer(config, args.tokenizer) if args.sample_every else (None, None)
@@ -532,7 +532,7 @@ def run(args, notices, ranks, start_time):
     if speed.average_ms():
         print(f"total average iteration time: {speed.average_ms():f} ms")
     if default_job and val_loss is not None:
-        print(f"validation loss on all {all_val_batches * B * T} held-out tokens: {val_loss:.4f} nats per token")
+        print(f"validation loss on all {all_val_batches * B * T * P} held-out tokens: {val_loss:.4f} nats per token")
     print_memory_used(ops, device, plan_bytes, baseline)
     if args.output_dir and args.checkpoint_every:
         print(f'more text: python -m llmc.generate {args.output_dir} --prompt "ROMEO:"')

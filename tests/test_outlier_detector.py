@@ -11,7 +11,7 @@ from llmc.outlier_detector import WINDOW, OutlierDetector
 
 
 def test_check_value():
-    """docs/llmc_facts.md, 3.10: computed with llm.c's own outlier_detector.h."""
+    """Computed with llm.c's own outlier_detector.h."""
     detector = OutlierDetector()
     assert all(math.isnan(detector.update(float(i))) for i in range(128))
     assert round(detector.update(1000.0), 6) == 10.303162
