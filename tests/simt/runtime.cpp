@@ -515,7 +515,7 @@ static std::unordered_map<u64, Stream> streams;  // of the running block, by ins
 static std::unordered_map<u64, Traffic> traffic;
 
 static void count_access(size_t offset, int size, bool write, void* pc) {
-    Stream& s = streams[((uintptr_t)pc - image_begin) << 5 | me / 32];
+    Stream& s = streams[(((uintptr_t)pc - image_begin) << 1 | write) << 5 | me / 32];  // cp.async reads and writes
     u32 n = s.count[me % 32]++;
     s.size = size, s.write = write;
     if (n >= s.requests.size()) {
@@ -544,8 +544,8 @@ static void count_block() {
         const Stream& s = entry.second;
         for (const Request& r : s.requests) {
             bool shared = r.array < 0;
-            Traffic& t = traffic[((entry.first >> 5) * 64 + (r.array + 1)) * 2 + s.write];
-            t.pc = entry.first >> 5, t.write = s.write, t.array = r.array;
+            Traffic& t = traffic[(entry.first >> 5) * 64 + (r.array + 1)];
+            t.pc = entry.first >> 6, t.write = s.write, t.array = r.array;
             u64 bytes = (u64)__builtin_popcount(r.lanes) * s.size;
             t.requests += 1, t.bytes += bytes;
             u32 part = shared && s.size > 4 ? 128 / s.size : 32;
