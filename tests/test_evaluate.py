@@ -113,6 +113,7 @@ def test_long_contexts_lose_their_beginning(examples):
     changed = sum(len(a[1]) != len(b[1]) for a, b in zip(cut, examples, strict=True))
     assert evaluate.cut_contexts(t, examples) == changed > 5 and evaluate.cut_contexts(T, examples) == 0
     np.testing.assert_allclose(evaluate.completion_losses(model, examples)[0], torch_losses(model, cut)[0], rtol=2e-5)
+    assert evaluate.score(build(2, 30), examples).total == 24  # one token of context is left
     with pytest.raises(UserError, match=r"-t 29: a completion .* has 30 tokens. HINT: -t 30 or more"):
         evaluate.score(build(2, 29), examples)
 
