@@ -352,6 +352,7 @@ FLAGS = [  # letter, long name, a value, what it becomes
     (None, "--device", "cpu", "cpu"),
     (None, "--dtype", "fp32", "fp32"),
     (None, "--threads", "1", 1),
+    (None, "--on-nonfinite", "skip", "skip"),
 ]
 
 
@@ -366,7 +367,7 @@ def test_every_flag_has_its_letter_and_its_long_name(capsys):
         argv[False] += [name, text]
     known = {string for action in train.parser()._actions for string in action.option_strings}
     listed = {flag for letter, name, *_ in FLAGS for flag in (letter, name) if flag}
-    assert known == listed | {"--help", "--no-graph", "--check"}
+    assert known == listed | {"--help", "--no-graph", "--check", "--plan", "--memory", "--replay"}
     assert run(*argv[True], "--no-graph", base=[]) == 0
     os.rename("out", "letters")
     assert run(*argv[False], base=[]) == 0
@@ -393,7 +394,7 @@ def test_help_is_fast():
     imported = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")]
     assert done.returncode == 0 and "argparse" in imported
     heavy = [n for n in imported if n.split(".")[0] in ("numpy", "tiktoken", "tqdm", "threadpoolctl", "cupy", "torch")]
-    assert not heavy and {n for n in imported if n.startswith("llmc.")} <= {"llmc.flags"}, imported
+    assert not heavy and {n for n in imported if n.startswith("llmc.")} <= {"llmc.flags", "llmc.startup"}, imported
     assert all(flag in done.stdout for letter, name, *_ in FLAGS for flag in (letter, name) if flag)
 
 
@@ -601,7 +602,7 @@ def test_default_job(capsys):
 
 def test_default_job_for_an_epoch_samples_once(capsys, monkeypatch):
     """-x -1 in the default job: the sample comes at the end, not in every step."""
-    monkeypatch.setattr(train, "train_step", lambda *a: (1.0, float("nan"), 1.0, float("nan"), 0.0))
+    monkeypatch.setattr(train, "train_step", lambda *a: (1.0, float("nan"), 1.0, float("nan"), 0.0, None))
     assert run("-x", -1, "-b", 32, "-t", 256, "-v", 0, "-n", 0, "-g", 3, base=DEFAULT) == 0
     out = capsys.readouterr().out
     assert len(lines_of(out, "generating:")) == 1 and len(lines_of(out, "step ")) > 40
