@@ -274,6 +274,9 @@ def pick(device):
         return "cpu"
 
 
+kept = []  # the stream, twice: neither library may see the other's destroyed
+
+
 def op_set(device):
     """llmc.cpu or llmc.cuda; for the executor, llmc.cuda with its kernels and memory replaced."""
     if device == "cpu":
@@ -285,9 +288,12 @@ def op_set(device):
         cuda.module.kernel, cuda.module.capability, cuda.device.alloc = simt.kernel, lambda: 80, simt.alloc
         return cuda
     torch = torch_or_none()
-    if torch is not None:  # one stream for both, so that the same events time both
-        stream = cuda.device.current_stream()
-        torch.cuda.set_stream(torch.cuda.ExternalStream(stream.ptr))
+    if torch is not None and torch.cuda.is_available():  # one stream for both, so that the same events time both
+        stream = torch.cuda.Stream()
+        torch.cuda.set_stream(stream)
+        shared = cuda.module.import_cupy().cuda.ExternalStream(stream.cuda_stream)
+        shared.use()
+        kept.extend((stream, shared))
         torch.backends.cuda.matmul.allow_tf32 = False
     return cuda
 
