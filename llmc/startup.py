@@ -89,7 +89,7 @@ def read_weights(model, path):
 
 def open_model(path, args, B=1, T=None):
     """(model, line about the device): the weights of a model file on --device in --dtype, for forward passes alone."""
-    from llmc import checkpoint
+    from llmc import checkpoint, memory
     from llmc.gpt2 import GPT2, config_from_header
 
     config = config_from_header(checkpoint.read_model_header(path))
@@ -97,6 +97,14 @@ def open_model(path, args, B=1, T=None):
     dtype = model_dtype(check_dtype(args.dtype, device))
     if device == "cuda":
         prepare_kernels(config, dtype)
-    model = GPT2(config, ops, B, T or min(config.max_seq_len, 1024), recompute=2, training=False, dtype=dtype)
+    T = T or min(config.max_seq_len, 1024)
+    needed, budget = memory.needs_of(config, ops, T, dtype, training=False)(B, 2), ops.device.budget()
+    try:
+        if budget is not None and needed > budget:
+            raise MemoryError
+        model = GPT2(config, ops, B, T, recompute=2, training=False, dtype=dtype)
+    except MemoryError as error:
+        hint = "HINT: lower -b or -t of llmc.evaluate, or take --device cpu."
+        raise UserError(f"{path}: {B} x {T} tokens at once need {memory.size(needed)} on {line}. {hint}") from error
     read_weights(model, path)
     return model, line

@@ -10,7 +10,7 @@ import pytest
 from conftest import op_set
 from reference import DTYPES
 
-from llmc import UserError, cpu, cuda, flags, gpt2, memory, train
+from llmc import UserError, cpu, cuda, evaluate, flags, generate, gpt2, memory, train
 from llmc.data import write_shard
 from llmc.gpt2 import GPT2, GPT2Config
 
@@ -251,6 +251,21 @@ def test_a_failing_allocation_is_reported_alike(fail_at, folder, capsys, monkeyp
     code, out, err = run(capsys, *TRAIN)
     assert code == 2 and err.count("\n") == 1 and "memory plan" in out
     assert "-b 16 -r 0: the plan needs" in err and "the allocation failed. HINT: -b 1" in err, err
+
+
+@pytest.mark.parametrize("memory, fail_at", [((0, 2**20), None), ((0, 2**40), 0)])
+def test_generate_and_evaluate_say_so_too(memory, fail_at, folder, capsys, monkeypatch):
+    assert train.main([*TRAIN, "-n", "1", "-o", "out"]) == 0
+    monkeypatch.setattr(cpu.device, "memory", lambda: memory)
+    record(monkeypatch, cpu, fail_at)
+    for command, argv in ((generate, []), (evaluate, ["-j", "val.bin", "-b", "2"])):
+        capsys.readouterr()
+        assert command.main(["out", "--device", "cpu", *argv]) == 2
+        out, err = capsys.readouterr()
+        assert not out and re.search(
+            r"error: out/model_00000001.bin: [12] x 32 tokens at once need [\d.]+ MiB on cpu", err
+        )
+        assert "HINT: " in err and err.count("\n") == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------

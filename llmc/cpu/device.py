@@ -69,12 +69,19 @@ def timer():
 
 
 def memory():
-    """(free, total) bytes of main memory; (0, 0) where the system does not tell."""
+    """(free, total) bytes of main memory, of a container what it may use; (0, 0) where the system does not tell."""
     try:
         page = os.sysconf("SC_PAGE_SIZE")
-        return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+        free, total = os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
     except (AttributeError, ValueError, OSError):
         return 0, 0
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # Linux, v2 and v1
+        try:
+            with open(path) as file:
+                total = min(total, int(file.read()))
+        except (OSError, ValueError):  # not there; "max"
+            pass
+    return min(free, total), total
 
 
 def budget(total=None):
