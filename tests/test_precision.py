@@ -155,3 +155,26 @@ def test_memory_plan(ops):
     assert plan("bf16", use_master_weights=False) == {**bf16, "optimizer": 8 * N}
     assert plan("bf16", grad_dtype="float32") == {**bf16, "gradients": 4 * N}
     assert plan("fp32") == plan("fp32", use_master_weights=False) == plan("fp32", grad_dtype="float32")
+
+
+@SETS
+def test_gradients_in_fp32(ops):
+    """Four micro-steps of a bf16 model sum to what their gradients one by one sum to, to the rounding of fp32 sums.
+    Summed in bf16, as llm.c does, they are thousands of times further off."""
+    config, rng = gpt2.GPT2Config(8, 61, 128, 1, 2, 32), np.random.default_rng(5)
+    batches = rng.integers(0, config.vocab_size, (4, 2, 2, 8)).astype(np.int32)
+    weights = rng.normal(0, 0.2, gpt2.num_parameters(config)).astype(np.float32)
+
+    def gradients(batches, **options):
+        model = gpt2.GPT2(config, ops, 2, 8, dtype=DTYPES["bf16"], **options)
+        model.load_parameters(weights)
+        for i, (inputs, targets) in enumerate(batches):
+            model.forward(inputs)
+            model.backward(inputs, targets, 4, i)
+        return ops.device.download(model.grads_flat).astype(np.float64)
+
+    each = np.array([gradients(batches[i : i + 1], grad_dtype="float32") for i in range(4)])
+    tolerance = 2.0**-22 * (np.abs(each).sum(axis=0) + np.abs(each).max())
+    error = np.abs(gradients(batches, grad_dtype="float32") - each.sum(axis=0))
+    assert (error <= tolerance).all(), (error / tolerance).max()
+    assert (np.abs(gradients(batches) - each.sum(axis=0)) / tolerance).max() > 1000
