@@ -291,9 +291,11 @@ def write_state(
 
     m, v, master  (S,) float32, master None without master weights; S = N, or N / num_processes under ZeRO-1
     loader_state  dict of llmc.data.DataLoader.state(), None for a loader at the start that does not shuffle
-    extra         dict that JSON can hold, stored behind everything llm.c reads; None: nothing is added there
+    extra         dict that JSON can hold, stored behind everything llm.c reads, as is loader_state["streams"]
     """
     loader = loader_state or dict(should_shuffle=False, current_shard_idx=0, current_sample_idx=0)
+    if "streams" in loader:
+        extra = (extra or {}) | dict(loader=loader["streams"])
     tail = json.dumps(extra).encode() if extra is not None else b""
     words = np.zeros(256, np.int32)
     words[:6] = [STATE_MAGIC, 1, num_processes, rank, master is not None, loader["should_shuffle"]]
@@ -397,6 +399,8 @@ def read_state_header(path, sizes, *, num_processes=None, rank=None):
             if block:
                 MT19937.from_bytes(loader["mt19937"])
             state["extra"] = json.loads(file.read()) if extra_bytes else None
+            if state["extra"] and "loader" in state["extra"]:
+                loader["streams"] = state["extra"].pop("loader")
         except ValueError:
             raise damaged from None
     return state

@@ -100,6 +100,49 @@ def write_shard(path, tokens, vocab_size=0):
 # loader
 
 
+class Stream:
+    """The order in which one stream of batches visits shards and samples: that of llm.c's loader on one rank.
+
+    num_samples: of each shard. seed None: as they come. Else an MT19937 permutes the shards once an epoch, on top of
+    their previous order, and the samples of a shard when it is opened.
+    """
+
+    def __init__(self, num_samples, seed=None):
+        self.num_samples, self.rng = num_samples, None if seed is None else MT19937(seed)
+        self.shards = np.arange(len(num_samples), dtype=np.int32)
+        self.reset()
+
+    def reset(self):
+        if self.rng:
+            random_permutation(self.shards, self.rng)
+        self.open(0)
+
+    def open(self, shard):
+        self.shard, self.sample = shard, 0
+        self.samples = range(self.num_samples[self.shards[shard]])
+        if self.rng:
+            self.samples = np.array(self.samples, np.int32)
+            random_permutation(self.samples, self.rng)
+
+    def current(self):
+        """(place of the shard in the list of files, sample in it) that is next; goes to the next shard if it is due."""
+        if self.sample >= len(self.samples):
+            if self.shard == len(self.shards) - 1:
+                self.reset()
+            else:
+                self.open(self.shard + 1)
+        return int(self.shards[self.shard]), int(self.samples[self.sample])
+
+    def state(self):
+        """What llm.c keeps of its loader in a train-state file, under its names."""
+        state = dict(should_shuffle=self.rng is not None, num_shards=len(self.shards))
+        state.update(current_shard_idx=self.shard, current_sample_idx=self.sample)
+        if self.rng:
+            state.update(shard_indices=self.shards.copy(), shard_num_samples=len(self.samples))
+            state.update(intra_shard_indices=self.samples.copy(), mt19937=self.rng.to_bytes())
+        return state
+
+
 class DataLoader:
     """Serves (B, T) batches of inputs and targets from the shards that match a pattern, in llm.c's order.
 
@@ -108,35 +151,61 @@ class DataLoader:
     dropped. With should_shuffle each rank permutes shards once an epoch and samples once a shard, with its own MT19937
     seeded 42 + rank; ranks stay disjoint because their offset inside a sample is fixed.
 
-    turn (r, P): of every P batches of this order the r-th, so that P loaders serve what one would, in P turns, and are
-    all at the same position after each. llm.c has no such order; its own for P processes changes with P.
+    That is one *stream* of batches for each rank. The number of streams can also be another one, S, and their batches
+    can have another number of rows than B: the streams then take turns, batch by batch, and their rows make one
+    sequence, of which the ranks take B rows each in turn. So the data of an update does not depend on the number of
+    ranks, nor on B, if its number of tokens is the same: with streams=1, rows=B from the start, and in a run that is
+    continued by other ranks, which keeps the streams of the ranks that began it (load_states). No token is skipped or
+    read twice then.
+
     vocab_size (optional): ids >= vocab_size and shards that state another vocabulary are refused.
-    Attributes: num_tokens (of all shards), paths, current_shard_idx, current_sample_idx (the next one in the shard).
-    Errors: UserError for a pattern without files, an invalid shard, or one with fewer than P*B*T + 1 tokens.
+    Attributes: num_tokens (of all shards), paths, and of this rank's stream path, shard_num_samples, current_shard_idx
+    and current_sample_idx (the next one in the shard).
+    Errors: UserError for a pattern without files, an invalid shard, or one with fewer than S*rows*T + 1 tokens.
     Source: llm.c llmc/dataloader.h.
     """
 
-    def __init__(self, pattern, B, T, rank=0, num_processes=1, should_shuffle=False, vocab_size=None, turn=(0, 1)):
-        self.turn = turn
+    def __init__(
+        self, pattern, B, T, rank=0, num_processes=1, should_shuffle=False, vocab_size=None, streams=None, rows=None
+    ):
         self.pattern, self.B, self.T, self.rank, self.num_processes = pattern, B, T, rank, num_processes
         self.should_shuffle, self.vocab_size = bool(should_shuffle), vocab_size
         self.paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
         if not self.paths:
             raise UserError(f"no file matches {pattern}. HINT: make shards with: python -m llmc.data prepare FILE.txt")
-        self.num_tokens = sum(self._check(path).num_tokens for path in self.paths)
-        self._file = None
-        if self.should_shuffle:
-            self._rng = MT19937(42 + rank)
-            self._shard_indices = np.arange(len(self.paths), dtype=np.int32)
-        self.reset()
+        self._opened = None
+        self._make_streams(streams or num_processes, rows or B)
+        self._open(self._stream.current()[0])
+
+    def _make_streams(self, count, rows, stream=0, row=0):
+        """`count` streams at their start, whose batches have `rows` rows. In llm.c's order a rank needs only its own.
+
+        stream: whose turn it is; row: how many rows are used of its current sample.
+        """
+        self.num_streams, self.rows = count, rows
+        num_tokens = [self._check(path).num_tokens for path in self.paths]
+        self.num_tokens = sum(num_tokens)
+        num_samples = [(n - 1) // (count * rows * self.T) for n in num_tokens]
+        own = (count, rows, stream, row) == (self.num_processes, self.B, 0, 0)
+        self._indices = [self.rank] if own else list(range(count))
+        self._streams = [Stream(num_samples, 42 + s if self.should_shuffle else None) for s in self._indices]
+        self._stream = self._streams[0 if own else self.rank % count]
+        self._before = 0 if own else self.rank * self.B  # rows of other ranks before and after ours
+        self._after = 0 if own else (self.num_processes - 1 - self.rank) * self.B
+        self._next, self._row = stream, row
+
+    path = property(lambda self: self.paths[self._stream.shards[self._stream.shard]])
+    shard_num_samples = property(lambda self: len(self._stream.samples))
+    current_shard_idx = property(lambda self: self._stream.shard)
+    current_sample_idx = property(lambda self: self._stream.sample)
 
     def _check(self, path):
         header = read_shard_header(path)
-        needed = self.num_processes * self.B * self.T + 1
+        needed = self.num_streams * self.rows * self.T + 1
         if header.num_tokens < needed:
             raise UserError(
-                f"{path} has {header.num_tokens} tokens, one batch of -b {self.B} x -t {self.T} on "
-                f"{self.num_processes} processes needs {needed}. HINT: lower -b or -t, or use a longer text"
+                f"{path} has {header.num_tokens} tokens, one batch of -b {self.rows} x -t {self.T} on "
+                f"{self.num_streams} processes needs {needed}. HINT: lower -b or -t, or use a longer text"
             )
         if header.vocab_size and self.vocab_size and header.vocab_size != self.vocab_size:
             raise UserError(
@@ -145,38 +214,31 @@ class DataLoader:
             )
         return header
 
-    def _open_shard(self):
-        """Open the current shard, whose place in `paths` the shuffled order tells."""
-        index = self._shard_indices[self.current_shard_idx] if self.should_shuffle else self.current_shard_idx
-        self.path = self.paths[index]
-        header = self._check(self.path)
-        if self._file is not None:
-            self._file.close()
-        self._file = open(self.path, "rb", buffering=0)
-        self._buffer = np.empty(self.B * self.T + 1, header.dtype)
-        self.shard_num_samples = (header.num_tokens - 1) // (self.num_processes * self.B * self.T)
-
-    def _shuffle_samples(self):
-        if self.should_shuffle:
-            self._intra_shard_indices = np.arange(self.shard_num_samples, dtype=np.int32)
-            random_permutation(self._intra_shard_indices, self._rng)
+    def _open(self, shard):
+        if shard != self._opened:
+            header = self._check(self.paths[shard])
+            if self._opened is not None:
+                self._file.close()
+            self._file, self._opened = open(self.paths[shard], "rb", buffering=0), shard
+            self._buffer = np.empty(self.B * self.T + 1, header.dtype)
 
     def reset(self):
         """Start a new epoch; a shuffling loader permutes the shards on top of their previous order."""
-        if self.should_shuffle:
-            random_permutation(self._shard_indices, self._rng)
-        self.current_shard_idx = self.current_sample_idx = 0
-        self._open_shard()
-        self._shuffle_samples()
+        for stream in self._streams:
+            stream.reset()
+        self._next = self._row = 0
 
-    def _advance(self):
-        if self.current_shard_idx == len(self.paths) - 1:
-            self.reset()
-            return
-        self.current_shard_idx += 1
-        self.current_sample_idx = 0
-        self._open_shard()
-        self._shuffle_samples()
+    def _take(self, rows):
+        """Yield (shard, token, n) for each run of n rows among the next `rows` of all ranks, and move on by them."""
+        while rows:
+            s, stream = self._indices[self._next], self._streams[self._next]
+            shard, sample = stream.current()
+            n = min(rows, self.rows - self._row)
+            yield shard, ((sample * self.num_streams + s) * self.rows + self._row) * self.T, n
+            rows, self._row = rows - n, self._row + n
+            if self._row == self.rows:
+                stream.sample += 1
+                self._next, self._row = (self._next + 1) % len(self._streams), 0
 
     def next_batch(self, inputs, targets):
         """Fill inputs and targets, C-contiguous int32 (B, T) arrays (=), with the next batch.
@@ -186,35 +248,30 @@ class DataLoader:
         B, T = self.B, self.T
         for array in (inputs, targets):
             assert array.shape == (B, T) and array.dtype == np.int32 and array.flags.c_contiguous, (array.shape, B, T)
-        self._skip(self.turn[0])
-        if self.current_sample_idx >= self.shard_num_samples:
-            self._advance()
-        sample = self.current_sample_idx
-        if self.should_shuffle:
-            sample = int(self._intra_shard_indices[sample])
-        position = (sample * self.num_processes + self.rank) * B * T
-        self._read(position)
-        inputs.reshape(-1)[:] = self._buffer[:-1]
-        targets.reshape(-1)[:] = self._buffer[1:]
-        self.current_sample_idx += 1
-        self._skip(self.turn[1] - 1 - self.turn[0])
+        for _ in self._take(self._before):
+            pass
+        row = 0
+        for shard, position, n in self._take(B):
+            self._open(shard)
+            tokens = self._read(position, n * T + 1)
+            inputs[row : row + n].reshape(-1)[:] = tokens[:-1]
+            targets[row : row + n].reshape(-1)[:] = tokens[1:]
+            row += n
+        for _ in self._take(self._after):
+            pass
 
-    def _skip(self, batches):
-        for _ in range(batches):
-            if self.current_sample_idx >= self.shard_num_samples:
-                self._advance()
-            self.current_sample_idx += 1
-
-    def _read(self, position):
-        """Read B*T + 1 tokens from token `position` of the open shard into the buffer."""
+    def _read(self, position, count):
+        """`count` tokens from token `position` of the open shard, in the buffer."""
         self._file.seek(HEADER_BYTES + position * self._buffer.itemsize)
-        view, done = memoryview(self._buffer).cast("B"), 0
+        tokens = self._buffer[:count]
+        view, done, path = memoryview(tokens).cast("B"), 0, self.paths[self._opened]
         while done < len(view):
-            count = self._file.readinto(view[done:])
-            if not count:
-                raise UserError(f"{self.path} became shorter while it was read. HINT: keep data files unchanged")
-            done += count
-        self._check_ids(self.path, position, self._buffer)
+            got = self._file.readinto(view[done:])
+            if not got:
+                raise UserError(f"{path} became shorter while it was read. HINT: keep data files unchanged")
+            done += got
+        self._check_ids(path, position, tokens)
+        return tokens
 
     def _check_ids(self, path, position, tokens):
         if self.vocab_size and tokens.max() >= self.vocab_size:
@@ -234,27 +291,48 @@ class DataLoader:
                     self._check_ids(path, position, np.fromfile(file, header.dtype, 1 << 20))
 
     def state(self):
-        """The position, to be saved: what llm.c keeps in its train-state files, under its names.
+        """The position, to be saved: Stream.state() of this rank's stream, and `streams`, which llm.c has not.
 
-        should_shuffle, num_shards, current_shard_idx (into the shuffled order), current_sample_idx (the next one);
-        when shuffling also shard_indices, intra_shard_indices (int32), shard_num_samples, mt19937 (2520 bytes).
+        streams: count, rows, T, next (whose turn it is), row (used of its sample), and others, the states of streams
+        that no rank has as its own, shared out over the ranks. JSON can hold it.
         """
-        state = {
-            "should_shuffle": self.should_shuffle,
-            "num_shards": len(self.paths),
-            "current_shard_idx": self.current_shard_idx,
-            "current_sample_idx": self.current_sample_idx,
+
+        def plain(state):
+            return {
+                k: v.hex() if isinstance(v, bytes) else getattr(v, "tolist", lambda v=v: v)() for k, v in state.items()
+            }
+
+        others = {
+            s: plain(self._streams[s].state()) for s in range(self.rank, self.num_streams, self.num_processes)[1:]
         }
-        if self.should_shuffle:
-            state["shard_indices"] = self._shard_indices.copy()
-            state["shard_num_samples"] = self.shard_num_samples
-            state["intra_shard_indices"] = self._intra_shard_indices.copy()
-            state["mt19937"] = self._rng.to_bytes()
-        return state
+        streams = dict(count=self.num_streams, rows=self.rows, T=self.T, next=self._next, row=self._row, others=others)
+        return self._stream.state() | dict(streams=streams)
 
     def load_state(self, state):
-        """Continue where a loader of the same shards, B, T, rank and num_processes was; UserError if it cannot be."""
-        hint = "HINT: resume with the same data, -b, -t, shuffling (-a) and number of processes"
+        """load_states of one rank: the only one, or one whose stream no other rank reads (llm.c's order, same P)."""
+        count = state.get("streams", {}).get("count", self.num_processes)
+        assert count == self.num_processes or self.num_processes == 1, (count, self.num_processes)
+        self.load_states([state] * self.num_processes)
+
+    def load_states(self, states):
+        """Continue where the loaders of a run's ranks were (their states in order), on any number of ranks.
+
+        T must be that of the run, and B if llm.c wrote the states; UserError if they cannot be used.
+        """
+        hint = "HINT: resume with the same data, -t and shuffling (-a), after llm.c also the same -b"
+        about = states[0].get("streams") or dict(count=len(states), rows=self.B, T=self.T, next=0, row=0)
+        if about["T"] != self.T:
+            raise UserError(f"{self.pattern}: the checkpoint was saved with -t {about['T']}, not {self.T}. {hint}")
+        self._make_streams(about["count"], about["rows"], about["next"], about["row"])
+        found = {}
+        for rank, state in enumerate(states):
+            found[rank % about["count"]] = state
+            found.update({int(s): other for s, other in state.get("streams", {}).get("others", {}).items()})
+        for s, stream in zip(self._indices, self._streams, strict=True):
+            self._load_stream(stream, found[s], hint)
+        self._open(self._stream.shards[self._stream.shard])
+
+    def _load_stream(self, stream, state, hint):
         if bool(state["should_shuffle"]) != self.should_shuffle:
             said = ["without shuffling", "with shuffling"]
             raise UserError(
@@ -265,27 +343,23 @@ class DataLoader:
         if not 0 <= shard < len(self.paths):
             raise UserError(f"{self.pattern}: the checkpoint is in shard {shard} of {len(self.paths)}. {hint}")
         if self.should_shuffle:
-            order = np.array(state["shard_indices"], np.int32)
+            order, mt19937 = np.array(state["shard_indices"], np.int32), state["mt19937"]
             if not np.array_equal(np.sort(order), np.arange(len(self.paths))):
                 raise UserError(
                     f"{self.pattern}: the checkpoint has {order.size} shards, not {len(self.paths)}. {hint}"
                 )
-            self._shard_indices = order
-            self._rng = MT19937.from_bytes(state["mt19937"])
-        self.current_shard_idx, self.current_sample_idx = shard, sample
-        self._open_shard()
-        if not 0 <= sample <= self.shard_num_samples:
-            raise UserError(
-                f"{self.path}: the checkpoint is at sample {sample} of {self.shard_num_samples} in this shard. {hint}"
-            )
+            stream.shards = order
+            stream.rng = MT19937.from_bytes(bytes.fromhex(mt19937) if isinstance(mt19937, str) else mt19937)
+        path, count = self.paths[stream.shards[shard]], stream.num_samples[stream.shards[shard]]
+        if not 0 <= sample <= count:
+            raise UserError(f"{path}: the checkpoint is at sample {sample} of {count} in this shard. {hint}")
+        stream.shard, stream.sample, stream.samples = shard, sample, range(count)
         if self.should_shuffle:
-            order = np.array(state["intra_shard_indices"], np.int32)
-            if not np.array_equal(np.sort(order), np.arange(self.shard_num_samples)):
+            stream.samples = np.array(state["intra_shard_indices"], np.int32)
+            if not np.array_equal(np.sort(stream.samples), np.arange(count)):
                 raise UserError(
-                    f"{self.path}: the checkpoint has {order.size} samples in this shard, not "
-                    f"{self.shard_num_samples}. {hint}"
+                    f"{path}: the checkpoint has {stream.samples.size} samples in this shard, not {count}. {hint}"
                 )
-            self._intra_shard_indices = order
 
 
 # ----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llmc import UserError, data
+from llmc import UserError, checkpoint, data
 from llmc.data import DataLoader, main, pieces, prepare, read_shard, read_shard_header, write_shard
 from llmc.rand import MT19937
 from llmc.tokenizer import get
@@ -287,18 +287,21 @@ def test_state_has_what_llmc_saves(tmp_path):
     assert state["shard_num_samples"] == len(state["intra_shard_indices"]) == samples
     assert len(state["mt19937"]) == 2520
     plain = DataLoader(str(tmp_path / "shard_0.bin"), 2, 8).state()
-    assert plain == {"should_shuffle": False, "num_shards": 1, "current_shard_idx": 0, "current_sample_idx": 0}
+    streams = dict(count=1, rows=2, T=8, next=0, row=0, others={})
+    assert plain == dict(should_shuffle=False, num_shards=1, current_shard_idx=0, current_sample_idx=0, streams=streams)
 
 
 def test_state_of_other_data_is_refused(tmp_path):
     pattern = make_shards(tmp_path, [140, 170])
     state = DataLoader(pattern, 2, 8, should_shuffle=True).state()
+    of_llmc = {key: value for key, value in state.items() if key != "streams"}
     plain = DataLoader(pattern, 2, 8)
     for loader, changed, message in (
         (plain, state, "saved with shuffling, this run is without"),
         (DataLoader(pattern, 2, 8, should_shuffle=True), plain.state(), "saved without shuffling, this run is with"),
         (DataLoader(str(tmp_path / "shard_0.bin"), 2, 8, should_shuffle=True), state, "2 shards, not 1"),
-        (DataLoader(pattern, 2, 4, should_shuffle=True), state, "samples in this shard, not"),
+        (DataLoader(pattern, 2, 4, should_shuffle=True), of_llmc, "10 samples in this shard, not 21"),
+        (DataLoader(pattern, 2, 4, should_shuffle=True), state, "saved with -t 8, not 4"),
         (
             DataLoader(pattern, 2, 8, should_shuffle=True),
             state | {"shard_indices": np.array([0, 0])},
@@ -309,6 +312,95 @@ def test_state_of_other_data_is_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=f"{message}.*HINT"):
             loader.load_state(changed)
+
+
+# ----------------------------------------------------------------------------
+# resume on another number of ranks, or with another B
+
+
+def rows_of(loaders, count):
+    """The first tokens of the next `count` rows in the order in which the ranks of a run take them."""
+    rows = []
+    while len(rows) < count:
+        for loader in loaders:
+            inputs, targets = np.empty((2, loader.B, loader.T), np.int32)
+            loader.next_batch(inputs, targets)
+            assert np.array_equal(inputs[:, 1:], targets[:, :-1]) and (targets[:, -1] == inputs[:, -1] + 1).all()
+            rows += inputs[:, 0].tolist()
+    return rows
+
+
+def ranks(pattern, P, B, T=8, shuffle=True, **streams):
+    return [DataLoader(pattern, B, T, rank, P, shuffle, **streams) for rank in range(P)]
+
+
+def through_files(loaders, folder):
+    """The loaders' states after a round through the state files of all ranks."""
+    states = []
+    for rank, loader in enumerate(loaders):
+        where = dict(num_processes=len(loaders), rank=rank, step=1, rng_state=1, rng_state_last_update=1)
+        checkpoint.write_state(
+            folder / "state.bin", **where, m=np.zeros(4, "f"), v=np.zeros(4, "f"), loader_state=loader.state()
+        )
+        states.append(checkpoint.read_state_header(folder / "state.bin", (4,))["loader_state"])
+    return states
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("P0, B0", [(1, 4), (2, 2), (4, 1), (4, 4)])
+def test_other_ranks_continue_row_by_row(P0, B0, shuffle, tmp_path):
+    """The ranks that began go on; others take over at the same place, twice: the same rows in the same order, for over
+    an epoch. In the first epoch every usable row is read once."""
+    sizes = [340, 700, 165, 270]
+    pattern = make_shards(tmp_path, sizes, lambda shard, i: i + 2000 * shard)
+    total = 64 * 6
+    expected = rows_of(ranks(pattern, P0, B0, shuffle=shuffle), total)
+    epoch = sum((n - 1) // (P0 * B0 * 8) for n in sizes) * P0 * B0
+    assert len(set(expected[:epoch])) == epoch < total // 2
+    for P, B in ((1, 4), (2, 2), (4, 1), (2, 1), (1, 3), (3, 2)):
+        loaders = ranks(pattern, P0, B0, shuffle=shuffle)
+        rows = rows_of(loaders, 3 * P0 * B0)
+        for p, b, count in ((P, B, 5 * P * B), (P0, B0, 1), (P, B, epoch)):  # the last with rows left of a sample
+            states = through_files(loaders, tmp_path)
+            loaders = ranks(pattern, p, b, shuffle=shuffle)
+            for loader in loaders:
+                loader.load_states(states)
+            rows += rows_of(loaders, count)
+        assert rows == expected[: len(rows)], (P, B)
+        assert len(rows) > epoch
+
+
+def test_states_of_llmc_s_ranks_continue_on_another_number(tmp_path):
+    """No word of ours in the states: as many streams as ranks, and B as it is."""
+    pattern = make_shards(tmp_path, [340, 700, 165, 270])
+    loaders = ranks(pattern, 4, 2)
+    rows_of(loaders, 24)
+    states = [{k: v for k, v in loader.state().items() if k != "streams"} for loader in loaders]
+    expected = rows_of(loaders, 80)
+    others = ranks(pattern, 2, 2)
+    for loader in others:
+        loader.load_states(states)
+    assert rows_of(others, 80) == expected
+
+
+def test_one_stream_gives_the_same_rows_to_any_number_of_ranks(tmp_path):
+    pattern = make_shards(tmp_path, [340, 700, 165, 270])
+    expected = rows_of(ranks(pattern, 1, 2), 240)
+    for P in (2, 3, 4):
+        assert rows_of(ranks(pattern, P, 2, streams=1, rows=2), 240)[:240] == expected
+    assert rows_of(ranks(pattern, 2, 1, streams=1, rows=2), 240) == expected
+
+
+def test_llama3_shards_are_served_where_the_vocabulary_fits(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(
+        struct.pack("<3i", 20240801, 7, 40).ljust(1024, b"\0") + struct.pack("<40I", *range(128000, 127960, -1))
+    )
+    inputs, targets = np.empty((2, 2, 8), np.int32)
+    DataLoader(str(path), 2, 8, vocab_size=128256).next_batch(inputs, targets)
+    assert inputs.reshape(-1).tolist() == list(range(128000, 127984, -1)) and targets[1, 7] == 127984
+    with pytest.raises(UserError, match="token 0 has id 128000.*ends at 50256"):
+        DataLoader(str(path), 2, 8, vocab_size=50257).next_batch(inputs, targets)
 
 
 # ----------------------------------------------------------------------------
