@@ -190,7 +190,7 @@ __device__ inline float adam_step_fast(const Adam& a, float grad, float& m, floa
 // All loads are under way before anything else is asked for. The tensor is looked up once per block, and once more by
 // threads past its end; a group in which a tensor ends goes element by element.
 // grid ceil(N / (4 * QUADS * block)), any block; all arrays start at 16 bytes.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 3)
 adamw_update_kernel3(floatX* params, float* master, const floatG* grads, float* m, float* v, const i64* ends,
                      const float* decays, const u32* seeds, const float* hyper, const float* norm_squared, float beta1,
                      float to_m, float beta2, float to_v, float eps, float clip, i64 N) {
@@ -214,7 +214,7 @@ adamw_update_kernel3(floatX* params, float* master, const floatG* grads, float* 
     }
     if (!finite(norm_squared)) { return; }
     float scale = clip_scale(norm_squared[0], clip, hyper[3]);
-    Adam a = {hyper[0], 1.0f / hyper[1], 1.0f / hyper[2], beta1, to_m, beta2, to_v, eps, scale};  // c1, c2: inverted
+    Adam a = {hyper[0], __fdividef(1.0f, hyper[1]), __fdividef(1.0f, hyper[2]), beta1, to_m, beta2, to_v, eps, scale};  // c1, c2: inverted
     int tensor = find_tensor(ends, first);
     i64 begin = tensor > 0 ? ends[tensor - 1] : 0, end = ends[tensor];
     float decay = decays[tensor];

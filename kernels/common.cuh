@@ -183,15 +183,19 @@ __device__ inline u32 noise(unsigned long long position, u32 seed) {
 // Rounds up in magnitude with the probability that makes the expected value exact, from the low 16 bits of `random`.
 // In fp32 there is nothing to round; fp16 rounds to nearest, as in llm.c. The caller's noise must depend on the element
 // alone, never on thread or block ids, so that results do not change with the launch.
-__device__ inline floatX stochastic_round(float value, u32 random) {
+template <class T = floatX> __device__ inline T stochastic_round(float value, u32 random) {
 #if defined(ENABLE_BF16)
-    u32 bits = __float_as_uint(value);
-    u32 kept = (bits & 0xffffu) > (random & 0xffffu) ? bits | 0xffffu : bits & 0xffff0000u;
-    // all 16 low bits set: the conversion below rounds up; all clear: it is exact. NaN is passed on unchanged, because
-    // clearing its low bits could turn it into infinity.
-    return __float2bfloat16_rn(value == value ? __uint_as_float(kept) : value);
+    if constexpr (sizeof(T) == 2) {
+        u32 bits = __float_as_uint(value);
+        u32 kept = (bits & 0xffffu) > (random & 0xffffu) ? bits | 0xffffu : bits & 0xffff0000u;
+        // all 16 low bits set: the conversion below rounds up; all clear: it is exact. NaN is passed on unchanged, because
+        // clearing its low bits could turn it into infinity.
+        return __float2bfloat16_rn(value == value ? __uint_as_float(kept) : value);
+    } else {
+        return value;
+    }
 #else
-    return (floatX)value;
+    return (T)value;
 #endif
 }
 

@@ -3,8 +3,8 @@
 //   forward   out[b,t,:] = wte[inp[b,t],:] + wpe[t,:]
 //   backward  dwte[v,:] += sum of dout[b,t,:] over all (b,t) with inp[b,t] = v       dwpe[t,:] += sum over b of dout[b,t,:]
 //
-//   out, dout (B,T,C) floatX    inp (B,T) i32, ids below Vp    wte, dwte (Vp,C)    wpe, dwpe (maxT,C), T <= maxT
-//   N = B*T.  Sums are fp32, in the order of positions; the += is rounded stochastically in bf16.
+//   out, dout (B,T,C) floatX    inp (B,T) i32, ids below Vp    wte (Vp,C), wpe (maxT,C) floatX, T <= maxT
+//   dwte, dwpe floatG    N = B*T.  Sums are fp32, in the order of positions; the += is rounded stochastically in bf16.
 //
 // The hard part is dwte: many positions hold the same token. llm.c sorts on the host; float atomics would be simple, but
 // the order of additions and so the bits would change from run to run. Here the device sorts, and no step is atomic.
@@ -56,16 +56,21 @@ extern "C" __global__ void encoder_forward_kernel2(floatX* out, const int* inp, 
 #define WPE 1
 
 // *address += sum, rounded with noise that depends on (seed, table, element) alone.
-__device__ inline void accumulate(floatX* table, i64 element, float sum, u32 seed) {
-    table[element] = stochastic_round((float)table[element] + sum, noise(element, seed));
+__device__ inline void accumulate(floatG* table, i64 element, float sum, u32 seed) {
+    table[element] = stochastic_round<floatG>((float)table[element] + sum, noise(element, seed));
 }
 
-__device__ inline void accumulate128(floatX* table, i64 element, const float* sum, u32 seed) {
-    x128 pack = load128(table + element);
-    for (int k = 0; k < x128::size; k++) {
-        pack[k] = stochastic_round((float)pack[k] + sum[k], noise(element + k, seed));
+// x128::size sums, which in a table of fp32 are two packs.
+__device__ inline void accumulate128(floatG* table, i64 element, const float* sum, u32 seed) {
+    constexpr int size = Packed128<floatG>::size;
+    for (int first = 0; first < x128::size; first += size) {
+        Packed128<floatG> pack = load128(table + element + first);
+        for (int k = 0; k < size; k++) {
+            u32 random = noise(element + first + k, seed);
+            pack[k] = stochastic_round<floatG>((float)pack[k] + sum[first + k], random);
+        }
+        store128(table + element + first, pack);
     }
-    store128(table + element, pack);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -73,7 +78,7 @@ __device__ inline void accumulate128(floatX* table, i64 element, const float* su
 // ---------------------------------------------------------------------------------------------------------------------
 
 // One thread per (t, c), looping over the batch. grid ceil(T*C / block).
-extern "C" __global__ void wpe_backward_kernel1(floatX* dwpe, const floatX* dout, const u32* seed, int B, int T, int C) {
+extern "C" __global__ void wpe_backward_kernel1(floatG* dwpe, const floatX* dout, const u32* seed, int B, int T, int C) {
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (i64)T * C) { return; }
     float sum = 0.0f;
@@ -82,7 +87,7 @@ extern "C" __global__ void wpe_backward_kernel1(floatX* dwpe, const floatX* dout
 }
 
 // One thread per 16 bytes of dwpe. grid ceil(T*C / x128::size / block); C % x128::size == 0.
-extern "C" __global__ void wpe_backward_kernel2(floatX* dwpe, const floatX* dout, const u32* seed, int B, int T, int C) {
+extern "C" __global__ void wpe_backward_kernel2(floatG* dwpe, const floatX* dout, const u32* seed, int B, int T, int C) {
     i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * x128::size;
     if (i >= (i64)T * C) { return; }
     float sum[x128::size] = {};
@@ -98,7 +103,7 @@ extern "C" __global__ void wpe_backward_kernel2(floatX* dwpe, const floatX* dout
 // ---------------------------------------------------------------------------------------------------------------------
 
 // One block per vocabulary row, threads over its channels; each reads all N tokens. grid Vp, any block.
-extern "C" __global__ void wte_backward_kernel1(floatX* dwte, const floatX* dout, const int* inp, const u32* seed,
+extern "C" __global__ void wte_backward_kernel1(floatG* dwte, const floatX* dout, const int* inp, const u32* seed,
                                                 int N, int C) {
     int token = blockIdx.x;
     for (int c = threadIdx.x; c < C; c += blockDim.x) {
@@ -160,7 +165,7 @@ __device__ inline bool begins_at(const int* sorted, const int* inp, int j) {
 
 // Block (j, y) sums all rows of the token that begins at sorted[j], if one does, for 16 bytes of channels per thread.
 // grid (N, ceil(C / x128::size / block)); C % x128::size == 0.
-extern "C" __global__ void wte_backward_kernel2(floatX* dwte, const floatX* dout, const int* inp, const int* sorted,
+extern "C" __global__ void wte_backward_kernel2(floatG* dwte, const floatX* dout, const int* inp, const int* sorted,
                                                 const u32* seed, int N, int C) {
     int j = blockIdx.x, c = (blockIdx.y * blockDim.x + threadIdx.x) * x128::size;
     if (c >= C || !begins_at(sorted, inp, j)) { return; }
@@ -195,7 +200,7 @@ __device__ inline void add_partial(float* sum, const float* address) {
 // is finished here. What continues from piece p-1 is left in partials[p][0], what begins here and goes on in piece p+1 in
 // partials[p][1]; wte_combine_kernel3 adds those up.
 // grid (ceil(N / PIECE), ceil(C / x128::size / block)); partials (pieces, 2, C) f32; C % x128::size == 0.
-extern "C" __global__ void wte_backward_kernel3(floatX* dwte, float* partials, const floatX* dout, const int* inp,
+extern "C" __global__ void wte_backward_kernel3(floatG* dwte, float* partials, const floatX* dout, const int* inp,
                                                 const int* sorted, const u32* seed, int N, int C) {
     __shared__ int positions[PIECE];
     __shared__ int tokens[PIECE + 2];  // with the neighbours on both sides; -1 past the ends of the list
@@ -242,7 +247,7 @@ extern "C" __global__ void wte_backward_kernel3(floatX* dwte, float* partials, c
 
 // Block (p, y) finishes the token that begins in piece p and goes on in piece p+1, if there is one: partials[p][1] and then
 // partials[q][0] for every following piece that the token reaches. Same grid and block as wte_backward_kernel3.
-extern "C" __global__ void wte_combine_kernel3(floatX* dwte, const float* partials, const int* inp, const int* sorted,
+extern "C" __global__ void wte_combine_kernel3(floatG* dwte, const float* partials, const int* inp, const int* sorted,
                                                const u32* seed, int N, int C) {
     int c = (blockIdx.y * blockDim.x + threadIdx.x) * x128::size;
     int begin = blockIdx.x * PIECE, next = begin + PIECE;

@@ -4,7 +4,7 @@
 //   backward  dn = dout w;  xhat = (x - mean) rstd;  dx += rstd (dn - mean(dn) - xhat mean(dn xhat))
 //             dw += sum over rows of dout xhat;  db += sum over rows of dout
 //
-//   x, out, dout, dx (N,C) floatX, N = B*T    w, b, dw, db (C,) floatX    mean, rstd (N,) f32    C % 8 == 0
+//   x, out, dout, dx (N,C) floatX, N = B*T    w, b (C,) floatX    dw, db (C,) floatG    mean, rstd (N,) f32    C % 8 == 0
 //
 // The variance is two-pass: E[x^2] - E[x]^2 cancels when the mean is large. In the fused kernel the statistics are those of
 // the residual as stored, after rounding to floatX, so that backward sees the same numbers.
@@ -222,94 +222,83 @@ fused_residual_forward_kernel3(floatX* residual, floatX* normed, float* mean, fl
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// both, with the next row's loads under way before this row is reduced
+// both once more: conversions in pairs, and small blocks, so that some load while others reduce
 // ---------------------------------------------------------------------------------------------------------------------
 
 #define ROW_PACKS 3  // packs of a row that a thread holds; llmc/cuda/layernorm.py has the same number
 
-// blockDim.x threads per row, blockDim.y rows at a time; block b takes rows b * blockDim.y + y, then those
-// gridDim.x * blockDim.y further on. Any grid; blockDim.x a multiple of 32 with blockDim.x * ROW_PACKS >= C / x128::size.
+// blockDim.x threads per row, blockDim.y rows per block. grid ceil(N / blockDim.y); blockDim.x a multiple of 32 with
+// blockDim.x * ROW_PACKS >= C / x128::size.
 template <bool FUSED>
-__device__ inline void normalize_rows(floatX* residual, floatX* out, float* mean, float* rstd, const floatX* inp1,
-                                      const floatX* inp2, const floatX* weight, const floatX* bias, int N, int C) {
-    int packs = C / x128::size, step = gridDim.x * blockDim.y;
+__device__ inline void normalize_row(floatX* residual, floatX* out, float* mean, float* rstd, const floatX* inp1,
+                                     const floatX* inp2, const floatX* weight, const floatX* bias, int N, int C) {
+    int row = blockIdx.x * blockDim.y + threadIdx.y, packs = C / x128::size;
+    i64 start = (i64)row * C;
     x128 a[ROW_PACKS], b[ROW_PACKS];
-    auto fetch = [&](int row) {
 #pragma unroll
-        for (int i = 0; i < ROW_PACKS; i++) {
-            int pack = i * blockDim.x + threadIdx.x;
-            if (row < N && pack < packs) {
-                i64 offset = (i64)row * C + pack * x128::size;
-                a[i] = load128cs(inp1 + offset);
-                if (FUSED) { b[i] = load128cs(inp2 + offset); }
-            }
+    for (int i = 0; i < ROW_PACKS; i++) {
+        int pack = i * blockDim.x + threadIdx.x;
+        if (row < N && pack < packs) {
+            a[i] = load128cs(inp1 + start + pack * x128::size);
+            if (FUSED) { b[i] = load128cs(inp2 + start + pack * x128::size); }
         }
-    };
-    int row = blockIdx.x * blockDim.y + threadIdx.y;
-    fetch(row);
-    for (; row - (int)threadIdx.y < N; row += step) {  // the same number of rounds in all threads of the block
-        float x[ROW_PACKS][x128::size] = {}, sum = 0.0f, squares = 0.0f;
+    }
+    float x[ROW_PACKS][x128::size] = {}, sum = 0.0f, squares = 0.0f;
 #pragma unroll
-        for (int i = 0; i < ROW_PACKS; i++) {
-            int pack = i * blockDim.x + threadIdx.x;
-            if (row < N && pack < packs) {
-                to_floats(x[i], a[i]);
-                if (FUSED) {
-                    float other[x128::size];
-                    to_floats(other, b[i]);
-                    for (int k = 0; k < x128::size; k++) { x[i][k] += other[k]; }
-                    x128 rounded = to_pack(x[i]);
-                    store128cs(residual + (i64)row * C + pack * x128::size, rounded);
-                    to_floats(x[i], rounded);
-                }
-                for (int k = 0; k < x128::size; k++) { sum += x[i][k]; }
+    for (int i = 0; i < ROW_PACKS; i++) {
+        int pack = i * blockDim.x + threadIdx.x;
+        if (row < N && pack < packs) {
+            to_floats(x[i], a[i]);
+            if (FUSED) {
+                float other[x128::size];
+                to_floats(other, b[i]);
+                for (int k = 0; k < x128::size; k++) { x[i][k] += other[k]; }
+                x128 rounded = to_pack(x[i]);
+                store128cs(residual + start + pack * x128::size, rounded);
+                to_floats(x[i], rounded);
             }
+            for (int k = 0; k < x128::size; k++) { sum += x[i][k]; }
         }
-        fetch(row + step);
-        float m = rowReduceSum(sum) / C;
+    }
+    float m = rowReduceSum(sum) / C;
 #pragma unroll
-        for (int i = 0; i < ROW_PACKS; i++) {
-            if (i * blockDim.x + threadIdx.x < packs) {
-                for (int k = 0; k < x128::size; k++) {
-                    x[i][k] -= m;
-                    squares = fmaf(x[i][k], x[i][k], squares);
-                }
-            }
-        }
-        float s = rsqrtf(rowReduceSum(squares) / C + EPS);
-        if (row < N) {
-#pragma unroll
-            for (int i = 0; i < ROW_PACKS; i++) {
-                int pack = i * blockDim.x + threadIdx.x;
-                if (pack < packs) {
-                    float w[x128::size], shift[x128::size];
-                    to_floats(w, load128(weight + pack * x128::size));
-                    to_floats(shift, load128(bias + pack * x128::size));
-                    for (int k = 0; k < x128::size; k++) { x[i][k] = fmaf(x[i][k] * s, w[k], shift[k]); }
-                    store128(out + (i64)row * C + pack * x128::size, to_pack(x[i]));
-                }
-            }
-            if (threadIdx.x == 0) {
-                mean[row] = m;
-                rstd[row] = s;
+    for (int i = 0; i < ROW_PACKS; i++) {
+        if (i * blockDim.x + threadIdx.x < packs) {
+            for (int k = 0; k < x128::size; k++) {
+                x[i][k] -= m;
+                squares = fmaf(x[i][k], x[i][k], squares);
             }
         }
     }
+    float s = rsqrtf(rowReduceSum(squares) / C + EPS);
+    if (row >= N) { return; }
+#pragma unroll
+    for (int i = 0; i < ROW_PACKS; i++) {
+        int pack = i * blockDim.x + threadIdx.x;
+        if (pack < packs) {
+            float w[x128::size], shift[x128::size];
+            to_floats(w, load128(weight + pack * x128::size));
+            to_floats(shift, load128(bias + pack * x128::size));
+            for (int k = 0; k < x128::size; k++) { x[i][k] = fmaf(x[i][k] * s, w[k], shift[k]); }
+            store128(out + start + pack * x128::size, to_pack(x[i]));
+        }
+    }
+    if (threadIdx.x == 0) {
+        mean[row] = m;
+        rstd[row] = s;
+    }
 }
 
-#ifndef ROWS_BOUND
-#define ROWS_BOUND 512
-#endif
-extern "C" __global__ void __launch_bounds__(ROWS_BOUND)
+extern "C" __global__ void __launch_bounds__(1024)
 layernorm_forward_kernel4(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
                           const floatX* bias, int N, int C) {
-    normalize_rows<false>(NULL, out, mean, rstd, inp, NULL, weight, bias, N, C);
+    normalize_row<false>(NULL, out, mean, rstd, inp, NULL, weight, bias, N, C);
 }
 
-extern "C" __global__ void __launch_bounds__(ROWS_BOUND)
+extern "C" __global__ void __launch_bounds__(1024)
 fused_residual_forward_kernel4(floatX* residual, floatX* normed, float* mean, float* rstd, const floatX* inp1,
                                const floatX* inp2, const floatX* weight, const floatX* bias, int N, int C) {
-    normalize_rows<true>(residual, normed, mean, rstd, inp1, inp2, weight, bias, N, C);
+    normalize_row<true>(residual, normed, mean, rstd, inp1, inp2, weight, bias, N, C);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -337,7 +326,7 @@ extern "C" __global__ void layernorm_backward_dinp_kernel1(floatX* dinp, const f
 }
 
 // dweight, dbias of one channel per thread, down all rows. grid ceil(C / block), any block.
-extern "C" __global__ void layernorm_backward_dweight_kernel1(floatX* dweight, floatX* dbias, const floatX* dout,
+extern "C" __global__ void layernorm_backward_dweight_kernel1(floatG* dweight, floatG* dbias, const floatX* dout,
                                                               const floatX* inp, const float* mean, const float* rstd,
                                                               int N, int C) {
     int c = blockIdx.x * blockDim.x + threadIdx.x;
@@ -348,8 +337,8 @@ extern "C" __global__ void layernorm_backward_dweight_kernel1(floatX* dweight, f
         dw += d * ((float)inp[(i64)row * C + c] - mean[row]) * rstd[row];
         db += d;
     }
-    dweight[c] = (floatX)((float)dweight[c] + dw);
-    dbias[c] = (floatX)((float)dbias[c] + db);
+    dweight[c] = (floatG)((float)dweight[c] + dw);
+    dbias[c] = (floatG)((float)dbias[c] + db);
 }
 
 // partials[slice] = dweight, dbias of a slice of rows; one channel per thread. partials (slices, 2, C) f32.
@@ -372,7 +361,7 @@ extern "C" __global__ void layernorm_backward_dweight_kernel2(float* partials, c
 // dweight += sum over slices of partials[:,0], dbias += sum of partials[:,1]; one of the 2C sums per threadIdx.x, its
 // slices dealt to the threadIdx.y. grid ceil(2*C / 32), block (32, 32).
 extern "C" __global__ void __launch_bounds__(1024)
-layernorm_backward_combine_kernel(floatX* dweight, floatX* dbias, const float* partials, int slices, int C) {
+layernorm_backward_combine_kernel(floatG* dweight, floatG* dbias, const float* partials, int slices, int C) {
     __shared__ float sums[32][33];  // 33: a column's entries lie in different banks
     int column = blockIdx.x * 32 + threadIdx.x;
     float sum = 0.0f;
@@ -384,8 +373,8 @@ layernorm_backward_combine_kernel(floatX* dweight, floatX* dbias, const float* p
     float total = warpReduceSum(sums[threadIdx.x][threadIdx.y]);  // transposed: warp y adds up column y of the block
     column = blockIdx.x * 32 + threadIdx.y;
     if (threadIdx.x == 0 && column < 2 * C) {
-        floatX* target = column < C ? dweight + column : dbias + column - C;
-        *target = (floatX)((float)*target + total);
+        floatG* target = column < C ? dweight + column : dbias + column - C;
+        *target = (floatG)((float)*target + total);
     }
 }
 
@@ -481,7 +470,7 @@ layernorm_backward_kernel3(floatX* dinp, float* partials, const floatX* dout, co
 // blockDim.x threads per row, blockDim.y rows at a time; block b of the grid takes rows b * blockDim.y + y, then those
 // gridDim.x * blockDim.y further on. block (x, y) of at most 512 threads, x a multiple of 32 with x * RING_PACKS >=
 // C / x128::size; partials (grid, 2, C) f32; dynamic shared memory threads * RING_STAGES * RING_ARRAYS * RING_PACKS * 16.
-extern "C" __global__ void __launch_bounds__(512)
+extern "C" __global__ void __launch_bounds__(512, 1)
 layernorm_backward_kernel4(floatX* dinp, float* partials, const floatX* dout, const floatX* inp, const floatX* weight,
                            const float* mean, const float* rstd, int N, int C) {
     extern __shared__ __align__(16) char memory[];

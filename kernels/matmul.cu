@@ -8,7 +8,8 @@
 //   bias     dbias[n]      (+)= sum_m dout[m, n]
 //
 //   inp (BT, C)  weight (OC, C)  bias (OC)  out, dout (BT, OC)  pre_gelu as out in forward, as inp in dgrad. All
-//   floatX; sums in fp32, one rounding to nearest at the end, also when accumulating. BT >= 1; C, OC multiples of 8.
+//   floatX, dweight and dbias floatG; sums in fp32, one rounding to nearest at the end, also when accumulating. BT >= 1;
+//   C, OC multiples of 8.
 //
 // In M, N, K terms the three products differ only in which index of an operand is contiguous in memory:
 //            a                       b
@@ -39,14 +40,15 @@ constexpr int FORWARD = 0, DGRAD = 1, WGRAD = 2;
 
 // One product and what to do with its result. Members that a kernel leaves null cost nothing: they are constants.
 struct Product {
-    floatX* out;             // (M, N)
+    floatX* out;             // (M, N), or null in WGRAD
     const floatX* a;         // (K, M) in WGRAD, else (M, K)
     const floatX* b;         // (N, K) in FORWARD, else (K, N)
     int M, N, K;
     const floatX* bias;      // (N) or null: added
     floatX* gelu_input;      // (M, N) or null: the sum is stored here, and its gelu in out
     const floatX* gelu_at;   // (M, N) or null: the sum is multiplied by gelu'(gelu_at)
-    int accumulate;          // out += instead of =
+    floatG* grad;            // (M, N) in WGRAD, else null: the sum goes here
+    int accumulate;          // grad += instead of =
     float* partials;         // (splits, M, N) fp32 or null: the bare sum goes here instead,
     int partial_row;         // to row m + partial_row, partial_row = split * M
 };
@@ -96,8 +98,9 @@ template <int W> __device__ inline void load_bias(const Product& p, float (&bias
 }
 
 template <int W> __device__ inline void load_other(const Product& p, float (&other)[W], int m, int n) {
-    const floatX* from = p.accumulate ? p.out : p.gelu_at;
-    if (from) { load<W>(other, from + (size_t)m * p.N + n); }
+    size_t at = (size_t)m * p.N + n;
+    if (p.accumulate) { load<W>(other, p.grad + at); }
+    if (p.gelu_at) { load<W>(other, p.gelu_at + at); }
 }
 
 template <int W>
@@ -113,6 +116,10 @@ __device__ inline void finish(const Product& p, float (&v)[W], const float (&bia
         v[i] += bias[i];
         if (p.accumulate) { v[i] += other[i]; }
         if (p.gelu_at) { v[i] *= gelu_grad(other[i]); }
+    }
+    if (p.grad) {
+        store<W>(p.grad + at, v);
+        return;
     }
     if (p.gelu_input) {
         // GELU of the rounded value: what a later recomputation from gelu_input sees, so that both give the same bits
@@ -476,15 +483,15 @@ template <int OP> __device__ inline void product5(const Product& p, int tile, in
 
 __device__ inline Product forward_product(floatX* out, floatX* pre_gelu, const floatX* inp, const floatX* weight,
                                           const floatX* bias, int M, int N, int K) {
-    return {out, inp, weight, M, N, K, bias, pre_gelu, nullptr, 0, nullptr, 0};
+    return {out, inp, weight, M, N, K, bias, pre_gelu, nullptr, nullptr, 0, nullptr, 0};
 }
 __device__ inline Product dgrad_product(floatX* dinp, const floatX* dout, const floatX* weight, const floatX* pre_gelu,
                                         int M, int N, int K) {
-    return {dinp, dout, weight, M, N, K, nullptr, nullptr, pre_gelu, 0, nullptr, 0};
+    return {dinp, dout, weight, M, N, K, nullptr, nullptr, pre_gelu, nullptr, 0, nullptr, 0};
 }
-__device__ inline Product wgrad_product(floatX* dweight, const floatX* dout, const floatX* inp, int M, int N, int K,
+__device__ inline Product wgrad_product(floatG* dweight, const floatX* dout, const floatX* inp, int M, int N, int K,
                                         int accumulate) {
-    return {dweight, dout, inp, M, N, K, nullptr, nullptr, nullptr, accumulate, nullptr, 0};
+    return {nullptr, dout, inp, M, N, K, nullptr, nullptr, nullptr, dweight, accumulate, nullptr, 0};
 }
 
 extern "C" __global__ void __launch_bounds__(256) matmul_forward_kernel1(
@@ -496,7 +503,7 @@ extern "C" __global__ void __launch_bounds__(256) matmul_dgrad_kernel1(
     product1<DGRAD>(dgrad_product(dinp, dout, weight, pre_gelu, M, N, K));
 }
 extern "C" __global__ void __launch_bounds__(256) matmul_wgrad_kernel1(
-    floatX* dweight, const floatX* dout, const floatX* inp, int M, int N, int K, int accumulate) {
+    floatG* dweight, const floatX* dout, const floatX* inp, int M, int N, int K, int accumulate) {
     product1<WGRAD>(wgrad_product(dweight, dout, inp, M, N, K, accumulate));
 }
 
@@ -509,7 +516,7 @@ extern "C" __global__ void __launch_bounds__(256) matmul_dgrad_kernel2(
     product2<DGRAD>(dgrad_product(dinp, dout, weight, pre_gelu, M, N, K));
 }
 extern "C" __global__ void __launch_bounds__(256) matmul_wgrad_kernel2(
-    floatX* dweight, const floatX* dout, const floatX* inp, int M, int N, int K, int accumulate) {
+    floatG* dweight, const floatX* dout, const floatX* inp, int M, int N, int K, int accumulate) {
     product2<WGRAD>(wgrad_product(dweight, dout, inp, M, N, K, accumulate));
 }
 
@@ -522,7 +529,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) matmul_dgrad_kernel3(
     product3<DGRAD>(dgrad_product(dinp, dout, weight, pre_gelu, M, N, K), 0, K);
 }
 extern "C" __global__ void __launch_bounds__(256, 2) matmul_wgrad_kernel3(
-    floatX* dweight, float* partials, const floatX* dout, const floatX* inp, int M, int N, int K, int splits,
+    floatG* dweight, float* partials, const floatX* dout, const floatX* inp, int M, int N, int K, int splits,
     int accumulate) {
     Product p = wgrad_product(dweight, dout, inp, M, N, K, accumulate);
     int k_begin, k_end;
@@ -541,7 +548,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) matmul_dgrad_kernel4(
     product4<DGRAD>(dgrad_product(dinp, dout, weight, pre_gelu, M, N, K));
 }
 extern "C" __global__ void __launch_bounds__(128, 2) matmul_wgrad_kernel4(
-    floatX* dweight, const floatX* dout, const floatX* inp, int M, int N, int K, int accumulate) {
+    floatG* dweight, const floatX* dout, const floatX* inp, int M, int N, int K, int accumulate) {
     product4<WGRAD>(wgrad_product(dweight, dout, inp, M, N, K, accumulate));
 }
 
@@ -555,7 +562,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) matmul_dgrad_kernel5(
 }
 // Neighbouring blocks work on the same range of tokens, so that they read the same rows of dout and inp.
 extern "C" __global__ void __launch_bounds__(128, 2) matmul_wgrad_kernel5(
-    floatX* dweight, float* partials, const floatX* dout, const floatX* inp, int M, int N, int K, int splits,
+    floatG* dweight, float* partials, const floatX* dout, const floatX* inp, int M, int N, int K, int splits,
     int accumulate) {
     Product p = wgrad_product(dweight, dout, inp, M, N, K, accumulate);
     int tiles = ceil_div(M, TILE) * ceil_div(N, TILE), k_begin, k_end;
@@ -567,7 +574,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) matmul_wgrad_kernel5(
 
 // dweight (+)= the partials, added in order. Grid ceil(size / 2048), block 256; size = OC * C.
 extern "C" __global__ void __launch_bounds__(256) matmul_wgrad_reduce(
-    floatX* dweight, const float* partials, i64 size, int splits, int accumulate) {
+    floatG* dweight, const float* partials, i64 size, int splits, int accumulate) {
     i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (i >= size) { return; }
     float sum[8], other[8];
@@ -597,12 +604,12 @@ extern "C" __global__ void __launch_bounds__(256) matmul_wgrad_reduce(
 
 // Grid ceil(N / 256), block 256.
 extern "C" __global__ void __launch_bounds__(256) matmul_bias_grad_kernel1(
-    floatX* dbias, const floatX* dout, int M, int N, int accumulate) {
+    floatG* dbias, const floatX* dout, int M, int N, int accumulate) {
     int n = blockIdx.x * blockDim.x + threadIdx.x;
     if (n >= N) { return; }
     float sum = 0.0f;
     for (int m = 0; m < M; m++) { sum += (float)dout[(size_t)m * N + n]; }
-    dbias[n] = (floatX)(accumulate ? (float)dbias[n] + sum : sum);
+    dbias[n] = (floatG)(accumulate ? (float)dbias[n] + sum : sum);
 }
 
 // partials (parts, N) = sums over `parts` ranges of rows. Grid (ceil(N / 256), parts), block 256: warp w takes rows w,
@@ -635,7 +642,7 @@ extern "C" __global__ void __launch_bounds__(256) matmul_bias_grad_kernel2(
 
 // dbias (+)= sum of partials (parts, N). Grid ceil(N / 32), block 256: 32 columns x 8 interleaved ranges of parts.
 extern "C" __global__ void __launch_bounds__(256) matmul_bias_grad_reduce_kernel2(
-    floatX* dbias, const float* partials, int N, int parts, int accumulate) {
+    floatG* dbias, const float* partials, int N, int parts, int accumulate) {
     __shared__ float sums[8][32];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n = blockIdx.x * 32 + lane;
     float sum = 0.0f;
@@ -647,5 +654,5 @@ extern "C" __global__ void __launch_bounds__(256) matmul_bias_grad_reduce_kernel
     if (warp > 0 || n >= N) { return; }
     float total = accumulate ? (float)dbias[n] : 0.0f;
     for (int w = 0; w < 8; w++) { total += sums[w][lane]; }
-    dbias[n] = (floatX)total;
+    dbias[n] = (floatG)total;
 }

@@ -27,6 +27,8 @@ ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 JOBS = [(path.name, (), arch) for path in sorted(KERNELS.glob("*.cu")) for arch in ARCHS]
 JOBS += [("adamw.cu", ("GRADS_FP32",), arch) for arch in ARCHS]  # further defines that launchers use
+GRADS_FP32 = ("encoder.cu", "layernorm.cu", "matmul.cu")
+JOBS += [(file, ("GRADS_FP32",), arch) for file in GRADS_FP32 for arch in ("sm_75", "sm_90a")]
 JOBS += [("attention.cu", ("HEAD_SIZE=128",), arch) for arch in ("sm_75", "sm_80", "sm_90a")]
 
 

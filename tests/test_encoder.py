@@ -102,6 +102,19 @@ def test_encoder_backward_accumulates_over_micro_steps(op):
         ref.assert_close(op, name, got, expected, ulps=2, scale=size.max())  # 2: two stochastic roundings
 
 
+@pytest.mark.op("encoder_backward", dtypes=("fp16", "bf16"))
+def test_encoder_backward_with_fp32_gradients(op):
+    """What three micro-steps add to the tables' gradients is not rounded to the model's dtype."""
+    B, T, C, V, Vp, maxT = shape = (2, 33, 40, 20, 32, 33)
+    inp, _, _, dout = inputs(shape, op.dtype)
+    grads = np.zeros((Vp, C), np.float32), np.zeros((maxT, C), np.float32)
+    for seed in (1, 2, 3):
+        op(*grads, op.scratch(B, T, C, Vp, dtype=np.int32), dout, inp, np.array([seed], np.uint32))
+    want, sizes = expected_gradients(inp, dout.astype(np.float32), Vp, maxT)
+    for name, got, grad, size in zip(("dwte", "dwpe"), grads, want, sizes, strict=True):
+        ref.assert_close(op, name, got, ref.added(np.zeros_like(got), grad, times=3), scale=size.max())
+
+
 @pytest.mark.op("encoder_backward", dtypes=("bf16",))
 def test_encoder_backward_stochastic_rounding(op):
     """An eighth of a bf16 step, added to +-1 everywhere, is lost by rounding to nearest; its mean must survive."""

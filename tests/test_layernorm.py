@@ -48,16 +48,19 @@ def check_forward(op, shape, inp=None):
     check_normalised(op, "out", out, mean, rstd, inp, weight, bias)
 
 
-def check_backward(op, shape, inp=None, calls=1):
+def check_backward(op, shape, inp=None, calls=1, grads=None):
+    """grads: dtype of dweight and dbias where it is not the model's."""
     drawn, weight, bias, dout = inputs(shape, op.dtype)
     inp = drawn if inp is None else inp
     rng = np.random.default_rng(1)
-    before = [ref.normal(rng, s, op.dtype) for s in (shape, shape[-1], shape[-1])]
+    dtypes = (op.dtype, grads or op.dtype, grads or op.dtype)
+    before = [ref.normal(rng, s, dtype) for s, dtype in zip((shape, shape[-1], shape[-1]), dtypes, strict=True)]
     dinp, dweight, dbias = (a.copy() for a in before)
     mean, rstd = statistics(inp)
     for _ in range(calls):
         op(dinp, dweight, dbias, op.scratch(*shape), dout, inp, weight, mean, rstd)
     want = ref.backward(ref.layernorm, dout, inp, weight, bias)
+    want[1:] = ref.backward(ref.layernorm, dout, inp, weight, bias, dtype=grads)[1:]
     # sums of absolute terms: over channels for dinp, over rows for dweight and dbias
     norm = np.abs((inp.astype(np.float64) - mean[..., None]) * rstd[..., None])
     size = np.abs(dout.astype(np.float64))
@@ -118,6 +121,12 @@ def test_layernorm_backward_many_rows(op, shape):
 @pytest.mark.op("layernorm_backward")
 def test_layernorm_backward_accumulates_over_micro_steps(op):
     check_backward(op, (2, 33, 40), calls=2)
+
+
+@pytest.mark.op("layernorm_backward", dtypes=("fp16", "bf16"))
+def test_layernorm_backward_with_fp32_gradients(op):
+    """What three micro-steps add to the weights' gradients is not rounded to the model's dtype."""
+    check_backward(op, (2, 33, 40), calls=3, grads=ref.FP32)
 
 
 @pytest.mark.op("layernorm_forward")

@@ -43,19 +43,21 @@ def check_forward(op, shape, with_bias, with_gelu):
         ref.assert_close(op, "out", out, want, scale=scale)
 
 
-def check_backward(op, shape, with_bias=True, with_gelu=False, accumulate=True, calls=1):
+def check_backward(op, shape, with_bias=True, with_gelu=False, accumulate=True, calls=1, grads=None):
+    """grads: dtype of dweight and dbias where it is not the model's."""
     B, T, C, OC = shape
     inp, weight, bias, dout = inputs(shape, op.dtype)
     rng = np.random.default_rng(1)
     pre_gelu = ref.normal(rng, (B, T, C), op.dtype) if with_gelu else None
     if with_gelu:
         inp = ref.forward(ref.gelu, pre_gelu).truth.astype(op.dtype)
-    start = [ref.normal(rng, s, op.dtype, scale=1.0 if accumulate else 0.0) for s in ((OC, C), OC)]
+    start = [ref.normal(rng, s, grads or op.dtype, scale=1.0 if accumulate else 0.0) for s in ((OC, C), OC)]
     dinp, dweight, dbias = np.empty((B, T, C), op.dtype), start[0].copy(), start[1].copy()
     bias_or_none, scratch = dbias if with_bias else None, op.scratch(B, T, C, OC)
     for _ in range(calls):
         op(dinp, dweight, bias_or_none, scratch, dout, inp, weight, pre_gelu, accumulate)
-    want_dinp, want_dweight, want_dbias = ref.backward(ref.linear, dout, inp, weight, bias)
+    want_dinp = ref.backward(ref.linear, dout, inp, weight, bias)[0]
+    want_dweight, want_dbias = ref.backward(ref.linear, dout, inp, weight, bias, dtype=grads)[1:]
     if with_gelu:
         (want_dinp,) = ref.backward(lambda x: ref.linear(ref.gelu(x), ref.to_torch(weight, x.dtype)), dout, pre_gelu)
     size = absolute(dout)
@@ -103,6 +105,13 @@ def test_matmul_backward_without_bias(op, shape):
 @pytest.mark.op("matmul_backward", shapes=[(2, 33, 40, 72)], big=[(1, 3, 8, 8456), (1, 2, 8, 9216)])
 def test_matmul_backward_accumulates_over_micro_steps(op, shape):
     check_backward(op, shape, calls=2)
+
+
+@pytest.mark.parametrize("accumulate", (False, True), ids=("overwrite", "accumulate"))
+@pytest.mark.op("matmul_backward", dtypes=("fp16", "bf16"), shapes=[(2, 33, 40, 72), (1, 264, 8, 24)])
+def test_matmul_backward_with_fp32_gradients(op, shape, accumulate):
+    """What three micro-steps add to the weights' gradients is not rounded to the model's dtype."""
+    check_backward(op, shape, accumulate=accumulate, calls=3, grads=ref.FP32)
 
 
 @pytest.mark.op("matmul_backward", shapes=[(1, 3, 8, 8456)], big=[(1, 33, 40, 8456)])

@@ -19,8 +19,7 @@ def launch(number, elements, params, master, grads, m, v, ends, decays, seeds, h
     """Kernel `number`, whose threads take `elements` each."""
     check(params, master, ends, seeds, grads, m, v)
     beta1, beta2, eps, grad_clip = floats
-    defines = ("GRADS_FP32",) if grads.dtype == np.float32 else ()
-    assert defines or grads.dtype == params.dtype, (grads.dtype, params.dtype)
+    defines = module.grad_defines(params.dtype, (grads,))
     assert hyper.shape == (4,) and norm_squared.shape == (2,), (hyper.shape, norm_squared.shape)
     assert m.dtype == v.dtype == decays.dtype == hyper.dtype == norm_squared.dtype == np.float32, (m.dtype, hyper.dtype)
     kernel = module.kernel("adamw.cu", f"adamw_update_kernel{number}", params.dtype, defines)

@@ -54,7 +54,6 @@ def check_backward(dwte, dwpe, scratch, dout, inp, seed):
     B, T, C = dout.shape
     assert inp.shape == (B, T) and dwte.shape[1] == dwpe.shape[1] == C, (dout.shape, inp.shape, dwte.shape, dwpe.shape)
     assert T <= dwpe.shape[0] and C % 8 == 0, (T, dwpe.shape, C)
-    assert dout.dtype == dwte.dtype == dwpe.dtype, (dout.dtype, dwte.dtype, dwpe.dtype)
     assert inp.dtype == scratch.dtype == np.int32 and seed.dtype == np.uint32, (inp.dtype, scratch.dtype, seed.dtype)
     assert scratch.size >= encoder_scratch_size(B, T, C, dwte.shape[0]), scratch.size
     return B, T, C
@@ -63,7 +62,7 @@ def check_backward(dwte, dwpe, scratch, dout, inp, seed):
 def encoder_backward1(dwte, dwpe, scratch, dout, inp, seed):
     """dwte[inp[b,t]] += dout[b,t];  dwpe[t] += dout[b,t].
 
-    dwte    (Vp, C) floatX accumulated (+=)    dwpe (maxT, C) floatX accumulated (+=): rows t < T
+    dwte    (Vp, C) floatX or f32 accumulated (+=)    dwpe (maxT, C), the same dtype, accumulated (+=): rows t < T
     scratch i32, encoder_scratch_size(B, T, C, Vp)
     dout    (B, T, C) floatX                   inp (B, T) i32
     seed    (1,) u32 on the device: noise of the stochastic rounding of both += in bf16; unused in fp32 and fp16.
@@ -74,16 +73,18 @@ def encoder_backward1(dwte, dwpe, scratch, dout, inp, seed):
     Source: llm.c llmc/encoder.cuh encoder_backward.
     """
     B, T, C = check_backward(dwte, dwpe, scratch, dout, inp, seed)
-    wpe = module.kernel("encoder.cu", "wpe_backward_kernel1", dout.dtype)
+    defines = module.grad_defines(dout.dtype, (dwte, dwpe))
+    wpe = module.kernel("encoder.cu", "wpe_backward_kernel1", dout.dtype, defines)
     wpe((-(-T * C // 256),), (256,), (dwpe, dout, seed, np.int32(B), np.int32(T), np.int32(C)))
-    wte = module.kernel("encoder.cu", "wte_backward_kernel1", dout.dtype)
+    wte = module.kernel("encoder.cu", "wte_backward_kernel1", dout.dtype, defines)
     wte((dwte.shape[0],), (min(256, -(-C // 32) * 32),), (dwte, dout, inp, seed, np.int32(B * T), np.int32(C)))
 
 
 def wpe_backward(dwpe, dout, seed):
     B, T, C = dout.shape
     packs = T * C // (16 // dout.itemsize)
-    kernel = module.kernel("encoder.cu", "wpe_backward_kernel2", dout.dtype)
+    defines = module.grad_defines(dout.dtype, (dwpe,))
+    kernel = module.kernel("encoder.cu", "wpe_backward_kernel2", dout.dtype, defines)
     kernel((-(-packs // 128),), (128,), (dwpe, dout, seed, np.int32(B), np.int32(T), np.int32(C)))
 
 
@@ -107,7 +108,8 @@ def encoder_backward2(dwte, dwpe, scratch, dout, inp, seed):
     positions = sort_by_token(scratch, inp, dwte.shape[0], dout.dtype)
     packs = C // (16 // dout.itemsize)
     block = min(128, -(-packs // 32) * 32)
-    kernel = module.kernel("encoder.cu", "wte_backward_kernel2", dout.dtype)
+    defines = module.grad_defines(dout.dtype, (dwte, dwpe))
+    kernel = module.kernel("encoder.cu", "wte_backward_kernel2", dout.dtype, defines)
     args = (dwte, dout, inp, positions, seed, np.int32(B * T), np.int32(C))
     kernel((B * T, -(-packs // block)), (block,), args)
 
@@ -121,9 +123,10 @@ def encoder_backward3(dwte, dwpe, scratch, dout, inp, seed):
     packs = C // (16 // dout.itemsize)
     block = min(128, -(-packs // 32) * 32)
     grid = (-(-B * T // PIECE), -(-packs // block))
-    pieces = module.kernel("encoder.cu", "wte_backward_kernel3", dout.dtype)
+    defines = module.grad_defines(dout.dtype, (dwte, dwpe))
+    pieces = module.kernel("encoder.cu", "wte_backward_kernel3", dout.dtype, defines)
     pieces(grid, (block,), (dwte, partials, dout, inp, positions, seed, np.int32(B * T), np.int32(C)))
-    combine = module.kernel("encoder.cu", "wte_combine_kernel3", dout.dtype)
+    combine = module.kernel("encoder.cu", "wte_combine_kernel3", dout.dtype, defines)
     combine(grid, (block,), (dwte, partials, inp, positions, seed, np.int32(B * T), np.int32(C)))
 
 

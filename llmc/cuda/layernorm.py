@@ -6,10 +6,10 @@ from . import module
 
 FORWARD_PACKS = 4  # kernels/layernorm.cu has the same number
 BACKWARD_ELEMENTS = 24  # elements of a row that a thread of the one-pass backward kernel holds
-ROW_PACKS = 3  # of the forward kernels 4
+ROW_PACKS, ROW_THREADS = 3, 64  # of the forward kernels 4, and the same in kernels/layernorm.cu; threads of a block
 RING_PACKS, RING_STAGES = 3, 2  # kernels/layernorm.cu has the same numbers
 RING_THREADS = 128  # of a block of layernorm_backward4
-RING_SLICES = 528  # its blocks: four on each of 132 multiprocessors
+RING_SLICES = 264  # its blocks: two on each of 132 multiprocessors, on every GPU the same
 MAX_SLICES = 1024  # slices of rows with sums of their own; a constant, so that every GPU adds in the same order
 
 
@@ -62,13 +62,13 @@ def layernorm_forward3(out, mean, rstd, inp, weight, bias):
 
 def rows_grid(N, C, itemsize):
     """grid, block of the forward kernels 4."""
-    threads, rows = row_block(C * itemsize // 16, ROW_PACKS)
-    assert threads <= 512, C
+    threads, rows = row_block(C * itemsize // 16, ROW_PACKS, ROW_THREADS)
+    assert threads <= 1024, C
     return (-(-N // rows),), (threads, rows)
 
 
 def layernorm_forward4(out, mean, rstd, inp, weight, bias):
-    """layernorm_forward1 with the next row's loads under way while one is reduced."""
+    """layernorm_forward3 with fewer instructions, in small blocks. C <= 24576 (fp32: 12288)."""
     N, C = check_forward(out, mean, rstd, inp, weight, bias)
     kernel = module.kernel("layernorm.cu", "layernorm_forward_kernel4", out.dtype)
     kernel(*rows_grid(N, C, out.itemsize), (out, mean, rstd, inp, weight, bias, np.int32(N), np.int32(C)))
@@ -134,7 +134,7 @@ def fused_residual_forward3(residual, normed, mean, rstd, inp1, inp2, weight, bi
 
 
 def fused_residual_forward4(residual, normed, mean, rstd, inp1, inp2, weight, bias):
-    """fused_residual_forward1 with the next row's loads under way while one is reduced."""
+    """fused_residual_forward3 with fewer instructions, in small blocks. C <= 24576 (fp32: 12288)."""
     N, C = check_fused(residual, normed, mean, rstd, inp1, inp2, weight, bias)
     kernel = module.kernel("layernorm.cu", "fused_residual_forward_kernel4", residual.dtype)
     args = (residual, normed, mean, rstd, inp1, inp2, weight, bias, np.int32(N), np.int32(C))
@@ -157,7 +157,7 @@ def check_backward(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd)
     assert dinp.shape == dout.shape == inp.shape, (dinp.shape, dout.shape, inp.shape)
     assert mean.shape == rstd.shape == (B, T) and C % 8 == 0, (mean.shape, rstd.shape, C)
     assert dweight.shape == dbias.shape == weight.shape == (C,), (dweight.shape, dbias.shape, weight.shape)
-    assert dinp.dtype == dweight.dtype == dbias.dtype == dout.dtype == inp.dtype == weight.dtype, inp.dtype
+    assert dinp.dtype == dout.dtype == inp.dtype == weight.dtype, inp.dtype
     assert mean.dtype == rstd.dtype == scratch.dtype == np.float32, (mean.dtype, rstd.dtype, scratch.dtype)
     assert scratch.size >= layernorm_scratch_size(B, T, C), (scratch.size, layernorm_scratch_size(B, T, C))
     return B * T, C
@@ -167,7 +167,7 @@ def layernorm_backward1(dinp, dweight, dbias, scratch, dout, inp, weight, mean, 
     """dinp += rstd * (dn - mean(dn) - xhat * mean(dn * xhat));  dn = dout * weight;  xhat = (inp - mean) * rstd
     dweight += sum over B,T of dout * xhat;  dbias += sum over B,T of dout.
 
-    dinp    (B, T, C) floatX accumulated (+=)    dweight, dbias (C,) floatX accumulated (+=)
+    dinp    (B, T, C) floatX accumulated (+=)    dweight, dbias (C,) floatX or f32 accumulated (+=)
     scratch f32, layernorm_scratch_size(B, T, C)
     dout, inp (B, T, C) floatX;  weight (C,) floatX;  mean, rstd (B, T) f32 from the forward pass.
     Sums are fp32 in a fixed order, each element is rounded once: bitwise repeatable.
@@ -179,13 +179,14 @@ def layernorm_backward1(dinp, dweight, dbias, scratch, dout, inp, weight, mean, 
     N, C = check_backward(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd)
     kernel = module.kernel("layernorm.cu", "layernorm_backward_dinp_kernel1", inp.dtype)
     kernel((-(-N // 8),), (32, 8), (dinp, dout, inp, weight, mean, rstd, np.int32(N), np.int32(C)))
-    kernel = module.kernel("layernorm.cu", "layernorm_backward_dweight_kernel1", inp.dtype)
+    defines = module.grad_defines(inp.dtype, (dweight, dbias))
+    kernel = module.kernel("layernorm.cu", "layernorm_backward_dweight_kernel1", inp.dtype, defines)
     kernel((-(-C // 64),), (64,), (dweight, dbias, dout, inp, mean, rstd, np.int32(N), np.int32(C)))
 
 
-def combine(dweight, dbias, scratch, slices):
-    C = dweight.size
-    kernel = module.kernel("layernorm.cu", "layernorm_backward_combine_kernel", dweight.dtype)
+def combine(dweight, dbias, scratch, slices, dtype):
+    C, defines = dweight.size, module.grad_defines(dtype, (dweight, dbias))
+    kernel = module.kernel("layernorm.cu", "layernorm_backward_combine_kernel", dtype, defines)
     kernel((-(-2 * C // 32),), (32, 32), (dweight, dbias, scratch, np.int32(slices), np.int32(C)))
 
 
@@ -198,7 +199,7 @@ def layernorm_backward2(dinp, dweight, dbias, scratch, dout, inp, weight, mean, 
     kernel = module.kernel("layernorm.cu", "layernorm_backward_dweight_kernel2", inp.dtype)
     args = (scratch, dout, inp, mean, rstd, np.int32(slice_rows), np.int32(N), np.int32(C))
     kernel((-(-C // 128), slices), (128,), args)
-    combine(dweight, dbias, scratch, slices)
+    combine(dweight, dbias, scratch, slices, inp.dtype)
 
 
 def layernorm_backward3(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd):
@@ -210,7 +211,7 @@ def layernorm_backward3(dinp, dweight, dbias, scratch, dout, inp, weight, mean, 
     kernel = module.kernel("layernorm.cu", "layernorm_backward_kernel3", inp.dtype)
     args = (dinp, scratch, dout, inp, weight, mean, rstd, np.int32(slice_rows), np.int32(N), np.int32(C))
     kernel((slices,), (threads, rows), args, shared_mem=2 * C * 4 if rows > 1 else 0)
-    combine(dweight, dbias, scratch, slices)
+    combine(dweight, dbias, scratch, slices, inp.dtype)
 
 
 def ring_block(C, itemsize, threads=RING_THREADS):
@@ -228,10 +229,16 @@ def layernorm_backward4(dinp, dweight, dbias, scratch, dout, inp, weight, mean, 
     kernel = module.kernel("layernorm.cu", "layernorm_backward_kernel4", inp.dtype, smem=smem)
     args = (dinp, scratch, dout, inp, weight, mean, rstd, np.int32(N), np.int32(C))
     kernel((slices,), (x, y), args, shared_mem=smem)
-    combine(dweight, dbias, scratch, slices)
+    combine(dweight, dbias, scratch, slices, inp.dtype)
 
 
-layernorm_forward = layernorm_forward3  # the row is read once
+layernorm_forward = layernorm_forward4  # the row is read once, and what is done to it takes less time than that
 residual_forward = residual_forward2  # an eighth of the memory instructions
-fused_residual_forward = fused_residual_forward3  # both inputs are read once
-layernorm_backward = layernorm_backward3  # one pass over dout and inp instead of two
+fused_residual_forward = fused_residual_forward4  # both inputs are read once
+
+
+def layernorm_backward(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd):
+    """layernorm_backward4 where its shared memory fits every GPU, C <= 3072 (fp32: 1536); else layernorm_backward3."""
+    fits = ring_block(inp.shape[-1], inp.itemsize)[2] <= 48 * 1024
+    rung = layernorm_backward4 if fits else layernorm_backward3
+    rung(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd)

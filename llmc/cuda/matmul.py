@@ -43,7 +43,7 @@ def matmul_scratch_size(B, T, C, OC):
     return max(splits * OC * C if splits > 1 else 0, bias_parts(B * T) * OC)
 
 
-def launch(name, version, dtype, M, N, args, repeat=1):
+def launch(name, version, dtype, M, N, args, repeat=1, defines=()):
     """Kernel `version` of a product with (M, N) outputs; repeat: split-K ranges."""
     kernel_name = f"matmul_{name}_kernel{version}"
     if version == 1:
@@ -57,7 +57,7 @@ def launch(name, version, dtype, M, N, args, repeat=1):
         grid, block, smem = (ceil_div(N, TILE), ceil_div(M, TILE)), 128, max(STAGES[version] * 16384, 36864)
     if version == 5:
         grid = (grid[0] * grid[1] * repeat,)
-    module.kernel("matmul.cu", kernel_name, dtype, smem=smem)(grid, (block,), args, shared_mem=smem)
+    module.kernel("matmul.cu", kernel_name, dtype, defines, smem=smem)(grid, (block,), args, shared_mem=smem)
 
 
 def forward(version, out, inp, weight, bias, pre_gelu):
@@ -79,25 +79,27 @@ def backward(version, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu
     assert dweight.shape == weight.shape and (dbias is None or dbias.shape == (OC,)), (dweight.shape, weight.shape)
     assert pre_gelu is None or pre_gelu.shape == inp.shape, (pre_gelu.shape, inp.shape)
     assert C % 8 == 0 and OC % 8 == 0, (C, OC)  # 16-byte accesses
-    assert all(x is None or x.dtype == dtype for x in (dweight, dbias, dout, inp, weight, pre_gelu)), dtype
+    assert all(x is None or x.dtype == dtype for x in (dout, inp, weight, pre_gelu)), dtype
+    defines = module.grad_defines(dtype, (dweight, dbias))
     assert scratch.size >= matmul_scratch_size(1, BT, C, OC), (scratch.size, BT, C, OC)
     if dbias is not None:
-        bias_grad(1 if version == 1 else 2, dbias, scratch, dout, BT, OC, accumulate)
+        bias_grad(1 if version == 1 else 2, dbias, scratch, dout, BT, OC, accumulate, defines)
     launch("dgrad", version, dtype, BT, C, (dinp, dout, weight, pre_gelu, i32(BT), i32(C), i32(OC)))
     sizes = i32(OC), i32(C), i32(BT)
     if version not in (3, 5):
-        launch("wgrad", version, dtype, OC, C, (dweight, dout, inp, *sizes, accumulate))
+        launch("wgrad", version, dtype, OC, C, (dweight, dout, inp, *sizes, accumulate), defines=defines)
         return
     splits = wgrad_splits(BT, C, OC)
-    launch("wgrad", version, dtype, OC, C, (dweight, scratch, dout, inp, *sizes, i32(splits), accumulate), splits)
+    args = (dweight, scratch, dout, inp, *sizes, i32(splits), accumulate)
+    launch("wgrad", version, dtype, OC, C, args, splits, defines)
     if splits > 1:
         args = (dweight, scratch, i64(OC * C), i32(splits), accumulate)
-        module.kernel("matmul.cu", "matmul_wgrad_reduce", dtype)((ceil_div(OC * C, 2048),), (256,), args)
+        module.kernel("matmul.cu", "matmul_wgrad_reduce", dtype, defines)((ceil_div(OC * C, 2048),), (256,), args)
 
 
-def bias_grad(version, dbias, scratch, dout, BT, OC, accumulate):
+def bias_grad(version, dbias, scratch, dout, BT, OC, accumulate, defines):
     def kernel(name):
-        return module.kernel("matmul.cu", name, dbias.dtype)
+        return module.kernel("matmul.cu", name, dout.dtype, defines)
 
     if version == 1:
         kernel("matmul_bias_grad_kernel1")((ceil_div(OC, 256),), (256,), (dbias, dout, i32(BT), i32(OC), accumulate))
@@ -164,8 +166,8 @@ def matmul_forward(out, inp, weight, bias=None, pre_gelu=None):
 def matmul_backward(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
     """dinp = dout @ weight, times gelu'(pre_gelu) if given;  dweight (+)= dout^T @ inp;  dbias (+)= column sums of dout
 
-    dinp (B, T, C) X written (=), before dweight;  dweight (OC, C), dbias (OC,) or None, X: += if accumulate, else =, in
-    fp32 with one rounding;  scratch f32 flat, matmul_scratch_size(B, T, C, OC), need not be zeroed;
+    dinp (B, T, C) X written (=), before dweight;  dweight (OC, C), dbias (OC,) or None, X or f32: += if accumulate,
+    else =, in fp32 with one rounding;  scratch f32 flat, matmul_scratch_size(B, T, C, OC), need not be zeroed;
     dout (B, T, OC) X;  inp (B, T, C) X;  weight (OC, C) X;  pre_gelu (B, T, C) X: the values whose GELU was inp.
     dinp may not overlap dout or inp.
     Requires: C, OC % 8 == 0, all arrays C-contiguous and 16-byte aligned.

@@ -19,6 +19,8 @@ import io
 import pathlib
 import re
 
+import numpy as np
+
 from .. import UserError
 
 DTYPE_DEFINE = {"float32": "ENABLE_FP32", "float16": "ENABLE_FP16", "bfloat16": "ENABLE_BF16"}
@@ -89,6 +91,16 @@ def capability():
 def multiprocessors():
     """Multiprocessors of the current device: the grid of kernels whose blocks stay. No result may depend on it."""
     return import_cupy().cuda.Device().attributes["MultiProcessorCount"]
+
+
+def grad_defines(dtype, grads):
+    """Defines for kernels that write gradients of weights, given the model's dtype and those gradients (None: absent):
+    these have the model's dtype, or float32."""
+    found = {array.dtype for array in grads if array is not None}
+    if found <= {dtype}:
+        return ()
+    assert found == {np.dtype(np.float32)}, (dtype, found)
+    return ("GRADS_FP32",)
 
 
 @functools.cache
