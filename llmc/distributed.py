@@ -552,6 +552,8 @@ def launched(args):
         yield None
         return
     args.process_count, args.process_rank = size, rank
+    if args.device == "cpu":
+        import_mpi(size)  # if it is missing, the others need not be waited for
     ranks = Ranks(rank, size, local_rank, meeting_place(args, rank, size, launcher))
     if rank:
         sys.stdout = open(os.devnull, "w")

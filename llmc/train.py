@@ -136,9 +136,9 @@ def open_data(args, config, B, T, rank=0, P=1):
     from llmc.data import DataLoader
 
     train_pattern, shuffle = (args.input_val_bin, False) if args.overfit_single_batch else (args.input_bin, True)
-    options = dict(vocab_size=config.vocab_size, turn=(rank, P))
-    train_loader = DataLoader(train_pattern, B, T, should_shuffle=shuffle, **options)
-    val_loader = DataLoader(args.input_val_bin, B, T, **options)
+    options = dict(vocab_size=config.vocab_size, streams=1, rows=B)
+    train_loader = DataLoader(train_pattern, B, T, rank, P, should_shuffle=shuffle, **options)
+    val_loader = DataLoader(args.input_val_bin, B, T, rank, P, **options)
     train_loader.check_all_ids()
     val_loader.check_all_ids()
     return train_loader, val_loader
@@ -271,6 +271,7 @@ def let_go(args, step):
 def load(args, step, model, loader, detectors):
     """Continue from the checkpoint of this step: everything the next step reads gets the bits it had.
 
+    It may be of any number of ranks, with or without -z 1; a share of the optimizer state is cut out of theirs.
     -w 0: the weights are those of the model file. -w 1: the master weights of the state, or the model file of an fp32
     run, which has no others; without either it is an error. If --dtype is not that of the file, the parameters are
     rounded from the master weights anew, with the noise of the last update: a run can change its precision.
@@ -278,20 +279,21 @@ def load(args, step, model, loader, detectors):
     import numpy as np
 
     from llmc import checkpoint, startup
+    from llmc.gpt2 import parameter_specs
 
-    model_path = checkpoint.model_path(args.output_dir, step)
-    state_path = checkpoint.state_path(args.output_dir, step, model.rank)
+    model_path, N = checkpoint.model_path(args.output_dir, step), model.params_flat.size
     version = startup.read_weights(model, model_path)
     arrays = [model.m, model.v]
     weights = model.share.params if model.share else model.params_flat  # in fp32 their own master
-    in_state = checkpoint.read_state_header(state_path, (model.m.size,))["use_master_weights"]
+    in_state = checkpoint.read_state_headers(args.output_dir, step, N)[0]["use_master_weights"]
     if args.use_master_weights and (in_state or (model.master is not None and version == 5)):
         arrays.append(weights if model.master is None else model.master)
     hosts = [model.ops.device.host_view(array) for array in arrays]
-    state = checkpoint.read_state(state_path, *hosts, num_processes=model.num_ranks, rank=model.rank)
+    layout = dict(num_processes=model.num_ranks, rank=model.rank, zero_stage=int(model.share is not None))
+    state = checkpoint.read_state_elastic(args.output_dir, step, parameter_specs(model.config), *hosts, **layout)
     if model.master is not None and len(arrays) == 2:
         arrays.append(model.master)
-        whole = np.empty(model.params_flat.size, np.float32)
+        whole = np.empty(N, np.float32)
         checkpoint.read_model(model_path, whole)
         hosts.append(model.share.of(whole) if model.share else whole)
     for array, host in zip(arrays, hosts, strict=True):
@@ -302,7 +304,7 @@ def load(args, step, model, loader, detectors):
     model.rng_state, model.rng_state_last_update = state["rng_state"], state["rng_state_last_update"]
     if model.master is not None and not (version == 5 and model.dtype.name == "bfloat16"):
         model.round_master()
-    loader.load_state(state["loader_state"])
+    loader.load_states(state["loader_states"])
     for name, detector in detectors.items():
         detector.load_state((state["extra"] or {}).get(name))
 
