@@ -13,6 +13,7 @@ coefficients of logf, sinf and cosf are those of Arm Optimized Routines (MIT lic
 """
 
 import concurrent.futures
+import functools
 
 import numpy as np
 
@@ -20,8 +21,8 @@ from llmc import UserError
 
 N = 624  # words of MT19937 state
 LOG_EPSILON = np.float32(1e-12)  # llm.c's guard against log(0)
-BLOCK = 1 << 15  # normals transformed at a time by one thread
-DRAWS = 1 << 19  # draws made at a time, 4 MiB, which all cores then transform
+BLOCK = 1 << 18  # normals transformed at a time by one thread; with small ones threads mostly wait for the interpreter
+DRAWS = 1 << 22  # draws made at a time, which all cores transform while the next ones are made
 
 STATE_STRUCT = np.dtype(  # llm.c's mt19937_state, as found in its train-state files: 2520 bytes
     [("seed_", "<u8"), ("left_", "<i4"), ("next_", "<u4"), ("state_", "<u4", (N,)), ("MATRIX_A", "<u4", (2,))]
@@ -110,17 +111,27 @@ def normal_(array, mean, std, mt):
     if flat.size < 16:
         _normal_small(flat, mean, std, mt)
         return
-    full = flat.size - flat.size % 16
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # draws come one after another, their transforms need not
-        for start in range(0, full, DRAWS):
-            out = flat[start : min(start + DRAWS, full)]
-            draws = mt.random_u32s(out.size)
-            blocks = [slice(a, a + BLOCK) for a in range(0, out.size, BLOCK)]
-            work = (lambda b, out=out, draws=draws: _normal_groups_of_16(out[b], draws[b], mean, std)), blocks
-            list(map(*work) if len(blocks) == 1 else pool.map(*work))
+    full, before = flat.size - flat.size % 16, []
+    for start in range(0, full, DRAWS):  # draws come one after another, their transforms need not
+        out = flat[start : min(start + DRAWS, full)]
+        draws = mt.random_u32s(out.size)
+        _wait(before)
+        cut = [slice(a, a + BLOCK) for a in range(0, out.size, BLOCK)]
+        before = [_pool().submit(_normal_groups_of_16, out[b], draws[b], mean, std) for b in cut]
+    _wait(before)
     if full < flat.size:
         mt.random_u32s(flat.size - full)  # these uniforms are drawn and overwritten in llm.c
         _normal_groups_of_16(flat[-16:], mt.random_u32s(16), mean, std)
+
+
+@functools.cache
+def _pool():
+    return concurrent.futures.ThreadPoolExecutor()
+
+
+def _wait(futures):
+    for future in futures:
+        future.result()
 
 
 def _normal_groups_of_16(out, draws, mean, std):
