@@ -21,11 +21,12 @@ import sys
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from llmc import checkpoint, cpu, gpt2, train
+from llmc import checkpoint, cpu, gpt2, mfu, train
 from llmc.data import DataLoader, read_shard_header, write_shard
 from llmc.outlier_detector import OutlierDetector
 
@@ -765,6 +766,22 @@ def test_skipped_updates(limits, capsys):
 
     assert run(*argv, "-o", stopped_at(136, "out", "again"), "-y", 1) == 0
     assert_same_run("again", "out", steps)
+
+
+def test_mfu_and_gpu_readings(monkeypatch, capsys):
+    """MFU is of the step's own time and this process's tokens; -lg prints below each N-th step line, counted from 1."""
+    given = []
+    monkeypatch.setattr(mfu, "utilisation", lambda *args: given.append(args) or 0.1234)
+    monkeypatch.setattr(train, "open_gpu_stats", lambda *args: SimpleNamespace(line=lambda: "step of the GPU"))
+    assert run("-x", 5, "-d", 2 * B * T, "-lg", 2, "-o", "out") == 0
+    lines = lines_of(capsys.readouterr().out, "step ")
+    assert [i for i, line in enumerate(lines) if line == "step of the GPU"] == [2, 5]
+    trained = [STEP_LINE.fullmatch(line) for line in lines if line != "step of the GPU"]
+    assert len(trained) == 5 and all(match and "| 12.3% bf16 MFU |" in match[0] for match in trained)
+    logged = metrics()
+    flops = gpt2.flops_per_token(gpt2.config_from_descriptor("tiny:d1", V, T), T) * 2 * B * T
+    assert given == [(flops, line["dt_ms"], None) for line in logged]
+    assert all(line["mfu"] == 0.1234 for line in logged)
 
 
 def test_gpu_readings_of_a_run_without_a_gpu(capsys):
