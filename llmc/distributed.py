@@ -444,9 +444,8 @@ class Nccl:
     def __init__(self, rank, size, unique_id=None):
         cupy, self.nccl = import_nccl()
         self.rank, self.size = rank, size
-        unique_id = self.nccl.get_unique_id() if unique_id is None else tuple(unique_id)
         try:
-            self.comm = self.nccl.NcclCommunicator(size, unique_id, rank)
+            self.comm = self.nccl.NcclCommunicator(size, unique_id or self.nccl.get_unique_id(), rank)
         except self.nccl.NcclError as error:
             hint = "NCCL_DEBUG=WARN as environment variable makes NCCL say why"
             raise UserError(f"rank {rank} cannot join NCCL's ranks: {error}. HINT: {hint}.") from error
@@ -533,7 +532,8 @@ def arrays(ranks, device):
     if gpus.count(gpus[ranks.rank]) > 1:
         who = [rank for rank, gpu in enumerate(gpus) if gpu == gpus[ranks.rank]]
         raise UserError(f"ranks {who} have the same GPU {gpus[ranks.rank]}. HINT: -pg, or a launcher with local ranks.")
-    ranks.arrays = Nccl(ranks.rank, ranks.size, on_rank0(ranks, nccl.get_unique_id))
+    unique_id = on_rank0(ranks, lambda: nccl.get_unique_id().hex())
+    ranks.arrays = Nccl(ranks.rank, ranks.size, bytes.fromhex(unique_id))
     return ranks.arrays
 
 
