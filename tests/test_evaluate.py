@@ -7,9 +7,10 @@ import re
 import numpy as np
 import pytest
 import torch
+from conftest import op_set
 from reference import GPT2_TENSORS, cross_entropy, gpt2_logits, to_torch
 
-from llmc import UserError, cpu, data, evaluate, tokenizer, train
+from llmc import UserError, cpu, data, evaluate, generate, tokenizer, train
 from llmc.gpt2 import GPT2, GPT2Config
 
 V, T = 61, 80
@@ -267,3 +268,25 @@ def trained(tmp_path_factory):
     flags = [*TRAIN[4:-2], "-x", "1", "-n", "1"]
     assert train.main([*map(str, itertools.chain(*paths.items())), *[f for f in flags if f not in ("-o", "out")]]) == 0
     return folder
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_is_evaluated_and_continued_there(folder, capsys, monkeypatch):
+    """A bf16 checkpoint: losses of all precisions agree to theirs, and text comes out."""
+    op_set("gpu", monkeypatch)
+    assert prepare(capsys, "--tokenizer", "bytes")[0] == 0
+    assert run(train, capsys, *TRAIN, "--device", "cuda", "-x", 20, "-l", 1e-2)[0] == 0
+    losses = {}
+    for device, dtype in (("cpu", "fp32"), ("cuda", "fp32"), ("cuda", "fp16"), ("cuda", "bf16"), ("auto", None)):
+        flags = ["--device", device, *(["--dtype", dtype] if dtype else [])]
+        code, out, err = run(
+            evaluate, capsys, "out", "--hellaswag", "hellaswag_val.bin", "-j", "val.bin", "-t", 48, *flags
+        )
+        assert code == 0 and "HellaSwag: " in out, err
+        losses[device, dtype] = float(re.search(r"val loss ([\d.]+)", out)[1])
+    exact = losses["cpu", "fp32"]
+    assert losses["auto", None] == losses["cuda", "bf16"]  # which is the default there
+    for (_, dtype), loss in losses.items():
+        assert abs(loss - exact) <= {"fp32": 1e-5, "fp16": 2e-3}.get(dtype, 1e-2) * exact, losses
+    code, out, err = run(generate, capsys, "out", "-p", "abc", "-g", 30, "--device", "cuda")
+    assert code == 0 and out.startswith("abc") and len(out) > 20, err
