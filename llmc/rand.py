@@ -14,6 +14,7 @@ coefficients of logf, sinf and cosf are those of Arm Optimized Routines (MIT lic
 
 import concurrent.futures
 import functools
+import os
 
 import numpy as np
 
@@ -21,8 +22,9 @@ from llmc import UserError
 
 N = 624  # words of MT19937 state
 LOG_EPSILON = np.float32(1e-12)  # llm.c's guard against log(0)
-BLOCK = 1 << 18  # normals transformed at a time by one thread; with small ones threads mostly wait for the interpreter
-DRAWS = 1 << 22  # draws made at a time, which all cores transform while the next ones are made
+MANY = (os.cpu_count() or 1) >= 4  # threads: small blocks would then mostly wait for the interpreter
+BLOCK = 1 << (18 if MANY else 15)  # normals transformed at a time by one thread
+DRAWS = 1 << (22 if MANY else 19)  # draws made at a time, which all cores transform while the next ones are made
 
 STATE_STRUCT = np.dtype(  # llm.c's mt19937_state, as found in its train-state files: 2520 bytes
     [("seed_", "<u8"), ("left_", "<i4"), ("next_", "<u4"), ("state_", "<u4", (N,)), ("MATRIX_A", "<u4", (2,))]
