@@ -26,8 +26,8 @@ class Loader:
     def state(self):
         return self.at
 
-    def load_state(self, state):
-        self.at = dict(state)
+    def load_states(self, states):
+        self.at = dict(states[0])
 
 
 def build(ops, dtype, masters=True, **options):

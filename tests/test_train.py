@@ -1045,7 +1045,7 @@ FILES = {
     "resumed-beyond": (lambda: ["-o", model() and "trained", "-y", "1", "-x", "1"], ["-x 1", "trained", "step 2"]),
     "resume-other-shards": (lambda: ["-o", model() and "trained", "-y", "1", "-i", "val.bin"], ["val.bin", "3 shards"]),
     "resume-other-shuffling": (lambda: ["-o", model() and "trained", "-y", "1", "-a", "1"], ["-a", "shuffling"]),
-    "resume-other-batch": (lambda: ["-o", model() and "trained", "-y", "1", "-b", "1"], ["-b"]),
+    "resume-other-rows": (lambda: ["-o", model() and "trained", "-y", "1", "-t", "16"], ["-t 32", "16"]),
     "holds-a-run": (lambda: ["-o", model() and "trained"], ["-o trained", "step 2", "-y 1"]),
     "not-writable": (lambda: ["-o", "val.bin/out"], ["-o val.bin/out", "Not a directory"]),
     "a-file": (lambda: ["-o", "val.bin"], ["-o val.bin"]),
