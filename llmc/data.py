@@ -28,7 +28,7 @@ from llmc.rand import MT19937, random_permutation
 
 HEADER_BYTES = 1024
 GPT2_MAGIC, GPT2_VERSION = 20240520, 1
-LLAMA3_MAGIC, LLAMA3_VERSION = 20240801, 7
+LLAMA3_MAGIC, LLAMA3_VERSION, LLAMA3_VOCAB = 20240801, 7, 128256
 MAX_TOKENS = 2**31 - 1  # the token count is an int32
 
 # ----------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def parser():
         allow_abbrev=False,
     )
     add = p.add_argument
-    add("model", help="a model .bin file, or the output folder of a run (its newest checkpoint is taken)")
+    add("model", help=startup.MODEL_HELP)
     add("--hellaswag", metavar="FILE", help="a multiple-choice set: llm.c's .bin, or of llmc.data prepare hellaswag")
     add("-j", "--input-val-bin", metavar="GLOB", help="validation shards")
     add("-m", "--val-max-steps", type=count, default=-1, metavar="N", help="batches of them (-1 = all)")
@@ -142,11 +142,10 @@ def main(argv=None):
     import numpy as np
     from tqdm import tqdm
 
-    from llmc import checkpoint
     from llmc.data import DataLoader
 
     path = startup.model_file(args.model)
-    header = checkpoint.read_model_header(path)
+    header = startup.model_header(path)
     B, T = args.batch_size, args.sequence_length or min(header["max_seq_len"], 1024)
     loader = args.input_val_bin and DataLoader(args.input_val_bin, B, T, vocab_size=header["vocab_size"])
     examples, notice = load_examples(args.hellaswag, header["vocab_size"], T) if args.hellaswag else (None, None)

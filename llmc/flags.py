@@ -151,7 +151,7 @@ def parser():
     add = p.add_argument_group("data and files").add_argument
     add("-i", "--input-bin", metavar="GLOB", help="training shards (default: Tiny Shakespeare, prepared as needed)")
     add("-j", "--input-val-bin", metavar="GLOB", help="validation shards (default: Tiny Shakespeare's)")
-    add("-e", "--model", metavar="MODEL", help="a .bin file, or a descriptor: d12, gpt2:d48, gpt3:c768, tiny:d4 ...")
+    add("-e", "--model", metavar="MODEL", help="a .bin file, hf:DIR, hf:NAME, or a descriptor: d12, gpt3:c768, tiny:d4")
     add("-o", "--output-dir", metavar="DIR", help="logs and checkpoints (default: none, or runs/...)")
     add("-n", "--checkpoint-every", type=natural, metavar="N", help="checkpoint every N steps and at the end (0)")
     add("-nk", "--checkpoints-keep", type=natural, default=0, metavar="N", help="keep the newest N (0 = all)")

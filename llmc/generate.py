@@ -53,7 +53,7 @@ def start_tokens(tokenizer):
 
 def parser():
     p = Parser(prog="llmc.generate", description="Continue a text with a trained model.", allow_abbrev=False)
-    p.add_argument("model", help="a model .bin file, or the output folder of a run (its newest checkpoint is taken)")
+    p.add_argument("model", help=startup.MODEL_HELP)
     p.add_argument("-p", "--prompt", default="", help="text to continue (default: none, a fresh start)")
     p.add_argument("-g", "--tokens", type=positive, default=256, help="tokens to generate (256)")
     p.add_argument("--temperature", type=number, default=0.8, help="0 is greedy, 1 the model's own distribution (0.8)")
@@ -69,11 +69,10 @@ def main(argv=None):
     args = parser().parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding does not have
-    from llmc import checkpoint
     from llmc.gpt2 import config_from_header
 
     path = startup.model_file(args.model)
-    tokenizer = tokenizer_for(config_from_header(checkpoint.read_model_header(path)), args.tokenizer)
+    tokenizer = tokenizer_for(config_from_header(startup.model_header(path)), args.tokenizer)
     model, _ = startup.open_model(path, args)
     prompt = tokenizer.encode(args.prompt) if args.prompt else []
     sys.stdout.write(args.prompt)

@@ -4,6 +4,8 @@ import os
 
 from llmc import UserError
 
+MODEL_HELP = "a .bin file, the output folder of a run (its newest checkpoint), or Hugging Face's: hf:DIR or hf:NAME"
+
 
 def pick_device(wanted, threads=None):
     """The op set, its name, and one line that says which, and why: (ops, name, text). wanted: auto, cpu or cuda."""
@@ -57,11 +59,17 @@ def prepare_kernels(config, dtype, check=False):
 
 
 def model_file(path):
-    """The .bin to load: path itself, or the newest checkpoint's of an output folder."""
+    """What to load: path itself, the newest checkpoint of an output folder, or hf:FOLDER for what is Hugging Face's."""
     from llmc import checkpoint
 
+    if path.startswith("hf:"):
+        from llmc import safetensors_io
+
+        return "hf:" + safetensors_io.find(path[3:])
     if not os.path.isdir(path):
         return path
+    if os.path.exists(os.path.join(path, "config.json")) and not checkpoint.checkpoint_steps(path):
+        return f"hf:{path}"
     step = checkpoint.latest_checkpoint(path)
     if step is None:
         raise UserError(f"{path} holds no finished checkpoint (DONE_*). HINT: train with -o {path} -n STEPS.")
@@ -77,22 +85,42 @@ def add_device_flags(add):
     add("--threads", type=thread_count, metavar="N", help="CPU threads (default: all)")
 
 
+def model_header(path):
+    """The sizes of what model_file() found, under their names in checkpoint.MODEL_WORDS. Errors: UserError."""
+    from llmc import checkpoint
+
+    if path.startswith("hf:"):
+        from llmc import safetensors_io
+
+        return safetensors_io.read_hf_header(path[3:])
+    return checkpoint.read_model_header(path)
+
+
 def read_weights(model, path):
-    """Parameters from a model file, rounded to nearest where the model's precision is lower -> the file's version."""
+    """Parameters from what model_file() found, rounded to nearest where the model's precision is lower.
+
+    Returns the version of a .bin file, None of other ones.
+    """
     from llmc import checkpoint
 
     host = model.host_parameters()
-    version = checkpoint.read_model(path, host)["version"]
+    if path.startswith("hf:"):
+        from llmc import safetensors_io
+
+        safetensors_io.read_hf(path[3:], host)
+        version = None
+    else:
+        version = checkpoint.read_model(path, host)["version"]
     model.load_parameters(host)
     return version
 
 
 def open_model(path, args, B=1, T=None):
     """(model, line about the device): the weights of a model file on --device in --dtype, for forward passes alone."""
-    from llmc import checkpoint, memory
+    from llmc import memory
     from llmc.gpt2 import GPT2, config_from_header
 
-    config = config_from_header(checkpoint.read_model_header(path))
+    config = config_from_header(model_header(path))
     ops, device, line = pick_device(args.device, args.threads)
     dtype = model_dtype(check_dtype(args.dtype, device))
     if device == "cuda":

@@ -66,15 +66,16 @@ def check_output_dir(args):
 
 
 def model_config(args, resume_step):
-    """(GPT2Config, model file or None): of the checkpoint to resume, a .bin file, or a descriptor."""
-    from llmc import checkpoint
+    """(GPT2Config, file for startup.read_weights or None): of the checkpoint to resume, a file, or a descriptor."""
+    from llmc import checkpoint, startup
     from llmc.gpt2 import config_from_descriptor, config_from_header
 
     path = args.model
     if resume_step is not None:
         path = checkpoint.model_path(args.output_dir, resume_step)
-    if path.endswith(".bin"):
-        return config_from_header(checkpoint.read_model_header(path)), path
+    if path.endswith(".bin") or path.startswith("hf:"):
+        path = startup.model_file(path)
+        return config_from_header(startup.model_header(path)), path
     return config_from_descriptor(path, data_vocabulary(args.input_bin), args.sequence_length), None
 
 
@@ -86,13 +87,14 @@ def precision_of(args):
 
 
 def data_vocabulary(pattern):
-    """Tokens in the vocabulary of the shards, as their header tells; llm.c's headers do not: they are GPT-2's."""
+    """Tokens in the vocabulary of the shards, as their header tells; llm.c's do not: they are GPT-2's or Llama-3's."""
     import glob
 
     from llmc import data
 
     paths = sorted(glob.glob(pattern)) or [pattern]
-    return data.read_shard_header(paths[0]).vocab_size or 50257
+    header = data.read_shard_header(paths[0])
+    return header.vocab_size or (50257 if header.dtype.itemsize == 2 else data.LLAMA3_VOCAB)
 
 
 def sample_tokenizer(config, name):
