@@ -231,10 +231,10 @@ def parser():
     add("-z", "--zero-stage", type=int, choices=(0, 1, 2, 3), default=0, help=text)
     add("-pn", "--process-count", type=positive, metavar="P", help="number of processes (the launcher's, else 1)")
     add("-pr", "--process-rank", type=natural, metavar="R", help="rank of this process (the launcher's, else 0)")
-    add("-pg", "--gpus-per-node", type=positive, metavar="N", help="rank R uses GPU R mod N (the launcher's, else 8)")
+    add("-pg", "--gpus-per-node", type=positive, metavar="N", help="rank R uses GPU R mod N (the launcher's local rank, else 8)")
     text = "how the processes find each other: mpi, tcp (with -ps), fs (with -pf) (mpi, or the launcher's)"
     add("-pi", "--nccl-init-method", choices=("mpi", "tcp", "fs"), help=text)
-    add("-ps", "--server-ip", default="", metavar="HOST", help="-pi tcp: the machine of rank 0")
+    add("-ps", "--server-ip", default="", metavar="HOST", help="-pi tcp: the machine of rank 0 (the launcher's)")
     add("-pf", "--fs-path", default="", metavar="DIR", help="-pi fs: a folder that all processes share")
     return p
 
@@ -244,8 +244,6 @@ def check(args):
     P, R, method = args.process_count, args.process_rank, args.nccl_init_method
     if P is not None and R is not None and R >= P:
         raise UserError(f"-pr {R}: with -pn {P} the ranks are 0 to {P - 1}. HINT: -pn counts processes.")
-    if method == "tcp" and not args.server_ip:
-        raise UserError("-pi tcp needs -ps, the machine of rank 0. HINT: -ps $(hostname -i) as seen on that machine.")
     if method == "fs" and not args.fs_path:
         raise UserError("-pi fs needs -pf, a folder that all processes share. HINT: -pf DIR on a shared file system.")
     if args.memory and not args.plan:

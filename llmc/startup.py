@@ -43,7 +43,7 @@ def model_dtype(name):
     return ml_dtypes.bfloat16
 
 
-def prepare_kernels(config, dtype, check=False):
+def prepare_kernels(config, dtype, check=False, grad_dtype=None):
     """Compile what is not in the cache yet, several files at a time; the first step then has nothing to. -> a line."""
     import time
 
@@ -54,7 +54,11 @@ def prepare_kernels(config, dtype, check=False):
     module.check_launches = check
     timer = time.perf_counter()
     HS = config.channels // config.num_heads
-    module.compile_all(np.dtype(dtype).name, {"attention.cu": (f"HEAD_SIZE={HS}",)} if HS != 64 else None)
+    name, defines = np.dtype(dtype).name, {"attention.cu": (f"HEAD_SIZE={HS}",)} if HS != 64 else {}
+    module.compile_all(name, defines)
+    if grad_dtype not in (None, name):  # what writes gradients, once more; the rest is loaded already
+        writers = ("encoder.cu", "layernorm.cu", "matmul.cu", "adamw.cu")
+        module.compile_all(name, defines | dict.fromkeys(writers, ("GRADS_FP32",)))
     return f"kernels ready after {time.perf_counter() - timer:.1f} s, {len(module.compilations)} files compiled"
 
 

@@ -392,17 +392,18 @@ def replay(args):
 
 @command("llmc.train")
 def main(argv=None):
-    args = parser().parse_args(argv)
+    from llmc import distributed
+
+    with distributed.rank0_speaks_first():
+        args = parser().parse_args(argv)
+        notices = check(args)
     if args.replay:
         return replay(args)
-    notices = check(args)
     if args.plan:
         from llmc.memory import print_plan
 
         print_plan(args)
         return 0
-    from llmc import distributed
-
     start_time = time.perf_counter()
     with distributed.launched(args) as ranks:
         return run(args, notices, ranks, start_time)
@@ -464,7 +465,7 @@ def run(args, notices, ranks, start_time):
 
     graphs = device == "cuda" and not (args.no_graph or args.check)
     if device == "cuda":
-        print(startup.prepare_kernels(config, dtype, args.check))
+        print(startup.prepare_kernels(config, dtype, args.check, precision["grad_dtype"]))
     try:
         model = gpt2.GPT2(config, ops, B, T, args.recompute, dtype=dtype, graphs=graphs, ranks=sums, **precision)
     except MemoryError:

@@ -154,7 +154,6 @@ def test_command_lines_of_llm_c(script):
     "argv, fragments",
     [
         ("-pn 2 -pr 2", ["-pr 2", "-pn 2", "0 to 1"]),
-        ("-pi tcp", ["-pi tcp", "-ps"]),
         ("-pi fs", ["-pi fs", "-pf"]),
     ],
 )
