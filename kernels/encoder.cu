@@ -91,6 +91,7 @@ extern "C" __global__ void wpe_backward_kernel2(floatG* dwpe, const floatX* dout
     i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * x128::size;
     if (i >= (i64)T * C) { return; }
     float sum[x128::size] = {};
+#pragma unroll 8
     for (int b = 0; b < B; b++) {
         x128 pack = load128(dout + (i64)b * T * C + i);
         for (int k = 0; k < x128::size; k++) { sum[k] += (float)pack[k]; }
@@ -260,5 +261,132 @@ extern "C" __global__ void wte_combine_kernel3(floatG* dwte, const float* partia
     for (int piece = blockIdx.x + 1; piece * PIECE < N && inp[sorted[piece * PIECE]] == token; piece++) {
         add_partial(sum, partials + (i64)piece * 2 * C + c);
     }
+    accumulate128(dwte, (i64)token * C + c, sum, noise(WTE, seed[0]));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// rung 4: the same sums in the same order, with the waiting taken out
+// ---------------------------------------------------------------------------------------------------------------------
+
+// sort_by_token_kernel with the tokens moved along: both sweeps read neighbouring addresses, and what sums the rows need
+// not look tokens up by position. in_positions NULL: 0, 1, 2, ...  grid mask + 1, block 1024.
+extern "C" __global__ void __launch_bounds__(1024)
+sort_by_token_kernel4(int* tokens, int* positions, const int* in_tokens, const int* in_positions, int N, int shift,
+                      int mask) {
+    __shared__ int run_matches[32];
+    __shared__ int run_before[32];
+    int digit = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    int run = ceil_div(N, warps), begin = min(warp * run, N), end = min(begin + run, N);
+
+    int matches = 0, before = 0;  // of this warp's run: tokens with our digit, and with a smaller one
+#pragma unroll 8
+    for (int i = begin; i < end; i += 32) {
+        int found = i + lane < end ? (in_tokens[i + lane] >> shift) & mask : digit + 1;
+        matches += __popc(__ballot_sync(0xffffffffu, found == digit));
+        before += __popc(__ballot_sync(0xffffffffu, found < digit));
+    }
+    if (lane == 0) {
+        run_matches[warp] = matches;
+        run_before[warp] = before;
+    }
+    __syncthreads();
+    int place = 0;  // where this run's first match goes: after all smaller digits and the matches of earlier runs
+    for (int w = 0; w < warps; w++) { place += run_before[w] + (w < warp ? run_matches[w] : 0); }
+
+#pragma unroll 8
+    for (int i = begin; i < end; i += 32) {
+        int token = i + lane < end ? in_tokens[i + lane] : 0;
+        bool match = i + lane < end && ((token >> shift) & mask) == digit;
+        u32 votes = __ballot_sync(0xffffffffu, match);
+        if (match) {
+            int to = place + __popc(votes & ((1u << lane) - 1));
+            tokens[to] = token;
+            positions[to] = in_positions ? in_positions[i + lane] : i + lane;
+        }
+        place += __popc(votes);
+    }
+}
+
+// wte_backward_kernel3 on sorted tokens and positions. The rows of dwte that a batch of loads will finish are read with it:
+// most tokens of a piece occur once, and each would wait for its row otherwise. Same grid and partials; block 128.
+extern "C" __global__ void __launch_bounds__(128)
+wte_backward_kernel4(floatG* dwte, float* partials, const floatX* dout, const int* sorted_tokens, const int* positions,
+                     const u32* seed, int N, int C) {
+    constexpr int size = Packed128<floatG>::size, parts = x128::size / size;
+    __shared__ int rows_at[PIECE];
+    __shared__ int tokens[PIECE + 2];  // with the neighbours on both sides; -1 past the ends of the list
+    int begin = blockIdx.x * PIECE, count = min(PIECE, N - begin);
+    for (int i = threadIdx.x; i < count + 2; i += blockDim.x) {
+        int j = begin + i - 1;
+        tokens[i] = j >= 0 && j < N ? sorted_tokens[j] : -1;
+        if (i >= 1 && i <= count) { rows_at[i - 1] = positions[j]; }
+    }
+    __syncthreads();
+    int c = (blockIdx.y * blockDim.x + threadIdx.x) * x128::size;
+    if (c >= C) { return; }
+
+    float* partial = partials + (i64)blockIdx.x * 2 * C + c;
+    int earlier = tokens[0];  // the token of the piece before: what it has here is not finished here
+    u32 key = noise(WTE, seed[0]);
+    float sum[x128::size] = {};
+    for (int i = 0; i < count; i += AHEAD) {
+        x128 rows[AHEAD];
+        Packed128<floatG> table[AHEAD][parts];
+#pragma unroll
+        for (int a = 0; a < AHEAD; a++) {
+            if (i + a >= count) { continue; }
+            int token = tokens[i + a + 1];
+            rows[a] = load128cs(dout + (i64)rows_at[i + a] * C + c);
+            if (token != earlier && token != tokens[i + a + 2]) {
+                for (int p = 0; p < parts; p++) { table[a][p] = load128(dwte + (i64)token * C + c + p * size); }
+            }
+        }
+#pragma unroll
+        for (int a = 0; a < AHEAD; a++) {
+            if (i + a >= count) { continue; }
+            float row[x128::size];
+            to_floats(row, rows[a]);
+            for (int k = 0; k < x128::size; k++) { sum[k] += row[k]; }
+            int token = tokens[i + a + 1];
+            bool last = i + a == count - 1, goes_on = tokens[i + a + 2] == token;
+            if (goes_on && !last) { continue; }
+            if (token == earlier) {
+                store_partial(partial, sum);
+            } else if (goes_on) {
+                store_partial(partial + C, sum);
+            } else {
+                i64 element = (i64)token * C + c;
+                for (int k = 0; k < x128::size; k++) {
+                    floatG& entry = table[a][k / size][k % size];
+                    entry = stochastic_round<floatG>((float)entry + sum[k], noise(element + k, key));
+                }
+                for (int p = 0; p < parts; p++) { store128(dwte + element + p * size, table[a][p]); }
+            }
+            for (int k = 0; k < x128::size; k++) { sum[k] = 0.0f; }
+        }
+    }
+}
+
+// wte_combine_kernel3, which finds out first, all threads at once, how many pieces the token reaches: their sums are then
+// loaded several at a time.
+extern "C" __global__ void __launch_bounds__(128)
+wte_combine_kernel4(floatG* dwte, const float* partials, const int* tokens, const u32* seed, int N, int C) {
+    int begin = blockIdx.x * PIECE, next = begin + PIECE;
+    if (next >= N) { return; }
+    int token = tokens[next - 1];
+    if (tokens[next] != token) { return; }                                           // nothing goes on
+    if (begin > 0 && tokens[begin] == token && tokens[begin - 1] == token) { return; }  // it began in an earlier piece
+    int pieces = 0, found;
+    do {
+        int first = (blockIdx.x + 1 + pieces + threadIdx.x) * PIECE;
+        found = __syncthreads_count(first < N && tokens[first] == token);
+        pieces += found;
+    } while (found == blockDim.x);
+    int c = (blockIdx.y * blockDim.x + threadIdx.x) * x128::size;
+    if (c >= C) { return; }
+    float sum[x128::size] = {};
+    add_partial(sum, partials + ((i64)blockIdx.x * 2 + 1) * C + c);
+#pragma unroll 8
+    for (int piece = 1; piece <= pieces; piece++) { add_partial(sum, partials + ((i64)blockIdx.x + piece) * 2 * C + c); }
     accumulate128(dwte, (i64)token * C + c, sum, noise(WTE, seed[0]));
 }

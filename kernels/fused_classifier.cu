@@ -200,92 +200,70 @@ fused_classifier_kernel4(floatX* logits, float* losses, const int* targets, floa
 // 2^(x log2(e) - base): exp(x - top) where base is top log2(e). Sums and probabilities share the rounding of base.
 __device__ inline float exp_over(float x, float base) { return exp2f(fmaf(x, LOG2E, -base)); }
 
-// Blocks stay and take row after row; a row waits in shared memory. With buffers = 2 the next row arrives there while this
-// one is worked on and written, so that reads and writes overlap. A thread copies the packs that it will itself use, so
-// the copies need no barrier. Maximum and sum are found in one sweep: a new maximum, rare after the first packs, rescales.
-// Any grid; block a multiple of 32 up to 1024; dynamic shared memory buffers * ceil(V / x128::size) * 16 bytes.
+// One block per row, and the row waits in shared memory. Two blocks fit a multiprocessor at V = 50257 in 16 bits: one loads
+// while the other computes or writes. A thread copies the packs that it will itself use, so the copies need no barrier.
+// Maximum and sum are found in one sweep: a new maximum, rare after the first packs, rescales the sum.
+// grid N, block a multiple of 32 up to 1024, dynamic shared memory ceil(V / x128::size) * 16 bytes.
 extern "C" __global__ void __launch_bounds__(1024)
 fused_classifier_kernel5(floatX* logits, float* losses, const int* targets, float dloss, int N, int V, int Vp,
-                         int write_dlogits, int buffers) {
+                         int write_dlogits) {
     extern __shared__ __align__(16) char memory[];
-    __shared__ float bases[2][32];
-    __shared__ float sums[2][32];
+    __shared__ float bases[32];
+    __shared__ float sums[32];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    x128* buffer = reinterpret_cast<x128*>(memory);
+    int r = N - 1 - blockIdx.x;  // the last row first: it may still be in L2
+    Row row(logits, r, V, Vp);
+    x128* packs = reinterpret_cast<x128*>(memory);
+    for (int i = threadIdx.x; i < row.packs; i += blockDim.x) { cp_async_16(packs + i, row.x + row.column(i), true); }
+    cp_async_commit();
+    int target = targets[r], edge = threadIdx.x < row.ragged ? row.ragged_column(threadIdx.x) : -1;
+    float edge_logit = edge >= 0 ? (float)row.x[edge] : 0.0f;
+    cp_async_wait<0>();
 
-    // Row `step` of this block, on its way into a buffer. The last row of logits comes first: it may still be in L2.
-    auto fetch = [&](int step) {
-        i64 r = N - 1 - ((i64)blockIdx.x + (i64)step * gridDim.x);
-        if (r >= 0) {
-            Row row(logits, r, V, Vp);
-            x128* packs = buffer + step % buffers * ceil_div(V, x128::size);
-            for (int i = threadIdx.x; i < row.packs; i += blockDim.x) {
-                cp_async_16(packs + i, row.x + row.column(i), true);
-            }
-        }
-        cp_async_commit();
-    };
-    fetch(0);
-    if (buffers == 2) { fetch(1); }
-    for (int step = 0;; step++) {
-        i64 r = N - 1 - ((i64)blockIdx.x + (i64)step * gridDim.x);
-        if (r < 0) { break; }
-        Row row(logits, r, V, Vp);
-        x128* packs = buffer + step % buffers * ceil_div(V, x128::size);
-        int target = targets[r], edge = threadIdx.x < row.ragged ? row.ragged_column(threadIdx.x) : -1;
-        float edge_logit = edge >= 0 ? (float)row.x[edge] : 0.0f;
-        if (buffers == 2) {
-            cp_async_wait<1>();
-        } else {
-            cp_async_wait<0>();
-        }
-        float base = LOWEST, sum = 0.0f, logit[x128::size];  // of this thread's elements
+    float base = LOWEST, sum = 0.0f, logit[x128::size];  // of this thread's elements
 #pragma unroll 2
-        for (int i = threadIdx.x; i < row.packs; i += blockDim.x) {
-            to_floats(logit, packs[i]);
-            float top = logit[0];
-            for (int k = 1; k < x128::size; k++) { top = fmaxf(top, logit[k]); }
-            top *= LOG2E;
-            if (top > base) {
-                sum *= exp2f(base - top);
-                base = top;
-            }
-            for (int k = 0; k < x128::size; k++) { sum += exp_over(logit[k], base); }
-        }
-        if (edge >= 0) {
-            float top = fmaxf(edge_logit * LOG2E, base);
-            sum = sum * exp2f(base - top) + exp_over(edge_logit, top);
+    for (int i = threadIdx.x; i < row.packs; i += blockDim.x) {
+        to_floats(logit, packs[i]);
+        float top = logit[0];
+        for (int k = 1; k < x128::size; k++) { top = fmaxf(top, logit[k]); }
+        top *= LOG2E;
+        if (top > base) {
+            sum *= exp2f(base - top);
             base = top;
         }
-        // of the warp, then of the block
-        float warp_base = warpReduceMax(base);
-        sum = warpReduceSum(sum * exp2f(base - warp_base));
-        if (lane == 0) {
-            bases[step % 2][warp] = warp_base;
-            sums[step % 2][warp] = sum;
-        }
-        __syncthreads();  // the only one of a row: the next uses the other halves
-        float other = lane < warps ? bases[step % 2][lane] : LOWEST;
-        base = warpReduceMax(other);
-        sum = warpReduceSum(lane < warps ? sums[step % 2][lane] * exp2f(other - base) : 0.0f);
-
-        // the thread that has the target's logit adds the loss
-        int place = target - row.head, pack = place / x128::size;
-        bool in_packs = place >= 0 && pack < row.packs;
-        bool mine = in_packs ? pack % blockDim.x == threadIdx.x : target == edge;
-        float target_logit = mine ? (in_packs ? (float)packs[pack][place % x128::size] : edge_logit) : 0.0f;
-        if (mine) { losses[r] += LN2 * (log2f(sum) - fmaf(target_logit, LOG2E, -base)); }
-        if (write_dlogits) {
-            float scale = dloss / sum;
-#pragma unroll 2
-            for (int i = threadIdx.x; i < row.packs; i += blockDim.x) {
-                to_floats(logit, packs[i]);
-                for (int k = 0; k < x128::size; k++) { logit[k] = exp_over(logit[k], base) * scale; }
-                store128cs(row.x + row.column(i), to_pack(logit));
-            }
-            if (edge >= 0) { row.x[edge] = (floatX)(exp_over(edge_logit, base) * scale); }
-            if (mine) { row.x[target] = (floatX)(exp_over(target_logit, base) * scale - dloss); }
-        }
-        fetch(step + buffers);
+        for (int k = 0; k < x128::size; k++) { sum += exp_over(logit[k], base); }
     }
+    if (edge >= 0) {
+        float top = fmaxf(edge_logit * LOG2E, base);
+        sum = sum * exp2f(base - top) + exp_over(edge_logit, top);
+        base = top;
+    }
+    // of the warp, then of the block
+    float warp_base = warpReduceMax(base);
+    sum = warpReduceSum(sum * exp2f(base - warp_base));
+    if (lane == 0) {
+        bases[warp] = warp_base;
+        sums[warp] = sum;
+    }
+    __syncthreads();
+    float other = lane < warps ? bases[lane] : LOWEST;
+    base = warpReduceMax(other);
+    sum = warpReduceSum(lane < warps ? sums[lane] * exp2f(other - base) : 0.0f);
+
+    // the thread that has the target's logit adds the loss
+    int place = target - row.head, pack = place / x128::size;
+    bool in_packs = place >= 0 && pack < row.packs;
+    bool mine = in_packs ? pack % blockDim.x == threadIdx.x : target == edge;
+    float target_logit = mine ? (in_packs ? (float)packs[pack][place % x128::size] : edge_logit) : 0.0f;
+    if (mine) { losses[r] += LN2 * (log2f(sum) - fmaf(target_logit, LOG2E, -base)); }
+    if (!write_dlogits) { return; }
+    float scale = dloss / sum;
+#pragma unroll 2
+    for (int i = threadIdx.x; i < row.packs; i += blockDim.x) {
+        to_floats(logit, packs[i]);
+        for (int k = 0; k < x128::size; k++) { logit[k] = exp_over(logit[k], base) * scale; }
+        store128cs(row.x + row.column(i), to_pack(logit));
+    }
+    if (edge >= 0) { row.x[edge] = (floatX)(exp_over(edge_logit, base) * scale); }
+    if (mine) { row.x[target] = (floatX)(exp_over(target_logit, base) * scale - dloss); }
 }

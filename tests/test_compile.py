@@ -85,7 +85,6 @@ def launched(dtype, capability):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "kernel", record)
         patch.setattr(module, "capability", lambda: capability)
-        patch.setattr(module, "multiprocessors", lambda: 132)
         model = GPT2(GPT2Config(num_layers=1), ops, *tokens.shape, recompute=2, dtype=DTYPES[dtype])
         model.forward(tokens)
         model.backward(tokens, tokens)

@@ -8,9 +8,10 @@ PIECE = 32  # kernels/encoder.cu has the same number
 
 
 def encoder_scratch_size(B, T, C, Vp):
-    """int32 elements of scratch that encoder_backward wants: two lists of positions, and two fp32 rows per piece."""
+    """int32 elements of scratch that encoder_backward wants: two lists of tokens and positions, and two fp32 rows per
+    piece."""
     pieces = -(-B * T // PIECE)
-    return 2 * list_size(B * T) + pieces * 2 * C
+    return 4 * list_size(B * T) + pieces * 2 * C
 
 
 def list_size(N):
@@ -130,5 +131,29 @@ def encoder_backward3(dwte, dwpe, scratch, dout, inp, seed):
     combine(grid, (block,), (dwte, partials, inp, positions, seed, np.int32(B * T), np.int32(C)))
 
 
+def encoder_backward4(dwte, dwpe, scratch, dout, inp, seed):
+    """encoder_backward3 with loads far ahead of their use: the same bits in a third of the time."""
+    B, T, C = check_backward(dwte, dwpe, scratch, dout, inp, seed)
+    wpe_backward(dwpe, dout, seed)
+    N, size, defines = B * T, list_size(B * T), module.grad_defines(dout.dtype, (dwte, dwpe))
+    some_tokens, some_positions, tokens, positions = (scratch[i * size :][:N] for i in range(4))
+    bits = max(2, (dwte.shape[0] - 1).bit_length())
+    low, high = (bits + 1) // 2, bits // 2
+    block = min(1024, -(-N // 64) * 32)  # a warp for every 64 positions
+    sort = module.kernel("encoder.cu", "sort_by_token_kernel4", dout.dtype)
+    low_digit, high_digit = (np.int32(0), np.int32((1 << low) - 1)), (np.int32(low), np.int32((1 << high) - 1))
+    sort((1 << low,), (block,), (some_tokens, some_positions, inp, None, np.int32(N), *low_digit))
+    sort((1 << high,), (block,), (tokens, positions, some_tokens, some_positions, np.int32(N), *high_digit))
+
+    partials = scratch[4 * size :].view(np.float32)
+    packs = C // (16 // dout.itemsize)
+    block = min(128, -(-packs // 32) * 32)
+    grid = (-(-N // PIECE), -(-packs // block))
+    pieces = module.kernel("encoder.cu", "wte_backward_kernel4", dout.dtype, defines)
+    pieces(grid, (block,), (dwte, partials, dout, tokens, positions, seed, np.int32(N), np.int32(C)))
+    combine = module.kernel("encoder.cu", "wte_combine_kernel4", dout.dtype, defines)
+    combine(grid, (block,), (dwte, partials, tokens, seed, np.int32(N), np.int32(C)))
+
+
 encoder_forward = encoder_forward2  # an eighth of the memory instructions
-encoder_backward = encoder_backward3  # time does not depend on the most frequent token
+encoder_backward = encoder_backward4  # time hardly depends on the most frequent token

@@ -4,8 +4,6 @@ import numpy as np
 
 from . import module
 
-SHARED = 226 * 1024  # bytes of shared memory for a row or two: what Hopper has beside the kernel's own
-
 
 def check(logits, losses, targets, V):
     B, T, Vp = logits.shape
@@ -14,13 +12,13 @@ def check(logits, losses, targets, V):
     return B * T, Vp
 
 
-def block_per_row(number, max_block, logits, losses, dloss, targets, V, write_dlogits):
+def block_per_row(number, max_block, logits, losses, dloss, targets, V, write_dlogits, smem=0):
     """Kernel `number`, with as many warps in a block as the row has packs for."""
     N, Vp = check(logits, losses, targets, V)
     block = max(32, min(max_block, -(-V * logits.itemsize // (16 * 32)) * 32))
-    kernel = module.kernel("fused_classifier.cu", f"fused_classifier_kernel{number}", logits.dtype)
+    kernel = module.kernel("fused_classifier.cu", f"fused_classifier_kernel{number}", logits.dtype, smem=smem)
     dims = (np.int32(N), np.int32(V), np.int32(Vp), np.int32(bool(write_dlogits)))
-    kernel((N,), (block,), (logits, losses, targets, np.float32(dloss), *dims))
+    kernel((N,), (block,), (logits, losses, targets, np.float32(dloss), *dims), shared_mem=smem)
 
 
 def fused_classifier1(logits, losses, dloss, targets, V, write_dlogits=True):
@@ -56,17 +54,18 @@ def fused_classifier4(logits, losses, dloss, targets, V, write_dlogits=True):
     block_per_row(4, 768, logits, losses, dloss, targets, V, write_dlogits)
 
 
+def row_bytes(logits, V):
+    """Shared memory that fused_classifier5 takes for a row."""
+    return -(-V * logits.itemsize // 16) * 16
+
+
 def fused_classifier5(logits, losses, dloss, targets, V, write_dlogits=True):
-    """fused_classifier1 with the next row on its way into shared memory while one is worked on."""
-    N, Vp = check(logits, losses, targets, V)
-    row = -(-V * logits.itemsize // 16) * 16
-    buffers = 2 if 2 * row <= SHARED else 1
-    smem = buffers * row
-    blocks = min(N, module.multiprocessors())
-    dims = (np.int32(N), np.int32(V), np.int32(Vp), np.int32(bool(write_dlogits)), np.int32(buffers))
-    block = max(32, min(1024, -(-V * logits.itemsize // (16 * 32)) * 32))
-    kernel = module.kernel("fused_classifier.cu", "fused_classifier_kernel5", logits.dtype, smem=smem)
-    kernel((blocks,), (block,), (logits, losses, targets, np.float32(dloss), *dims), shared_mem=smem)
+    """fused_classifier1 with the row kept in shared memory: two blocks take turns at loading and writing."""
+    block_per_row(5, 1024, logits, losses, dloss, targets, V, write_dlogits, smem=row_bytes(logits, V))
 
 
-fused_classifier = fused_classifier4  # one read and one write of the logits
+def fused_classifier(logits, losses, dloss, targets, V, write_dlogits=True):
+    """fused_classifier5 on GPUs with 228 KiB of shared memory, where a row fits; else fused_classifier4."""
+    fits = 90 <= module.capability() < 120 and row_bytes(logits, V) <= 226 * 1024
+    rung = fused_classifier5 if fits else fused_classifier4
+    rung(logits, losses, dloss, targets, V, write_dlogits)

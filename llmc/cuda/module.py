@@ -13,6 +13,7 @@ a cache hit, which writes no log.
 """
 
 import concurrent.futures
+import ctypes
 import functools
 import hashlib
 import io
@@ -85,12 +86,6 @@ def capability():
     if found < min(MIN_CAPABILITY.values()):
         raise UserError(f"compute capability {found / 10} is below 7.5 (Turing). HINT: use a newer GPU or --device cpu")
     return found
-
-
-@functools.cache
-def multiprocessors():
-    """Multiprocessors of the current device: the grid of kernels whose blocks stay. No result may depend on it."""
-    return import_cupy().cuda.Device().attributes["MultiProcessorCount"]
 
 
 def grad_defines(dtype, grads):
@@ -207,6 +202,33 @@ def checked(function, name):
             raise RuntimeError(f"{name} failed, grid {grid}, block {block}: {one_line(error)}") from error
 
     return launch
+
+
+def tensor_map(array, rows, columns, box_rows):
+    """What TMA has to know of a 16-bit array, seen as (rows, columns), to copy boxes of (box_rows, 64): an argument for
+    kernels, of 128 bytes. It holds the array's address, and stays right for whatever array is there later."""
+    return _tensor_map(array.data.ptr, array.dtype.name == "bfloat16", rows, columns, box_rows)
+
+
+@functools.cache
+def _tensor_map(address, is_bfloat16, rows, columns, box_rows):
+    room = np.zeros(256, np.uint8)
+    start = -room.ctypes.data % 128
+    found = room[start : start + 128].view("V128")  # CuPy passes an array of one element by value
+    sizes, strides = (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(columns * 2)
+    box, steps = (ctypes.c_uint32 * 2)(64, box_rows), (ctypes.c_uint32 * 2)(1, 1)
+    at, address = ctypes.c_void_p(found.ctypes.data), ctypes.c_void_p(address)
+    # no interleaving, 128-byte swizzle, L2 reads 256 bytes at a time, zeros outside: numbers of cuda.h
+    error = libcuda().cuTensorMapEncodeTiled(
+        at, 9 if is_bfloat16 else 6, 2, address, sizes, strides, box, steps, 0, 3, 3, 0
+    )
+    assert error == 0, (error, address, rows, columns, box_rows)
+    return found
+
+
+@functools.cache
+def libcuda():
+    return ctypes.CDLL("libcuda.so.1")
 
 
 def compile_all(dtype, defines=None):
