@@ -5,8 +5,9 @@ step are those before it, and the step can be repeated: the same batches and ran
 every op is followed by a look at what it wrote, and the first tensor with a NaN or Inf is named, with its layer, op and
 direction. A step that is finite pays nothing: nothing here runs.
 
-In a run of many processes the norm and the mean loss are those of all, so all of them come here together; each goes
-through the whole step, collectives included, and reports what it found itself.
+In a run of many processes the norms and the mean loss are those of all, so all of them come here together. Each does
+its whole step again, collectives included, and reports what it found in its own; only a rank that found something
+saves it.
 """
 
 import inspect
@@ -38,7 +39,6 @@ WRITES = {  # op -> its arguments that it writes; scratch may hold anything
     "fused_classifier": ("losses", "logits"),
     "global_norm_squared": ("out",),
 }
-UPDATES = ("adamw_update", "init_from_master")  # a replay leaves the weights alone
 SMALL = 1 << 16  # elements below which an array is downloaded at once
 
 
@@ -88,8 +88,6 @@ class Trace:
 
     def __getattr__(self, name):
         function = getattr(self.ops, name)
-        if name in UPDATES:
-            return lambda *args: None
         if name not in WRITES:
             return function
 
@@ -151,8 +149,8 @@ def trace(model, inputs, targets, rng_state):
     found = bad_weights(model)
     if found:
         return found
-    kept = model.ops, model.graphs, model.rng_state
-    model.ops, model.graphs, model.rng_state = traced, _, _ = Trace(model), None, rng_state
+    kept, traced = (model.ops, model.graphs, model.rng_state), Trace(model)
+    model.ops, model.graphs, model.rng_state = traced, None, rng_state
     try:
         for traced.micro_step, (x, y) in enumerate(zip(inputs, targets, strict=True)):
             traced.direction = "forward"
@@ -160,7 +158,7 @@ def trace(model, inputs, targets, rng_state):
             traced.direction = "backward"
             model.backward(x, y, len(inputs), traced.micro_step)
         traced.direction = "update"
-        model.update_pass(0.9, 0.95, 1e-8, 0.0)  # its norms: AdamW itself is left out
+        model.norm_pass()
     finally:
         model.ops, model.graphs, model.rng_state = kept
     return traced.found
@@ -178,7 +176,7 @@ def save(path, model, inputs, targets, **about):
     """
     params = model.ops.device.host_view(model.params_flat)
     about |= dict(dtype=model.dtype.name, grad_dtype=model.grads_flat.dtype.name, recompute=model.recompute)
-    about |= dict(loss_scale=model.loss_scale, config=vars(model.config))
+    about |= dict(loss_scale=model.loss_scale / model.num_ranks, config=vars(model.config))
     params = params.view(np.uint16) if model.dtype.name == "bfloat16" else params
     with atomic_write(path) as file:
         np.savez(file, params=params, inputs=inputs, targets=targets, about=json.dumps(about))
@@ -247,18 +245,22 @@ def step_failed(args, step, model, inputs, targets, rng_state, loss, grad_norm, 
     found = trace(model, inputs, targets, rng_state)
     hopeless = found is not None and found.startswith("the weights")
     stop = args.on_nonfinite == "stop" or hopeless
-    rank = getattr(model, "rank", 0)
-    folder, suffix = args.output_dir or ".", f"_{rank:05d}.npz"
+    folder, suffix = args.output_dir or ".", f"_{model.rank:05d}.npz"
     line = f"step {step + 1}: loss {loss:.4g}, gradient norm {grad_norm:.4g}: "
-    line += found or "done again op by op, every tensor is finite"
+    line += f"on rank {model.rank} " if model.ranks else ""
+    elsewhere = model.ranks and (found is None or "(update)" in found)  # what came in with the sums over all ranks
+    line += "every tensor is finite" if elsewhere or not found else found
     others = [name for name in os.listdir(folder) if name.startswith("nonfinite_") and name.endswith(suffix)]
-    if stop or not others:
+    if not elsewhere and (stop or not others):
         path = os.path.join(folder, f"nonfinite_{step + 1:08d}{suffix}")
         try:
             save(path, model, inputs, targets, rng_state=rng_state, found=line, update=settings)
             line += f"; saved: llmc.train --replay {path}"
         except UserError as error:
             line += f"; not saved: {str(error).partition('. HINT')[0]}"
+    if model.ranks:  # this waits for all, too: the first to stop takes the others with it, maybe while they write
+        here = model.ranks.sums([float(r == model.rank and not elsewhere) for r in range(model.num_ranks)])
+        line += f" (non-finite on {', '.join(f'rank {r}' for r, found in enumerate(here) if found) or 'no rank'})"
     if stop:
         hint = "an update made them so, or the file they come from" if hopeless else "lower -l, raise -u"
         hint += "" if hopeless or args.on_nonfinite == "skip" else ", or go on with --on-nonfinite skip"
