@@ -231,7 +231,8 @@ def parser():
     add("-z", "--zero-stage", type=int, choices=(0, 1, 2, 3), default=0, help=text)
     add("-pn", "--process-count", type=positive, metavar="P", help="number of processes (the launcher's, else 1)")
     add("-pr", "--process-rank", type=natural, metavar="R", help="rank of this process (the launcher's, else 0)")
-    add("-pg", "--gpus-per-node", type=positive, metavar="N", help="rank R uses GPU R mod N (the launcher's local rank, else 8)")
+    text = "rank R uses GPU R mod N (the launcher's local rank, else 8)"
+    add("-pg", "--gpus-per-node", type=positive, metavar="N", help=text)
     text = "how the processes find each other: mpi, tcp (with -ps), fs (with -pf) (mpi, or the launcher's)"
     add("-pi", "--nccl-init-method", choices=("mpi", "tcp", "fs"), help=text)
     add("-ps", "--server-ip", default="", metavar="HOST", help="-pi tcp: the machine of rank 0 (the launcher's)")

@@ -389,7 +389,7 @@ def test_defaults_are_those_of_llm_c():
 
 
 def test_help_is_fast():
-    """It imports nothing heavy: no NumPy, and of our modules only those that read flags and the launcher's variables."""
+    """It imports nothing heavy: no NumPy, and of ours only what reads flags and the launcher's variables."""
     command = [sys.executable, "-X", "importtime", "-m", "llmc.train", "--help"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
     imported = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")]
