@@ -193,7 +193,9 @@ def test_values_that_came_from_another_rank(monkeypatch, tmp_path):
     x, y = (np.array(tokens) for tokens in zip(*batches(CONFIG, B, T, 1), strict=True))
     args = SimpleNamespace(output_dir=None, on_nonfinite="skip")
     line = nonfinite.step_failed(args, 4, model, x, y, 1, 3.5, np.nan, ())
-    assert line.startswith("step 5: loss 3.5, gradient norm nan: on rank 0 every tensor is finite (non-finite on rank 1)")
+    assert line.startswith(
+        "step 5: loss 3.5, gradient norm nan: on rank 0 every tensor is finite (non-finite on rank 1)"
+    )
     assert not list(tmp_path.iterdir())  # rank 1 saves it
     with monkeypatch.context() as patch:
         poison(patch, cpu, "encoder_forward", "out")
