@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmc import UserError, buffers, checkpoint, data, distributed, gpt2, zero
+from llmc import UserError, buffers, checkpoint, data, distributed, gpt2, hub, zero
 
 ROOT = Path(__file__).resolve().parents[1]
 MPIRUN = Path(sys.executable).with_name("mpirun")
@@ -210,9 +210,9 @@ def test_no_way_to_meet(method, text):
 
 RANK = """
 import os, sys, time
-from llmc import UserError, distributed
+from llmc import distributed, hub
 rank, size, where, does = int(sys.argv[1]), int(sys.argv[2]), eval(sys.argv[3]), sys.argv[4]
-ranks = distributed.Ranks(rank, size, rank, where, connect=float(sys.argv[5]), silence=float(sys.argv[6]))
+ranks = hub.Ranks(rank, size, rank, where, connect=float(sys.argv[5]), silence=float(sys.argv[6]))
 print(ranks.exchange({"rank": rank}), distributed.on_rank0(ranks, lambda: list(range(-64, 64))), flush=True)
 if does == "die" and rank == 1: os._exit(0)
 if does == "hang" and rank == 2: os.kill(os.getpid(), 19)
@@ -295,7 +295,7 @@ def test_foreign_file(tmp_path):
     path = tmp_path / "llmc-run-2.json"
     path.write_text("my notes")
     with pytest.raises(UserError, match="not a file of a run. HINT: "):
-        distributed.write_place(str(path), "t", ["h"], 1)
+        hub.write_place(str(path), "t", ["h"], 1)
     assert path.read_text() == "my notes"
 
 
