@@ -152,10 +152,13 @@ class Bench:
         self.ops.device.synchronize()
         return out
 
-    def tokens(self, shape):
-        """Token ids with the frequencies of text: most of the vocabulary is rare."""
+    def draw_tokens(self, shape):
+        """Token ids on the host with the frequencies of text: most of the vocabulary is rare."""
         p = 1.0 / np.arange(1, self.V + 1)
-        return self.array(self.rng.choice(self.V, size=shape, p=p / p.sum()).astype(np.int32))
+        return self.rng.choice(self.V, size=shape, p=p / p.sum()).astype(np.int32)
+
+    def tokens(self, shape):
+        return self.array(self.draw_tokens(shape))
 
     def host(self, array, index=...):
         return on_host(array, index)
@@ -169,6 +172,26 @@ class Bench:
         return tensor.detach().requires_grad_(grad)
 
     # time
+
+    def clock(self):
+        """Starts a clock on the stream: clock() stops it, clock()() is ms, and waits for nothing that has not ended."""
+        if self.device != "cuda":
+            timer = self.ops.device.timer()
+
+            def stopped():
+                ms = timer()
+                return lambda: ms
+
+            return stopped
+        cuda = self.ops.device.module.import_cupy().cuda
+        start, stop = cuda.Event(), cuda.Event()
+        start.record()
+
+        def stop_it():
+            stop.record()
+            return lambda: cuda.get_elapsed_time(start, stop)
+
+        return stop_it
 
     def time(self, row):
         """{p20, p50, p80 in us, calls, graph} of row.call()."""
@@ -547,24 +570,27 @@ def software(b):
     return ", ".join(found + ([f"torch {b.torch.__version__}"] if b.torch is not None else []))
 
 
-FIELDS = "bench date commit device software copy_GBs matmul_TFLOPs op shape dtype version p50 p20 p80 GBs TFLOPs limit"
-
-
 def append_csv(path, b, results):
-    """A row for each timed version; the file is made with its header where there is none."""
-    path = Path(path)
+    """A row for each timed version."""
     common = {"bench": "op", "date": datetime.date.today().isoformat(), "commit": commit()}
     common |= {"device": b.describe().split(",")[0], "software": software(b)} | b.ceilings
-    fresh = not path.exists()
+    rows = [common | {k: v for k, v in r.items() if k not in ("calls", "graph")} for r in results if "p50" in r]
+    append_rows(path, [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows])
+
+
+def append_rows(path, rows):
+    """Appends dictionaries to a CSV file. New columns go to the right; rows from before have nothing in them."""
+    path, old, fields = Path(path), [], []
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS.split(), extrasaction="ignore")
-        if fresh:
-            writer.writeheader()
-        for result in results:
-            if "p50" in result:
-                row = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in (common | result).items()}
-                writer.writerow(row)
+    if path.exists():
+        with open(path, newline="") as file:
+            reader = csv.DictReader(file)
+            old, fields = list(reader), list(reader.fieldnames or [])
+    fields += [name for name in dict.fromkeys(k for row in rows for k in row) if name not in fields]
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        writer.writerows(old + rows)
 
 
 def compare(old, results):

@@ -1,195 +1,322 @@
-"""A whole training step (forward, backward, gradient norm, clip, AdamW): llmc against PyTorch eager on the same cores.
+"""A whole training step (forward, backward, gradient norm, clip, AdamW): llmc against PyTorch, in one process.
 
-    python dev/bench_step.py --device cpu                   GPT-2 124M, fp32, B=4, T=64: medians, interleaved
+    python dev/bench_step.py                       GPU: GPT-2 124M, bf16, B=32, T=1024; CPU: fp32, B=4, T=64
+    python dev/bench_step.py --ops                 and where the time goes, op by op, beside the limit of each
+    python dev/bench_step.py --start               seconds from process start to the first and the tenth step
     python dev/bench_step.py --device cpu --pace 200        ours alone for 200 steps: does it hold its speed?
+    python dev/bench_step.py --kernel matmul_forward=4      any rung in the place of the production one
 
-The peer is what a PyTorch user would write: F.linear, F.layer_norm, scaled_dot_product_attention, cross_entropy, fused
-AdamW, with denormals flushed (torch.set_flush_denormal), the same weights, batches and number of threads. Both run in
-one process, a step each in turn, so that a busy machine disturbs both alike; the ratio of medians is the result. Losses
-of the two are compared at every step, and a mismatch ends the benchmark. The last line of output is JSON.
+The peers (dev/torch_gpt2.py) are what a PyTorch user writes: eager, and on a GPU torch.compile with flash attention;
+bf16 autocast, fused AdamW. Same weights, batches and threads; a step each in turn, so that a busy machine or a hot chip
+disturbs all alike, and the ratio of medians is the result. A time is that of the host, from the tokens in NumPy to the
+loss in Python. Losses are compared at every step, and a mismatch ends the benchmark. The last line of output is JSON.
 """
 
 import argparse
-import csv
 import datetime
 import json
+import math
 import os
-import platform
+import re
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from llmc import gpt2
+from dev import bench, roofline
+from llmc import UserError, gpt2, rungs
 
 HYPER = dict(learning_rate=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0)
 
 
-class TorchPeer:
-    """The same step in PyTorch eager. Parameters have llm.c's names; the model is a function over them."""
+class Ours:
+    """llmc's model with the interface of torch_gpt2.Trainer."""
 
-    def __init__(self, torch, model, threads):
-        torch.set_num_threads(threads)
-        torch.set_flush_denormal(True)
-        self.torch, self.F, self.config = torch, torch.nn.functional, model.config
-        self.w = {}
-        for spec in gpt2.parameter_specs(model.config):
-            array = getattr(model.params, spec.name)
-            parts = array if spec.layers else [array]
-            self.w[spec.name] = [torch.tensor(np.array(part), requires_grad=True) for part in parts]
-        decays = {spec.name: spec.decay for spec in gpt2.parameter_specs(model.config)}
-        groups = [
-            dict(params=[p for n, ps in self.w.items() if decays[n] == d for p in ps], weight_decay=wd)
-            for d, wd in ((True, HYPER["weight_decay"]), (False, 0.0))
-        ]
-        betas = (HYPER["beta1"], HYPER["beta2"])
-        self.optimizer = torch.optim.AdamW(groups, HYPER["learning_rate"], betas, HYPER["eps"], fused=True)
-        self.all = [p for ps in self.w.values() for p in ps]
-
-    def loss(self, x, y):
-        F, w, NH = self.F, self.w, self.config.num_heads
-        (B, T), C = x.shape, self.config.channels
-        h = F.embedding(x, w["wte"][0]) + w["wpe"][0][:T]
-        for layer in range(self.config.num_layers):
-            p = {name: ps[layer] for name, ps in w.items() if len(ps) > layer}
-            n = F.layer_norm(h, (C,), p["ln1w"], p["ln1b"])
-            qkv = F.linear(n, p["qkvw"], p["qkvb"]).view(B, T, 3, NH, C // NH).permute(2, 0, 3, 1, 4)
-            a = F.scaled_dot_product_attention(*qkv.unbind(0), is_causal=True).transpose(1, 2).reshape(B, T, C)
-            h = h + F.linear(a, p["attprojw"], p["attprojb"])
-            n = F.layer_norm(h, (C,), p["ln2w"], p["ln2b"])
-            n = F.gelu(F.linear(n, p["fcw"], p["fcb"]), approximate="tanh")
-            h = h + F.linear(n, p["fcprojw"], p["fcprojb"])
-        h = F.layer_norm(h, (C,), w["lnfw"][0], w["lnfb"][0])
-        logits = F.linear(h, w["wte"][0][: self.config.vocab_size])
-        return F.cross_entropy(logits.view(B * T, -1), y.view(-1))
+    def __init__(self, b, recompute, graphs):
+        self.b, self.t = b, 0
+        self.model = gpt2.GPT2(b.config, b.ops, b.B, b.T, recompute, dtype=b.dtype, graphs=graphs)
+        self.model.init_weights()
 
     def step(self, x, y):
-        loss = self.loss(self.torch.from_numpy(x).long(), self.torch.from_numpy(y).long())
-        loss.backward()
-        self.torch.nn.utils.clip_grad_norm_(self.all, HYPER["grad_clip"])
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
+        self.t += 1
+        self.model.forward(x)
+        self.model.backward(x, y)
+        self.model.update(**HYPER, t=self.t)
+        return self.model.mean_loss()
+
+    def memory(self, x, y):
+        """Bytes of the plan, which is all that is allocated on the device."""
+        specs = gpt2.memory_plan(self.b.config, self.b.ops, self.b.B, self.b.T, self.model.recompute, self.b.dtype)
+        return sum(nbytes for *_, nbytes in specs)
 
 
-def our_step(model, x, y, t):
-    model.forward(x)
-    model.backward(x, y)
-    model.update(**HYPER, t=t)
-    return model.mean_loss()
+class Timed:
+    """An op set that notes the time of each op: rows of (label, events). Everything else is that of the op set."""
+
+    def __init__(self, b):
+        self.b, self.rows = b, []
+        shapes = roofline.linear_layers(b.config)
+        self.layers = {shape: name for name, shape in shapes.items()}
+
+    def __getattr__(self, name):
+        function = getattr(self.b.ops, name)
+        if name == "device" or name.endswith("_scratch_size"):
+            return function
+
+        def timed(*args, **kwargs):
+            label = name
+            if name.startswith("matmul_"):
+                label += " " + self.layers[args[2 if name == "matmul_forward" else 6].shape]
+            clock = self.b.clock()
+            function(*args, **kwargs)
+            self.rows.append((label, clock()))
+
+        return timed
+
+    def sums(self):
+        """{label: (calls, ms)} since the last time; waits for the device."""
+        self.b.ops.device.synchronize()
+        found = {}
+        for label, ms in self.rows:
+            found.setdefault(label, []).append(ms())
+        self.rows = []
+        return {label: (len(times), sum(times)) for label, times in found.items()}
 
 
-def timed(f, *args):
-    start = time.perf_counter()
-    value = f(*args)
-    return value, (time.perf_counter() - start) * 1e3
+def op_times(ours, batches, steps=5):
+    """{label: (calls, ms of a step)}: medians over steps without CUDA graphs, an event before and after each op."""
+    model, graphs, ops = ours.model, ours.model.graphs, ours.model.ops
+    model.ops, model.graphs = Timed(ours.b), None
+    steps = [(ours.step(*batches[i % len(batches)]), model.ops.sums())[1] for i in range(steps + 1)][1:]
+    model.ops, model.graphs = ops, graphs
+    return {label: (calls, statistics.median(s[label][1] for s in steps)) for label, (calls, _) in steps[0].items()}
+
+
+def launches(ours, batch):
+    """Kernel launches of a step, memory fills among them; None on a CPU."""
+    if ours.b.device != "cuda":
+        return None
+    model, module, device = ours.model, ours.b.ops.device.module, ours.b.ops.device
+    graphs, kernel, zero, count = model.graphs, module.kernel, device.zero, []
+
+    def counted(function):
+        def launch(*args, **kwargs):
+            count.append(1)
+            return function(*args, **kwargs)
+
+        return launch
+
+    model.graphs, device.zero = None, counted(zero)
+    module.kernel = lambda *args, **kwargs: counted(kernel(*args, **kwargs))
+    try:
+        ours.step(*batch)
+    finally:
+        model.graphs, module.kernel, device.zero = graphs, kernel, zero
+    return len(count)
+
+
+def print_op_times(b, times, recompute):
+    """The table, and the rows for the CSV: limits are those measured in this run."""
+    copy, matmul = b.ceilings["copy_GBs"], b.ceilings["matmul_TFLOPs"]
+    work = {w.label: w for w in roofline.step_work(b.config, b.B, b.T, b.dtype.itemsize, recompute)}
+    print(f"\n{'op':<26}{'calls':>8}{'ms':>11}{'% of step':>11}{'TFLOP/s':>11}{'GB/s':>11}{'% limit':>11}")
+    total, rows = sum(ms for _, ms in times.values()), []
+    for label, (calls, ms) in sorted(times.items(), key=lambda item: -item[1][1]):
+        w = work[label]
+        limit = 100 * roofline.floor_ms(w, matmul, copy)[0] / ms
+        print(
+            f"{label:<26}{calls:>8}{ms:>11.3f}{100 * ms / total:>11.1f}{w.flops / ms / 1e9:>11.1f}"
+            f"{w.bytes / ms / 1e6:>11.0f}{limit:>11.1f}"
+        )
+        rows.append(dict(op=label, calls=calls, ms_p50=round(ms, 4), limit=round(limit, 1)))
+    floor = sum(roofline.floor_ms(w, matmul, copy)[0] for w in work.values())
+    calls = sum(count for count, _ in times.values())
+    print(f"{'all':<26}{calls:>8}{total:>11.3f}{100:>11.1f}{'':>22}{100 * floor / total:>11.1f}")
+    return rows
+
+
+def start_times(command, env, steps=10, timeout=300):
+    """(seconds to the first step's line, to the tenth's) from the start of the process `command`."""
+    start, seen = time.perf_counter(), {}
+    process = subprocess.Popen(
+        command, cwd=bench.ROOT, env={**os.environ, **env}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    tail = []
+    for line in process.stdout:
+        tail = [*tail[-9:], line]
+        match = re.match(r"step +(\d+)/", line)
+        if match:
+            seen[int(match[1])] = time.perf_counter() - start
+        if time.perf_counter() - start > timeout:
+            process.kill()
+    if process.wait() or 1 not in seen or steps not in seen:
+        raise UserError(f"{' '.join(command)} did not train:\n{''.join(tail)}")
+    return seen[1], seen[steps]
+
+
+def start_table(B, T, model, device):
+    """Time to the first and to the tenth step, cold and warm, ours and torch.compile. Returns rows."""
+    sizes = ["-e", model, "-b", str(B), "-t", str(T)]
+    ours = [sys.executable, "-m", "llmc.train", *sizes, "-x", "10", "-v", "0", "-s", "0", "--device", device]
+    peer = [sys.executable, "dev/torch_gpt2.py", "--compile", *sizes]
+    rows = []
+    print(f"\nseconds from the start of the process, B={B} T={T}\n{'':<24}{'first step':>12}{'tenth':>12}")
+    for name, command, variables in (
+        ("llmc", ours, ["CUPY_CACHE_DIR"]),
+        ("torch.compile", peer, ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"]),
+    ):
+        if name != "llmc" and bench.torch_or_none() is None:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            env = dict.fromkeys(variables, folder)
+            for state in ("cold", "warm"):
+                first, tenth = start_times(command, env)
+                rows.append(dict(version=f"{name}, {state} cache", first_s=round(first, 2), tenth_s=round(tenth, 2)))
+                print(f"{rows[-1]['version']:<24}{first:>12.2f}{tenth:>12.2f}", flush=True)
+    return rows
 
 
 def quantiles(ms):
-    return {f"p{q}": round(float(np.percentile(ms, q)), 2) for q in (20, 50, 80)}
+    return {f"ms_p{q}": round(float(np.percentile(ms, q)), 3) for q in (20, 50, 80)}
 
 
-def commit():
-    here = os.path.dirname(os.path.abspath(__file__))
-    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
-    return run.stdout.strip() or "unknown"
+def pace(ours, batches, steps):
+    """Ours alone: medians of each tenth of the steps, and the JSON line."""
+    ms, tenth = [], max(1, steps // 10)
+    for t in range(steps):
+        ms.append(bench.host_ms(lambda t=t: ours.step(*batches[t % len(batches)])))
+        if (t + 1) % tenth == 0:
+            print(f"steps {t + 2 - tenth:4d} to {t + 1:4d}: median {np.median(ms[-tenth:]):9.2f} ms", flush=True)
+    ends = dict(first_tenth_ms=float(np.median(ms[1 : tenth + 1])), last_tenth_ms=float(np.median(ms[-tenth:])))
+    b = ours.b
+    print(json.dumps({"bench": "step_pace", "model": b.model, "B": b.B, "T": b.T, "steps": steps, **ends}))
 
 
-def append_csv(path, row):
-    fresh = not os.path.exists(path)
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, row.keys())
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)
+def trainers(b, args):
+    """{name: trainer or None where it cannot be had}, ours first."""
+    found = {"llmc": Ours(b, args.recompute, b.device == "cuda" and not args.no_graph)}
+    if args.no_peers:
+        return found
+    names = {"torch eager": False} | ({"torch.compile": True} if b.device == "cuda" or args.compile else {})
+    if b.torch is None:
+        return found | dict.fromkeys(names)
+    from dev.torch_gpt2 import Trainer
+
+    model = found["llmc"].model
+    params = {s.name: b.ops.device.download(getattr(model.params, s.name)) for s in gpt2.parameter_specs(b.config)}
+    return found | {name: Trainer(b.config, b.device, compiled, params) for name, compiled in names.items()}
 
 
-def main():
+def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--device", choices=("cpu",), default="cpu")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     p.add_argument("-e", "--model", default="d12", help="descriptor (d12)")
-    p.add_argument("-b", "--batch-size", type=int, default=4)
-    p.add_argument("-t", "--sequence-length", type=int, default=64)
+    p.add_argument("-b", "--batch-size", type=int, metavar="B", help="rows (GPU 32, CPU 4)")
+    p.add_argument("-t", "--sequence-length", type=int, metavar="T", help="tokens in a row (GPU 1024, CPU 64)")
     p.add_argument("-r", "--recompute", type=int, choices=(0, 1, 2), default=1)
+    p.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="ours (GPU bf16, CPU fp32)")
     p.add_argument("--steps", type=int, default=15, help="timed steps of each (15), after 3 to warm up")
+    p.add_argument("--kernel", action="append", default=[], metavar="OP=N", help="a rung in the place of production")
+    p.add_argument("--ops", action="store_true", help="time of each op of our step")
+    p.add_argument("--start", action="store_true", help="time to the first and tenth step, cold and warm, instead")
     p.add_argument("--pace", type=int, default=0, metavar="N", help="time N steps of ours alone instead")
-    p.add_argument("--threads", type=int, help="for both (default: all cores this process may use)")
-    p.add_argument("--csv", metavar="FILE", help="append a row, e.g. dev/results/cpu.csv")
-    args = p.parse_args()
+    p.add_argument("--no-peers", action="store_true", help="ours alone")
+    p.add_argument("--no-graph", action="store_true", help="GPU: launch each kernel")
+    p.add_argument("--compile", action="store_true", help="CPU: torch.compile too")
+    p.add_argument("--threads", type=int, help="CPU: for all (default: all cores this process may use)")
+    p.add_argument("--csv", metavar="FILE", help="append rows, e.g. to dev/results/nvidia_h200.csv")
+    args = p.parse_args(argv)
+    try:
+        run(args)
+    except UserError as error:
+        sys.exit(f"bench_step: {error}")
 
-    from llmc import cpu as ops
 
-    threads = ops.device.threads(args.threads)
-    B, T = args.batch_size, args.sequence_length
-    config = gpt2.config_from_descriptor(args.model)
-    model = gpt2.GPT2(config, ops, B, T, args.recompute)
-    model.init_weights()
-    rng = np.random.default_rng(0)
-    # Zipf-like token frequencies, as text has: most of the vocabulary is rare, and its moments become denormal
-    p_token = 1.0 / np.arange(1, config.vocab_size + 1)
-    tokens = rng.choice(config.vocab_size, size=(8, B, T + 1), p=p_token / p_token.sum()).astype(np.int32)
-    batches = [(np.ascontiguousarray(b[:, :-1]), np.ascontiguousarray(b[:, 1:])) for b in tokens]
-    flops = gpt2.flops_per_token(config, T) * B * T
-    what = f"GPT-2 {args.model} fp32 B={B} T={T} recompute {args.recompute}"
-    print(f"{what} | {ops.device.describe()} | {flops / 1e9:.0f} GFLOP a step")
+def run(args):
+    device = bench.pick(args.device)
+    B, T = (32, 1024) if device == "cuda" else (4, 64)
+    B, T = args.batch_size or B, args.sequence_length or T
+    if device == "cpu" and args.threads:
+        from llmc.cpu import device as cpu
 
+        cpu.threads(args.threads)
+    if args.start:
+        rows = start_table(B, T, args.model, device)
+        print(json.dumps(rows))
+        return
+    b = bench.Bench(device, False, args.model, B, T, args.dtype)
+    for text in args.kernel:
+        rungs.use(b.ops, text)
+    batches = []
+    for _ in range(8):
+        tokens = b.draw_tokens((B, T + 1))
+        batches.append((np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])))
+    flops = gpt2.flops_per_token(b.config, T) * B * T
+    copy, matmul = b.ceilings["copy_GBs"], b.ceilings["matmul_TFLOPs"]
+    print(f"GPT-2 {args.model} {b.dtype_name} B={B} T={T} recompute {args.recompute} | {b.describe()}")
+    print(f"{flops / 1e9:.0f} GFLOP a step | measured now: copy {copy:.0f} GB/s, matmul {matmul:.2f} TFLOP/s")
     if args.pace:
-        ms, tenth = [], max(1, args.pace // 10)
-        for t in range(args.pace):
-            ms.append(timed(our_step, model, *batches[t % 8], t + 1)[1])
-            if (t + 1) % tenth == 0:
-                print(f"steps {t + 2 - tenth:4d} to {t + 1:4d}: median {np.median(ms[-tenth:]):9.2f} ms", flush=True)
-        result = dict(first_tenth_ms=float(np.median(ms[1 : tenth + 1])), last_tenth_ms=float(np.median(ms[-tenth:])))
-        print(json.dumps({"bench": "step_pace", "model": args.model, "B": B, "T": T, "steps": args.pace, **result}))
+        pace(Ours(b, args.recompute, device == "cuda" and not args.no_graph), batches, args.pace)
         return
 
-    try:
-        import torch
-    except ImportError:
-        torch = None
-        print("PyTorch eager      absent")
-    peer = TorchPeer(torch, model, threads) if torch else None
-    ours, theirs = [], []
+    peers = trainers(b, args)
+    ms = {name: [] for name in peers}
+    tolerance = 2e-3 if b.dtype_name == "fp32" and device == "cpu" else 5e-2
     for t in range(3 + args.steps):
-        x, y = batches[t % 8]
-        loss, ms = timed(our_step, model, x, y, t + 1)
-        ours.append(ms)
-        if peer:
-            peer_loss, ms = timed(peer.step, x, y)
-            theirs.append(ms)
-            if abs(loss - peer_loss) > 2e-3:
-                sys.exit(f"step {t}: loss {loss:.6f}, PyTorch {peer_loss:.6f}: not the same computation")
+        losses = {}
+        for name, trainer in peers.items():
+            if trainer is not None:
+                start = time.perf_counter()
+                losses[name] = trainer.step(*batches[t % 8])
+                ms[name].append((time.perf_counter() - start) * 1e3)
+        for name, loss in losses.items():
+            if not abs(loss - losses["llmc"]) <= tolerance:
+                sys.exit(f"step {t}: loss {losses['llmc']:.6f}, {name} {loss:.6f}: not the same computation")
 
-    print(f"{'':<18}{'ms p50':>10}{'[p20':>10}{'p80]':>10}{'tokens/s':>12}{'GFLOP/s':>10}{'x PyTorch':>11}")
-    rows = {"llmc": quantiles(ours[3:])} | ({"PyTorch eager": quantiles(theirs[3:])} if peer else {})
-    for name, q in rows.items():
-        ratio = f"{rows['PyTorch eager']['p50'] / q['p50']:>11.2f}" if peer else ""
-        rates = f"{B * T / q['p50'] * 1e3:>12.1f}{flops / q['p50'] / 1e6:>10.1f}"
-        print(f"{name:<18}{q['p50']:>10.1f}{q['p20']:>10.1f}{q['p80']:>10.1f}{rates}{ratio}")
-    row = dict(
-        bench="step",
-        date=datetime.date.today().isoformat(),
-        commit=commit(),
-        device=ops.device.describe(),
-        python=platform.python_version(),
-        numpy=np.__version__,
-        torch=torch.__version__ if torch else "absent",
-        model=args.model,
-        B=B,
-        T=T,
-        recompute=args.recompute,
-        ms_p50=rows["llmc"]["p50"],
-        ms_p20=rows["llmc"]["p20"],
-        ms_p80=rows["llmc"]["p80"],
-        torch_ms_p50=rows["PyTorch eager"]["p50"] if peer else None,
-        x_torch=round(rows["PyTorch eager"]["p50"] / rows["llmc"]["p50"], 3) if peer else None,
-    )
+    peak = peak_flops(b)
+    heads = ("ms p50", "p20", "p80", "tokens/s", "MFU %", "% matmul", "GiB", "x")
+    print(f"\n{'':<18}" + "".join(f"{h:>11}" for h in heads))
+    common = dict(date=datetime.date.today().isoformat(), commit=bench.commit(), device=b.describe().split(",")[0])
+    common |= dict(software=bench.software(b), model=args.model, B=B, T=T, recompute=args.recompute, dtype=b.dtype_name)
+    common |= {k: round(v, 2) for k, v in b.ceilings.items()}
+    rows = []
+    for name, trainer in peers.items():
+        if trainer is None:
+            print(f"{name:<18}{'absent':>11}")
+            continue
+        q = quantiles(ms[name][3:])
+        rate, share = B * T / q["ms_p50"] * 1e3, flops / q["ms_p50"] / 1e9
+        mfu, gib = 100 * share / peak if peak else math.nan, trainer.memory(*batches[0]) / 2**30
+        ratio = q["ms_p50"] / rows[0]["ms_p50"] if rows else 1.0
+        numbers = f"{rate:>11.0f}{mfu:>11.1f}{100 * share / matmul:>11.1f}{gib:>11.2f}{ratio:>11.2f}"
+        print(f"{name:<18}{q['ms_p50']:>11.2f}{q['ms_p20']:>11.2f}{q['ms_p80']:>11.2f}{numbers}")
+        version = name + "".join(f" {k}" for k in args.kernel) * (name == "llmc")
+        own = dict(version=version, tokens_per_second=round(rate), mfu=round(mfu, 1), GiB=round(gib, 2))
+        rows.append(dict(bench="step", **common, **own, **q))
+    count = launches(peers["llmc"], batches[0])
+    print("x: how many times longer than llmc" + (f" | llmc: {count} launches a step" if count else ""))
+    if args.ops:
+        times = print_op_times(b, op_times(peers["llmc"], batches), args.recompute)
+        rows += [dict(bench="step_op", **common, version="llmc", **row) for row in times]
     if args.csv:
-        append_csv(args.csv, row)
-    print(json.dumps(row))
+        bench.append_rows(args.csv, rows)
+    print(json.dumps({**common, "launches": count, "rows": [{k: r[k] for k in r if k not in common} for r in rows]}))
+
+
+def peak_flops(b):
+    """Peak TFLOP/s of the device by its data sheet, or None."""
+    if b.device != "cuda":
+        return None
+    from llmc import mfu
+
+    name, multiprocessors, _ = mfu.current_gpu()
+    peak = mfu.peak_flops(name, multiprocessors, b.dtype_name)
+    return peak and peak / 1e12
 
 
 if __name__ == "__main__":
