@@ -16,7 +16,6 @@ import io
 import os
 import re
 import sys
-import time
 
 from llmc import UserError
 
@@ -276,23 +275,33 @@ def arrays(ranks, device):
 
 
 @contextlib.contextmanager
-def rank0_speaks_first(environ=os.environ):
-    """What ends this process here, before the hub is there, is printed a second later than on rank 0.
-
-    What is wrong with the flags is wrong for all ranks, and the launcher ends them when the first has left.
-    """
-    names = [*(name for name, *_ in MPI_VARIABLES), TORCHRUN_VARIABLES[0], SRUN_VARIABLES[0]]
-    if all(environ.get(name, "0") == "0" for name in names):
+def one_voice(environ=os.environ):
+    """Flags are parsed in here: what is wrong with them on all ranks of mpirun is printed once, and so is --help."""
+    size = next((int(environ[n]) for _, n, _ in MPI_VARIABLES if environ.get(n, "1").isdigit() and n in environ), 1)
+    if size == 1:
         yield
         return
-    printed = io.StringIO()
+    printed, ended = io.StringIO(), None
     try:
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
             yield
-    except BaseException:
-        time.sleep(1)
-        print(printed.getvalue(), end="", file=sys.stderr, flush=True)
-        raise
+    except (SystemExit, UserError) as error:
+        ended = error
+    try:
+        comm = import_mpi(size).COMM_WORLD
+    except UserError:  # GPUs can do without it
+        print(printed.getvalue(), end="", file=sys.stderr)
+        if ended:
+            raise ended from None
+        return
+    text = None if ended is None else printed.getvalue() or f"llmc.train: error: {ended}\n"
+    texts = comm.allgather(text)
+    if any(texts):
+        if comm.rank == 0:
+            same = len(set(texts)) == 1
+            print("".join(texts[:1] if same else [f"rank {r}: {t}" for r, t in enumerate(texts) if t]), end="",
+                  file=sys.stderr)  # fmt: skip
+        sys.exit(getattr(ended, "code", 2))
 
 
 @contextlib.contextmanager

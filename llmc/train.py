@@ -215,6 +215,19 @@ def report(rows):
 # what happens in a step
 
 
+def due(every, step, last):
+    """Whether it is time for what -n, -s or -v want every so many steps and at the end: 0 is off, step 0 too early."""
+    return bool(every) and (last or (step > 0 and step % every == 0))
+
+
+def score_examples(model, examples, sums):
+    """HellaSwag's score over all examples, of which each rank does every P-th."""
+    from llmc import evaluate
+
+    result = evaluate.score(model, examples[model.rank :: model.num_ranks])
+    return evaluate.Score(*(round(n) for n in sums.sums(result))) if sums else result
+
+
 def validate(model, loader, batches, inputs, targets):
     """Mean loss in nats over the first batches of the validation data."""
     from llmc.distributed import total
@@ -394,7 +407,7 @@ def replay(args):
 def main(argv=None):
     from llmc import distributed
 
-    with distributed.rank0_speaks_first():
+    with distributed.one_voice():
         args = parser().parse_args(argv)
         notices = check(args)
     if args.replay:
@@ -496,16 +509,14 @@ def run(args, notices, ranks, start_time):
                 val_loss = validate(model, val_loader, batches, inputs[0], targets[0])
                 display.write(f"val loss {val_loss:.6f}")
                 logger.val(step, val_loss)
-            due = args.val_loss_every and step > 0 and step % args.val_loss_every == 0
-            if examples and (due or last):
-                result = evaluate.score(model, examples[rank::P])
-                result = evaluate.Score(*(round(n) for n in sums.sums(result))) if sums else result
+            if examples and (last or due(args.val_loss_every, step, last)):
+                result = score_examples(model, examples, sums)
                 display.write(evaluate.score_line(result))
                 logger.eval(step, result.correct / result.total)
-            if rank == 0 and args.sample_every and ((step > 0 and step % args.sample_every == 0) or last):
+            if rank == 0 and due(args.sample_every, step, last):
                 display.write(sample(model, tokenizer, args))
-            due = args.checkpoint_every and ((step > 0 and step % args.checkpoint_every == 0) or last)
-            if args.output_dir and step != resume_step and (due or (stop and step > first)):
+            interrupted = stop and step > first
+            if args.output_dir and step != resume_step and (due(args.checkpoint_every, step, last) or interrupted):
                 save(args, step, model, train_loader, detectors, ranks)
                 display.write(f"wrote checkpoint of step {step} to {args.output_dir}")
             if last:

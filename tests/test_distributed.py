@@ -130,6 +130,7 @@ def test_errors_are_one_line(shards, tmp_path):
     different = [*both, ":", "-n", "1", *both, "--seed", "43"]
     cases = [
         (start(2, *train, "-i", "nothing.bin", "-e", "tiny:d1"), "cannot read nothing.bin: No such file or "),
+        (start(2, *both, "-l", "x"), "argument -l/--learning-rate: x is not a number of at least 0. HINT: "),
         (start(1, *different), "rank 1 was started with --seed 43, rank 0 with --seed 42. HINT: the flags"),
         (start(3, *both), "-d 512 is not a multiple of -b 2 x -t 32 x 3 processes = 192. HINT: -d 192."),
         (start(0, *both, RANK="0", WORLD_SIZE="2"), "this process is one of 2, but MPI sees 1. HINT: the CPU op set"),
