@@ -44,7 +44,7 @@ def run(capsys, *argv, code=0):
     """stdout of the command, or stderr where it is to fail."""
     capsys.readouterr()
     try:
-        returned = generate.main(list(map(str, argv)))
+        returned = generate.main([*map(str, argv), "--device", "cpu"])  # where these models were trained
     except SystemExit as end:
         returned = end.code
     out, err = capsys.readouterr()
