@@ -291,12 +291,9 @@ class GPT2:
         params = carve(host.view(np.uint8), specs, config.num_layers, np.float32)
         for spec in specs:
             getattr(params, spec.name).fill(1.0 if spec.init == "ones" else 0.0)
-        rand.normal_(params.wte[: config.vocab_size].reshape(-1), 0.0, std["normal"], mt)
-        rand.normal_(params.wpe.reshape(-1), 0.0, std["normal"], mt)
-        for w in params.h:
-            for spec in specs:
-                if spec.layers and spec.init in std:
-                    rand.normal_(getattr(w, spec.name).reshape(-1), 0.0, std[spec.init], mt)
+        drawn = [(params.wte[: config.vocab_size], "normal"), (params.wpe, "normal")]
+        drawn += [(getattr(w, s.name), s.init) for w in params.h for s in specs if s.layers and s.init in std]
+        rand.normals_([(array, 0.0, std[init]) for array, init in drawn], mt)
         self.load_parameters(host)
 
     def run(self, passes, shape, *args):

@@ -12,6 +12,7 @@ Source: llm.c llmc/rand.h (manual_seed, randint32, normal_, random_permutation) 
 coefficients of logf, sinf and cosf are those of Arm Optimized Routines (MIT licence), which glibc uses.
 """
 
+import collections
 import concurrent.futures
 import functools
 import os
@@ -107,23 +108,36 @@ def normal_(array, mean, std, mt):
     16 fresh uniforms are drawn for the last 16 elements.
     n < 16: pairs from two 53-bit uniforms u1, u2 with rho = sqrt(-2 ln(1 - u2 + 1e-12)), theta = 2 pi u1.
     """
-    assert array.dtype == np.float32 and array.flags.c_contiguous, (array.dtype, array.flags.c_contiguous)
-    flat = array.reshape(-1)
-    mean, std = np.float32(mean), np.float32(std)
-    if flat.size < 16:
-        _normal_small(flat, mean, std, mt)
-        return
-    full, before = flat.size - flat.size % 16, []
-    for start in range(0, full, DRAWS):  # draws come one after another, their transforms need not
-        out = flat[start : min(start + DRAWS, full)]
-        draws = mt.random_u32s(out.size)
-        _wait(before)
-        cut = [slice(a, a + BLOCK) for a in range(0, out.size, BLOCK)]
-        before = [_pool().submit(_normal_groups_of_16, out[b], draws[b], mean, std) for b in cut]
-    _wait(before)
-    if full < flat.size:
-        mt.random_u32s(flat.size - full)  # these uniforms are drawn and overwritten in llm.c
-        _normal_groups_of_16(flat[-16:], mt.random_u32s(16), mean, std)
+    normals_([(array, mean, std)], mt)
+
+
+def normals_(jobs, mt):
+    """normal_() for each (array, mean, std) in turn. Draws come one after another, their transforms need not: these are
+    shared out to threads, while the next draws are made."""
+    pending, waiting = collections.deque(), 0  # (future, elements)
+    for array, mean, std in jobs:
+        assert array.dtype == np.float32 and array.flags.c_contiguous, (array.dtype, array.flags.c_contiguous)
+        flat, mean, std = array.reshape(-1), np.float32(mean), np.float32(std)
+        if flat.size < 16:
+            _normal_small(flat, mean, std, mt)
+            continue
+        full = flat.size - flat.size % 16
+        for start in range(0, full, DRAWS):
+            out = flat[start : min(start + DRAWS, full)]
+            draws = mt.random_u32s(out.size)
+            for b in (slice(at, at + BLOCK) for at in range(0, out.size, BLOCK)):
+                work = _pool().submit(_normal_groups_of_16, out[b], draws[b], mean, std)
+                pending.append((work, out[b].size))
+            waiting += out.size
+            while waiting > 2 * DRAWS:
+                waiting -= _done(pending)
+        if full < flat.size:
+            while pending:
+                waiting -= _done(pending)  # the last group is made again
+            mt.random_u32s(flat.size - full)  # these uniforms are drawn and overwritten in llm.c
+            _normal_groups_of_16(flat[-16:], mt.random_u32s(16), mean, std)
+    while pending:
+        _done(pending)
 
 
 @functools.cache
@@ -131,9 +145,11 @@ def _pool():
     return concurrent.futures.ThreadPoolExecutor()
 
 
-def _wait(futures):
-    for future in futures:
-        future.result()
+def _done(pending):
+    """Wait for the oldest piece of work; its size."""
+    work, size = pending.popleft()
+    work.result()
+    return size
 
 
 def _normal_groups_of_16(out, draws, mean, std):
