@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "train GPT-2; with no flags: on Tiny Shakespeare",
     "generate": "continue a text with a trained model",
     "evaluate": "validation loss and HellaSwag accuracy of a model",
+    "export": "write a model for Hugging Face's transformers, or as llm.c's file",
     "data": "make token shards of a text: llmc data prepare FILE.txt",
     "plot": "draw the loss curves of runs as a PNG",
     "test_gpt2": "compare this build with llm.c's debug state",
