@@ -242,16 +242,22 @@ class Bench:
             calls()
         return graph.replay
 
+    def copy(self, nbytes):
+        """What copies nbytes on a GPU: reads and writes as many."""
+        device = self.ops.device
+        a, b = (device.alloc(nbytes) for _ in range(2))
+        return lambda: device.copy_async(a.data.ptr, b.data.ptr, nbytes, device.current_stream())
+
     def measure_ceilings(self):
         """{copy_GBs: bytes read and written by a copy, matmul_TFLOPs: a large product in the benchmark's dtype}."""
         gpu, torch = self.device == "cuda", self.torch
         ceilings = {}
         if gpu:
-            a, b = (self.ops.device.alloc(1 << 30) for _ in range(2))
-            copy, device = self.ops.device.copy_async, self.ops.device
-            ms = self.gpu_ms(lambda: copy(a.data.ptr, b.data.ptr, a.nbytes, device.current_stream()), 10)
+            nbytes = 1 << 30
+            ms = self.gpu_ms(self.copy(nbytes), 10)
         else:
-            a, b = (np.ones(1 << 26, np.uint8) for _ in range(2))
+            nbytes = 1 << 26
+            a, b = (np.ones(nbytes, np.uint8) for _ in range(2))
             pieces = self.ops.device.split(a.size, 1 << 22)
 
             def copy(i):
@@ -261,7 +267,7 @@ class Bench:
             if torch is not None:  # whoever copies faster
                 to, source = torch.from_numpy(a), torch.from_numpy(b)
                 ms = min(ms, [host_ms(lambda: to.copy_(source)) for _ in range(10)], key=np.median)
-        ceilings["copy_GBs"] = 2 * a.nbytes / np.median(ms) / 1e6
+        ceilings["copy_GBs"] = 2 * nbytes / np.median(ms) / 1e6
         n = (8192 if self.dtype_name != "fp32" else 4096) if gpu else 1024
         if torch is not None:
             x, y = (self.t(self.normal((n, n))) for _ in range(2))
@@ -501,6 +507,8 @@ def run_case(b, case):
         rows.append(Row(label, bind(function, case.args), case.bytes, case.flops))
     if case.naive is not None and b.device == "cpu":
         rows.append(Row("NumPy naive", case.naive, case.bytes, case.flops, "host"))
+    if b.device == "cuda" and not case.flops:
+        rows.append(Row("copy of as many bytes", b.copy(case.bytes // 2), case.bytes, 0))
     if case.peers is not None:
         peers = case.peers() if b.torch is not None else {"torch": None, "torch.compile": None}
         rows += [Row(name, call, case.bytes, case.flops, "torch") for name, call in peers.items()]
@@ -521,7 +529,7 @@ def run_case(b, case):
         result["GBs"], result["TFLOPs"] = row.bytes / result["p50"] / 1e3, row.flops / result["p50"] / 1e6
         result["limit"] = 100 * floor / result["p50"]
         if b.device == "cuda" and result["limit"] > 200 and case.bytes > 4 * l2_bytes():
-            sys.exit(f"{case.op} {row.name}: {result['p50']:.1f} us is half of what the hardware can do: not timed right")
+            sys.exit(f"{case.op} {row.name}: {result['p50']:.1f} us is half of the limit: not timed right")
         results.append(result)
     print_table(case, results, floor)
     return results
