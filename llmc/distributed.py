@@ -382,6 +382,14 @@ def threads_each(ranks):
     return max(1, len(cores) // everyone.count(everyone[ranks.rank]))
 
 
+def ranks_here(ranks, device):
+    """How many ranks the memory of this rank's device is for: main memory for all of a machine, a GPU's for one."""
+    if ranks is None or device != "cpu":
+        return 1
+    nodes = ranks.exchange(os.uname().nodename)
+    return nodes.count(nodes[ranks.rank])
+
+
 def on_rank0(ranks, function):
     """What function() returns on rank 0, where alone it is called; on every rank."""
     if ranks is None:

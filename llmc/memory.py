@@ -80,12 +80,16 @@ def needs_of(config, ops, T, dtype, **precision):
     return needs
 
 
-def limits(args, config, ops, T, dtype, P=1):
-    """(budget, most, divides) for check(): of this device or --memory; what kernels index; rows of -d on one of P."""
+def limits(args, config, ops, T, dtype, P=1, sharing=1):
+    """(budget, most, divides) for check(): of this device or --memory; what kernels index; rows of -d on one of P.
+
+    sharing: the processes that this device is for.
+    """
     try:
         budget = ops.device.budget(args.memory)
     except UserError:  # --plan without that device
         budget = None
+    budget = budget and budget // sharing
     rows = args.total_batch_size // (T * P) if args.total_batch_size else None
     return budget, ops.device.max_positions(config.channels, config.padded_vocab_size, dtype), rows
 

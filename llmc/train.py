@@ -469,7 +469,7 @@ def run(args, notices, ranks, start_time):
     needs = memory.needs_of(config, ops, T, dtype, **precision)
     plan_bytes = needs(B, args.recompute)
     print(memory.plan_text(plan, ops, dtype))
-    limits = memory.limits(args, config, ops, T, dtype, P)
+    limits = memory.limits(args, config, ops, T, dtype, P, sharing=distributed.ranks_here(ranks, device))
     memory.check(needs, B, T, args.recompute, *limits)
     baseline = peak_memory()
     each = "1 micro-step" if micro_steps == 1 else f"{micro_steps} micro-steps"

@@ -10,7 +10,7 @@ import pytest
 from conftest import op_set
 from reference import DTYPES
 
-from llmc import UserError, cpu, cuda, evaluate, flags, generate, gpt2, memory, train
+from llmc import UserError, cpu, cuda, distributed, evaluate, flags, generate, gpt2, memory, train
 from llmc.data import write_shard
 from llmc.gpt2 import GPT2, GPT2Config
 
@@ -127,6 +127,14 @@ def test_budgets(monkeypatch):
     assert cpu.device.budget() == 100 * GIB and cpu.device.budget(3 * GIB) == 3 * GIB
     monkeypatch.setattr(cpu.device, "memory", lambda: (0, 0))
     assert cpu.device.budget() is None
+
+
+def test_ranks_of_a_machine_share_its_memory(monkeypatch):
+    ranks = SimpleNamespace(rank=0, exchange=lambda value: [value, value, "another machine"])
+    assert [distributed.ranks_here(r, d) for r, d in ((ranks, "cpu"), (ranks, "cuda"), (None, "cpu"))] == [2, 1, 1]
+    monkeypatch.setattr(cpu.device, "memory", lambda: (0, 3 * GIB))
+    args = SimpleNamespace(memory=None, total_batch_size=1200)
+    assert memory.limits(args, CONFIG, cpu, 10, "float32", P=3, sharing=2)[::2] == (1.5 * GIB, 40)
 
 
 @pytest.mark.parametrize(
