@@ -430,13 +430,15 @@ def run(args, notices, ranks, start_time):
     # what is wrong with the flags or files is found here, before anything is allocated
     import numpy as np
 
-    from llmc import distributed, evaluate, gpt2, memory, mfu, schedulers, startup
+    from llmc import distributed, evaluate, gpt2, memory, mfu, rungs, schedulers, startup
     from llmc.logger import Display, Logger, step_line
     from llmc.loss_scaler import LossScaler
     from llmc.outlier_detector import OutlierDetector
 
     schedulers.check(args.lr_scheduler)
     ops, device, device_line, sums = distributed.pick_device(args, ranks)
+    for text in args.kernel:
+        rungs.use(ops, text)
     rank, P = (ranks.rank, ranks.size) if ranks else (0, 1)
     default_job = fill_defaults(args, device)
     args.output_dir = distributed.on_rank0(ranks, lambda: args.output_dir)

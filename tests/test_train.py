@@ -368,7 +368,7 @@ def test_every_flag_has_its_letter_and_its_long_name(capsys):
         argv[False] += [name, text]
     known = {string for action in train.parser()._actions for string in action.option_strings}
     listed = {flag for letter, name, *_ in FLAGS for flag in (letter, name) if flag}
-    assert known == listed | {"--help", "--no-graph", "--check", "--plan", "--memory", "--replay"}
+    assert known == listed | {"--help", "--no-graph", "--check", "--kernel", "--plan", "--memory", "--replay"}
     assert run(*argv[True], "--no-graph", base=[]) == 0
     os.rename("out", "letters")
     assert run(*argv[False], base=[]) == 0
