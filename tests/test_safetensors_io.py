@@ -228,7 +228,7 @@ def test_download_without_the_library(folder, tmp_path, monkeypatch):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setattr(safetensors_io, "HUB", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
