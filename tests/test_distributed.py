@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from llmc import UserError, buffers, checkpoint, data, distributed, gpt2, hub, zero
 
 ROOT = Path(__file__).resolve().parents[1]
-MPIRUN = Path(sys.executable).with_name("mpirun")
+MPIRUN = shutil.which("mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 BATCH = ("-e", "tiny:d2", "-b", "2", "-t", "32", "-d", "512", "-x", "6", "-v", "3", "-m", "5", "-s", "0", "-n", "3")
 
 # llmc.train, whose weights are compared over the ranks, bit by bit, after every update; STEP RANK: who dies, and when
@@ -37,13 +38,16 @@ sys.exit(train.main(sys.argv[3:]))
 
 
 def start(P, *command, **environ):
+    pytest.importorskip("mpi4py")
+    if not MPIRUN:
+        pytest.skip("no mpirun: pip install mpich")
     environ = {**os.environ, "PYTHONPATH": str(ROOT), **environ}
-    mpirun = [str(MPIRUN), "-n", str(P)] if P else []
+    mpirun = [MPIRUN, "-n", str(P)] if P else []
     return subprocess.run([*mpirun, *command], env=environ, capture_output=True, text=True, timeout=100)
 
 
 def run(P, shards, out, *flags, die=(0, 0)):
-    """llmc.train on P ranks; returns {step: (training loss or None, validation loss or None)}."""
+    """llmc.train on P ranks; returns its training and validation losses and gradient norms: {(step, name): value}."""
     files = ("-i", shards / "train.bin", "-j", shards / "val.bin", "-o", out, "--device", "cpu")
     done = start(P, sys.executable, "-c", TRAIN, *map(str, die), *map(str, files), *BATCH, *flags)
     assert (done.returncode != 0) == (die != (0, 0)), (done.stdout, done.stderr)
@@ -51,8 +55,7 @@ def run(P, shards, out, *flags, die=(0, 0)):
     losses = {}
     for line in (out / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        name = "train_loss" if "train_loss" in row else "val_loss"
-        losses[row["step"], name] = row[name]
+        losses |= {(row["step"], name): row[name] for name in ("train_loss", "grad_norm", "val_loss") if name in row}
     return losses
 
 
@@ -75,7 +78,6 @@ def shards(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(shards, tmp_path_factory):
     """The losses of one process, and its folder."""
-    pytest.importorskip("mpi4py")
     out = tmp_path_factory.mktemp("alone")
     return run(1, shards, out), out
 
@@ -87,7 +89,7 @@ def alone(shards, tmp_path_factory):
 @pytest.mark.parametrize("P, zero_stage", [(2, 0), (2, 1), (4, 0), (4, 1)])
 def test_results_do_not_depend_on_the_number_of_processes(alone, shards, tmp_path, P, zero_stage):
     losses, folder = alone
-    assert len(losses) == 6 + 3
+    assert len(losses) == 6 + 6 + 3
     assert_close(run(P, shards, tmp_path, "-z", str(zero_stage)), losses, 1e-6)
     assert f"| num_processes         | {P} " in run.stdout and f"| zero_stage            | {zero_stage} " in run.stdout
     assert run.stdout.count("step    6/6") == 1 and not run.stderr  # rank 0 alone prints
@@ -124,7 +126,6 @@ def test_resume_on_as_many_ranks_is_bit_exact(shards, tmp_path):
 
 
 def test_errors_are_one_line(shards, tmp_path):
-    pytest.importorskip("mpi4py")
     train = (sys.executable, "-m", "llmc.train", "-j", str(shards / "val.bin"), "--device", "cpu")
     both = (*train, "-i", str(shards / "train.bin"), *BATCH)
     different = [*both, ":", "-n", "1", *both, "--seed", "43"]
@@ -283,6 +284,20 @@ def test_the_hub_names_who_failed(tmp_path, does, code, text):
     assert results[0][2].startswith(f"llmc.train: error: {text}") and results[0][2].count("\n") == 1, results
     for rank, (theirs, _, stderr) in enumerate(results[1:], 1):  # the hub's words go to rank 0's stderr, once
         assert stderr == "" and (theirs == code or (does, rank) in (("die", 1), ("hang", 2)))
+
+
+def test_strangers_are_dropped():
+    """Who does not know the token, or does not speak as a rank does, is not answered; the hub goes on."""
+    port = hub.start_hub(1, "secret", "127.0.0.1")
+    for said in (b'{"rank": 0, "size": 1, "token": "guess"}\n', b"GET / HTTP/1.1\r\n\r\n", b"[]\n"):
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as stranger:
+            stranger.sendall(said)
+            assert stranger.recv(100) == b""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as rank:
+        rank.sendall(b'{"rank": 0, "size": 1, "token": "secret"}\n')
+        assert json.loads(rank.recv(100)) == {"welcome": 0}
+        rank.sendall(b'{"bye": 1}\n')
+        assert hub.start_hub.process.wait(timeout=30) == 0
 
 
 def test_missing_rank(tmp_path):
