@@ -349,17 +349,17 @@ def quantiles(ms):
 # rungs and peers
 
 
-def versions(b, op):
+def versions(ops, op, dtype_name):
     """[(label, function)]: the rungs of llmc/cuda that the dtype has, and the public function, marked as production."""
-    file = next(name for name in OPS if hasattr(importlib.import_module(f"{b.ops.__name__}.{name}"), op))
-    module = importlib.import_module(f"{b.ops.__name__}.{file}")
+    file = next(name for name in OPS if hasattr(importlib.import_module(f"{ops.__name__}.{name}"), op))
+    module = importlib.import_module(f"{ops.__name__}.{file}")
     public = getattr(module, op)
-    if b.device == "cpu":
+    if ops.__name__ == "llmc.cpu":
         return [("llmc.cpu", public)]
     numbers = sorted(int(n[len(op) :]) for n in dir(module) if re.fullmatch(rf"{op}\d+", n))
-    if b.dtype_name == "fp32":
+    if dtype_name == "fp32":
         numbers = [n for n in numbers if n not in getattr(module, "SIXTEEN_BIT", ())]
-    if b.device == "executor":
+    if ops.module.capability() != 90:
         numbers = [n for n in numbers if n not in getattr(module, "HOPPER", ())]
     found = [(str(n), getattr(module, f"{op}{n}")) for n in numbers]
     if any(function is public for _, function in found):
@@ -465,6 +465,8 @@ def traffic(case, function):
     return {
         "launches": len({r.launch for r in rows}),
         "requests": requests,
+        "units": units,
+        "wavefronts": wavefronts,
         "read": moved[False],
         "written": moved[True],
         "ratio": sum(moved.values()) / case.bytes,
@@ -480,7 +482,7 @@ def count_case(b, case):
     heads = ("launches", "requests", "read kB", "written kB", "x least", "sectors/req", "coalesced%", "conflicts%")
     print(f"{'version':<24}" + "".join(f"{h:>12}" for h in heads))
     results, want, saved = [], case.want(), {name: case.args[name].copy() for name in case.adds.split()}
-    for label, function in versions(b, case.op):
+    for label, function in versions(b.ops, case.op, b.dtype_name):
         with importlib.import_module("simt").mode(orders=("forward",)):  # races are for the tests to find
             check(case, label, function, saved, want)
         r = traffic(case, function)
@@ -500,7 +502,7 @@ def run_case(b, case):
     want = case.want()
     saved = {name: case.args[name].copy() for name in case.adds.split()}
     rows = []
-    for label, function in versions(b, case.op):
+    for label, function in versions(b.ops, case.op, b.dtype_name):
         if case.rungs is not None and label.isdigit() and int(label) not in case.rungs:
             continue
         check(case, label, function, saved, want)
