@@ -261,6 +261,7 @@ def check(args):
 def fill_defaults(args, device="cpu"):
     """Settle every flag that was not given; returns whether this is the default job."""
     default_job = args.input_bin is None and args.model is None
+    args.model_given = args.model is not None
     sample_at_end = default_job and args.sample_every is None
     preset = TINY_SHAKESPEARE_CUDA if device == "cuda" else TINY_SHAKESPEARE_CPU
     for name, value in {**LLMC_DEFAULTS, **(preset if default_job else {})}.items():

@@ -70,9 +70,17 @@ def model_config(args, resume_step):
     from llmc import checkpoint, startup
     from llmc.gpt2 import config_from_descriptor, config_from_header
 
-    path = args.model
     if resume_step is not None:
         path = checkpoint.model_path(args.output_dir, resume_step)
+        config = config_from_header(checkpoint.read_model_header(path))
+        if args.model_given and (os.path.exists(args.model) or not args.model.endswith(".bin")):
+            asked, _ = model_config(args, None)
+            for name in ("num_layers", "num_heads", "channels"):
+                if getattr(asked, name) != getattr(config, name):
+                    found = f"has {name} {getattr(asked, name)}, {path} {getattr(config, name)}"
+                    raise UserError(f"-e {args.model} {found}. HINT: leave -e out, or give a new run another -o.")
+        return config, path
+    path = args.model
     if path.endswith(".bin") or path.startswith("hf:"):
         path = startup.model_file(path)
         return config_from_header(startup.model_header(path)), path

@@ -693,6 +693,29 @@ def test_resume_with_other_flags(flags):
     assert_same_run("again", "full", 8)
 
 
+def test_resume_with_another_micro_batch():
+    """-b changes and -d does not: the updates see the same tokens, shuffled as before, beyond the end of an epoch."""
+    flags = ("-x", 9, "-n", 3, "-d", 4 * B * T)
+    assert run(*flags, "-o", "full") == 0
+    shutil.copytree("full", "again")
+    for step, b in ((3, 2 * B), (6, 1)):  # twice, the second time in a run that another -b began
+        for later in range(step + 3, 10, 3):
+            checkpoint.delete_checkpoint("again", later)
+        assert run(*flags, "-o", "again", "-y", 1, "-b", b) == 0
+    losses = [[row["train_loss"] for row in metrics(name) if "train_loss" in row] for name in ("full", "again")]
+    assert len(losses[0]) == len(losses[1]) == 9
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+
+
+@pytest.mark.parametrize("model, message", [("d12", "num_layers 12, .*model_00000002.bin 1"), ("tiny:d1", None)])
+def test_resume_with_another_model(model, message, capsys):
+    assert run("-x", 2, "-n", 2, "-o", "out") == 0
+    assert run("-x", 3, "-n", 3, "-o", "out", "-y", 1, "-e", model) == (2 if message else 0)
+    if message:
+        err = capsys.readouterr().err
+        assert re.search(f"-e {model} has {message}.*HINT: ", err) and err.count("\n") == 1, err
+
+
 def rounded_to_bf16(folder, step, masters):
     """Round the weights of a checkpoint. With masters it becomes a bf16 run's, with the fp32 weights in the state."""
     model, state_file = checkpoint.model_path(folder, step), checkpoint.state_path(folder, step, 0)
