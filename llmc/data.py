@@ -156,7 +156,7 @@ class DataLoader:
     sequence, of which the ranks take B rows each in turn. So the data of an update does not depend on the number of
     ranks, nor on B, if its number of tokens is the same: with streams=1, rows=B from the start, and in a run that is
     continued by other ranks, which keeps the streams of the ranks that began it (load_states). No token is skipped or
-    read twice then.
+    read twice then. (llm.c itself resumes only what was saved with a stream for each rank: its samples are that long.)
 
     vocab_size (optional): ids >= vocab_size and shards that state another vocabulary are refused.
     Attributes: num_tokens (of all shards), paths, and of this rank's stream path, shard_num_samples, current_shard_idx
