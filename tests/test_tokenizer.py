@@ -1,6 +1,7 @@
 """Tokenizers: GPT-2's published ids, bytes, llm.c's tokenizer file, and what goes wrong."""
 
 import os
+import struct
 import sys
 
 import numpy as np
@@ -136,6 +137,17 @@ def test_bin_round_trip(tokenizer, tmp_path):
     assert read.decode(tokenizer.encode("Exeunt, é")) == "Exeunt, é"
     with pytest.raises(UserError, match="only decode"):
         read.encode("a")
+
+
+def test_bin_is_llm_c_s_byte_for_byte_in_both_directions(tmp_path):
+    """A vocabulary of 4, packed by hand; lengths of 1 to 255 bytes."""
+    path, pieces = tmp_path / "tokenizer.bin", [b"\x00", b"ab", bytes(range(255)), b"<|endoftext|>"]
+    body = b"".join(struct.pack("<B", len(piece)) + piece for piece in pieces)
+    path.write_bytes(struct.pack("<4I", 20240328, 2, 4, 3).ljust(1024, b"\0") + body)
+    read = read_tokenizer_bin(path)
+    assert (read.pieces, read.eot, read.n_vocab) == (pieces, 3, 4)
+    write_tokenizer_bin(tmp_path / "again.bin", read)
+    assert (tmp_path / "again.bin").read_bytes() == path.read_bytes()
 
 
 def test_bin_version_1_has_gpt2_eot(gpt2, tmp_path):

@@ -26,7 +26,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from llmc import checkpoint, cpu, gpt2, mfu, train
+from llmc import checkpoint, cpu, data, gpt2, mfu, train
 from llmc.data import DataLoader, read_shard_header, write_shard
 from llmc.outlier_detector import OutlierDetector
 
@@ -526,6 +526,21 @@ def test_start_from_a_model_file(version, capsys):
     assert metrics("out")[-1]["val_loss"] < first
     header = checkpoint.read_model_header(checkpoint.model_path("out", 2))
     assert header["version"] == 3 and header["vocab_size"] == V
+
+
+def test_llama3_shards_train_where_the_vocabulary_fits(capsys):
+    """uint32 tokens give the same run as uint16 ones; without a stated vocabulary they are Llama-3's 128,256."""
+    for name in ("train_0", "train_1", "train_2", "val"):
+        write_shard(f"wide_{name}.bin", data.read_shard(f"{name}.bin").astype(np.uint32), V)
+    assert run("-x", 2, "-o", "narrow") == 0
+    assert run("-x", 2, "-o", "wide", "-i", "wide_train_*.bin", "-j", "wide_val.bin") == 0
+    assert without_timings("narrow") == without_timings("wide")
+    write_shard("llama.bin", np.full(200, 128000, np.uint32))
+    assert train.data_vocabulary("llama.bin") == 128256
+    trained_model()
+    capsys.readouterr()
+    assert run("-e", "model.bin", "-i", "llama.bin", "-j", "llama.bin") == 2
+    assert_one_line(capsys.readouterr().err, "llama.bin", "128000", "256", "HINT: ")
 
 
 def test_a_model_file_sets_the_sequence_length(capsys):
