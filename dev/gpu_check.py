@@ -2,15 +2,15 @@
 
     python dev/gpu_check.py                          all sections; under 6 minutes on an H200 with 16 cores
     python dev/gpu_check.py tests parity             some of them: tests, parity, speed, ops, start
-    python dev/gpu_check.py --csv dev/results/x.csv  where the rows go (default: dev/results/<device>.csv)
+    python dev/gpu_check.py --csv results.csv        where the rows go (dev/results/<device>.csv)
 
 tests   every test marked gpu, on several workers; the other op sets need no GPU and run in CI
 parity  the losses of 10 steps in bf16, fp16 and fp32 against the fp32 CPU op set, same weights and batches
 speed   GPT-2 124M, bf16, T=1024, B=4, 32, 64, CUDA graphs: ms, tokens/s, MFU, memory against the plan
 ops     the same step at B=32 op by op, in ms and in % of the copy bandwidth and matmul rate measured beside it
-start   seconds from starting `python -m llmc.train` to its first step, with an empty and with a full kernel cache
+start   seconds from starting `python -m llmc.train` to its first and tenth step, with an empty and a full kernel cache
 
-Exit code 1 when a test fails or a loss is off by more than 0.5 % (fp32: 0.01 %).
+Exit code 1 when a test fails, or a loss is off by more than 0.5 % (fp32: 0.05 %).
 """
 
 import argparse
@@ -23,11 +23,19 @@ import time
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
+import numpy as np
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
+from dev import bench, bench_step
+from llmc import UserError, cpu, gpt2
+
 ROOT = Path(__file__).resolve().parents[1]
+STEPS, ALLOWED = 10, {"bf16": 0.005, "fp16": 0.005, "fp32": 0.0005}  # relative difference of a loss
 
 
-def tests(args):
-    """Tests marked gpu -> True if all passed. Failures are listed by name and message."""
+def tests(args, rows):
+    """Tests marked gpu -> whether all passed. Failures are listed by name and message."""
     files = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if re.search(r"mark\.(op|gpu)\b", p.read_text())]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
@@ -45,24 +53,148 @@ def tests(args):
             problem = case.find("failure") if case.find("failure") is not None else case.find("error")
             if problem is not None:
                 bad.append(f"  {case.get('classname')}::{case.get('name')}: {problem.get('message', '')[:300]}")
-    print(f"tests: {count - skipped - len(bad)} passed, {len(bad)} failed, {skipped} skipped")
+    passed = count - skipped - len(bad)
+    print(f"{passed} passed, {len(bad)} failed, {skipped} skipped")
+    rows.append(dict(bench="gpu_tests", passed=passed, failed=len(bad), skipped=skipped))
     print("\n".join(bad[:40]))
     return count > skipped and not bad
 
 
-SECTIONS = {"tests": tests}
+def losses_of(model, batches, host):
+    """The losses of a step for each batch, from the parameters host on."""
+    model.load_parameters(host)
+    losses = []
+    for t, (x, y) in enumerate(batches):
+        model.forward(x)
+        model.backward(x, y)
+        model.update(**bench_step.HYPER, t=t + 1)
+        losses.append(model.mean_loss())
+    return np.array(losses)
 
 
-def main():
+def draw(config, count, B, T, seed=0):
+    """Batches of random tokens with the frequencies of text."""
+    rng, p = np.random.default_rng(seed), 1.0 / np.arange(1, config.vocab_size + 1)
+    tokens = rng.choice(config.vocab_size, size=(count, B, T + 1), p=p / p.sum()).astype(np.int32)
+    return [(np.ascontiguousarray(t[:, :-1]), np.ascontiguousarray(t[:, 1:])) for t in tokens]
+
+
+def parity(args, rows):
+    """Ten losses of GPT-2 124M, B=4, T=64, in each precision -> whether all are near those of the fp32 CPU op set."""
+    from llmc import cuda
+
+    cuda.device.start()
+    config = gpt2.config_from_descriptor("d12")
+    batches = draw(config, STEPS, 4, 64)
+    model = gpt2.GPT2(config, cpu, 4, 64)
+    model.init_weights()
+    host = model.host_parameters().copy()
+    reference, ok = losses_of(model, batches, host), True
+    print(f"{'losses':<10}{'first':>12}{'last':>12}{'largest difference':>22}{'allowed':>12}")
+    print(f"{'cpu fp32':<10}{reference[0]:>12.6f}{reference[-1]:>12.6f}")
+    for name, allowed in ALLOWED.items():
+        model = gpt2.GPT2(config, cuda, 4, 64, dtype=bench.numpy_dtype(name), graphs=True)
+        model.loss_scale = 1024.0 if name == "fp16" else 1.0
+        losses = losses_of(model, batches, host)
+        worst = float(np.max(np.abs(losses / reference - 1)))
+        ok &= worst <= allowed
+        print(f"{name:<10}{losses[0]:>12.6f}{losses[-1]:>12.6f}{100 * worst:>20.4f} %{100 * allowed:>10.2f} %")
+        rows.append(dict(bench="gpu_parity", model="d12", dtype=name, B=4, T=64, difference=round(worst, 7)))
+    return ok
+
+
+def speed(args, rows):
+    """Milliseconds, tokens/s, MFU and memory at three batch sizes."""
+    from llmc import cuda
+
+    cuda.device.start()
+    cupy = cuda.module.import_cupy()
+    config, host = gpt2.config_from_descriptor("d12"), None
+    print(f"{'B':<6}{'ms p50':>10}{'p20':>10}{'p80':>10}{'tokens/s':>12}{'MFU %':>8}{'plan MiB':>12}{'used MiB':>12}")
+    for B in (4, 32, 64):
+        b = argparse.Namespace(device="cuda", dtype_name="bf16")
+        model = gpt2.GPT2(config, cuda, B, 1024, dtype=bench.numpy_dtype("bf16"), graphs=True)
+        if host is None:
+            model.init_weights()
+            host = cuda.device.download(model.params_flat)
+        else:
+            model.load_parameters(host)
+        ms = []
+        for t, (x, y) in enumerate(draw(config, 4, B, 1024) * 5):
+            start = time.perf_counter()
+            model.forward(x)
+            model.backward(x, y)
+            model.update(**bench_step.HYPER, t=t + 1)
+            model.mean_loss()
+            ms.append((time.perf_counter() - start) * 1e3)
+        q, peak = bench_step.quantiles(ms[4:]), bench_step.peak_flops(b)
+        rate, flops = B * 1024 / q["ms_p50"] * 1e3, gpt2.flops_per_token(config, 1024)
+        mfu = 100 * rate * flops / peak / 1e12 if peak else float("nan")
+        plan = sum(n for *_, n in gpt2.memory_plan(config, cuda, B, 1024, 1, bench.numpy_dtype("bf16"))) / 2**20
+        used = cupy.get_default_memory_pool().used_bytes() / 2**20
+        times = f"{q['ms_p50']:>10.2f}{q['ms_p20']:>10.2f}{q['ms_p80']:>10.2f}"
+        print(f"{B:<6}{times}{rate:>12.0f}{mfu:>8.1f}{plan:>12.0f}{used:>12.0f}", flush=True)
+        common = dict(bench="step", version="llmc", model="d12", dtype="bf16", B=B, T=1024, mode="graph", recompute=1)
+        measured = dict(tokens_per_second=round(rate), mfu=round(mfu, 1), plan_MiB=round(plan), device_MiB=round(used))
+        rows.append(common | q | measured)
+        del model
+        cupy.get_default_memory_pool().free_all_blocks()
+
+
+def ops(args, rows):
+    """The time of each op of the step."""
+    b = bench.Bench("cuda", False, "d12", 32, 1024, "bf16")
+    b.ops.device.stream().use()
+    print(f"measured now: copy {b.ceilings['copy_GBs']:.0f} GB/s, matmul {b.ceilings['matmul_TFLOPs']:.0f} TFLOP/s")
+    ours = bench_step.Ours(b, 1, False)
+    times = bench_step.print_op_times(b, bench_step.op_times(ours, draw(b.config, 4, 32, 1024)), 1)
+    common = dict(bench="step_op", version="llmc", model="d12", dtype="bf16", B=32, T=1024, recompute=1, **b.ceilings)
+    rows += [common | row for row in times]
+    print(f"launches in a step: {bench_step.launches(ours, draw(b.config, 1, 32, 1024)[0])}")
+
+
+def start(args, rows):
+    """Seconds to the first and the tenth step of the default job, each in a process of its own."""
+    print(f"{'':<12}{'first step':>12}{'tenth':>12}")
+    with tempfile.TemporaryDirectory() as folder:
+        for state in ("cold", "warm"):
+            flags = ["-x", "10", "-v", "0", "-s", "0", "-n", "0", "-o", f"{folder}/{state}"]
+            command = [sys.executable, "-m", "llmc.train", "--device", "cuda", *flags]
+            first, tenth = bench_step.start_times(command, {"CUPY_CACHE_DIR": f"{folder}/kernels"})
+            print(f"{state:<12}{first:>12.2f}{tenth:>12.2f}", flush=True)
+            rows.append(dict(bench="start", version=f"llmc, {state} cache", first_s=round(first, 2), tenth_s=tenth))
+
+
+SECTIONS = dict(tests=tests, parity=parity, speed=speed, ops=ops, start=start)
+
+
+def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (all)")
-    p.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="test processes (8)")
-    args = p.parse_args()
-    ok = True
-    for name in args.sections or SECTIONS:
-        start = time.perf_counter()
-        ok &= SECTIONS[name](args) is not False
-        print(f"-- {name}: {time.perf_counter() - start:.0f} s\n", flush=True)
+    p.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1), help="test processes (12)")
+    p.add_argument("--csv", metavar="FILE", help="append the rows (dev/results/<device>.csv)")
+    args = p.parse_args(argv)
+    wrong = set(args.sections) - set(SECTIONS)
+    if wrong:
+        p.error(f"no section {', '.join(sorted(wrong))}: there are {', '.join(SECTIONS)}")
+    try:
+        from llmc import cuda
+
+        cuda.device.start()
+        device = cuda.device.describe()
+        print(f"{device} | commit {bench.commit()}\n")
+        csv = args.csv or ROOT / "dev" / "results" / (re.sub(r"\W+", "_", device.split(",")[0].lower()) + ".csv")
+        ok = True
+        for name in args.sections or SECTIONS:
+            rows, begun = [], time.perf_counter()
+            print(f"-- {name}")
+            ok &= SECTIONS[name](args, rows) is not False
+            about = dict(date=time.strftime("%Y-%m-%d"), commit=bench.commit(), device=device.split(",")[0])
+            bench.append_rows(csv, [dict(bench=row["bench"]) | about | row for row in rows])
+            print(f"-- {name}: {time.perf_counter() - begun:.0f} s\n", flush=True)
+    except UserError as error:
+        sys.exit(f"gpu_check: {error}")
+    print("all good" if ok else "NOT all good")
     sys.exit(0 if ok else 1)
 
 

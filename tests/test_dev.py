@@ -1,0 +1,171 @@
+"""The benchmarks in dev/: they run, stop on a wrong result, count what the model does, and keep their files readable."""
+
+import argparse
+import csv
+import importlib
+import inspect
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import ROOT, op_set
+from reference import OPS, file_of
+
+from dev import bench, bench_all, bench_step, gpu_check, roofline
+from llmc import UserError, cpu, cuda, gpt2, rungs
+
+
+def test_every_op_has_its_bench():
+    assert set(bench.OPS) == set(OPS) == {p.stem.removeprefix("bench_") for p in (ROOT / "dev").glob("bench_*.py")} - {
+        "all",
+        "step",
+        "ranks",
+    }
+
+
+def test_bench_all_on_the_cpu(tmp_path, capsys, monkeypatch):
+    """Every op of the op sets is checked and timed, in a table of 120 columns; CSV, comparison and JSON follow."""
+    monkeypatch.setattr(bench, "BUDGET", 1.0)
+    monkeypatch.setattr(bench, "torch_or_none", lambda: None)
+    path = tmp_path / "results.csv"
+    argv = ["-e", "tiny:d1", "-b", "1", "-t", "8", "--device", "cpu", "--csv", str(path)]
+    monkeypatch.setattr("sys.argv", ["bench_all", *argv])
+    bench_all.main()
+    *text, last = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in text[2:]) <= 120
+    names = {name for file in OPS.values() for name in file}
+    assert {row["op"] for row in json.loads(last)["rows"]} == names
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["op"] for row in rows} == names and all(float(row["p50"]) > 0 for row in rows)
+
+    rows[0]["p20"], rows[1]["p80"] = "1e12", "1e-12"  # the first was slower than anything, the second faster
+    path.unlink()
+    bench.append_rows(path, rows)
+    now = [{k: float(v) if k in ("p20", "p50", "p80") else v for k, v in row.items()} for row in rows]
+    now[0]["p20"], now[1]["p80"] = now[0]["p50"], now[1]["p50"]
+    bench.compare(path, now[:2])
+    text = capsys.readouterr().out
+    assert re.search(f"faster  {rows[0]['op']}", text) and re.search(f"SLOWER  {rows[1]['op']}", text), text
+    bench.compare(path, now[2:])
+    assert " 0 moved" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op", ("gelu_backward_inplace", "layernorm_backward", "fused_classifier", "adamw_update"))
+def test_a_wrong_result_stops_the_bench(op, monkeypatch):
+    """One element of one output is off by 1 % of the largest, in the row or column that is compared: the last."""
+    file = importlib.import_module(f"llmc.cpu.{file_of(op)}")
+    function, written = getattr(file, op), next(iter(OPS[file_of(op)][op]))
+    names = list(inspect.signature(function).parameters)
+
+    def wrong(*args):
+        function(*args)
+        array = args[names.index(written)]
+        array[(-1,) * (array.ndim - 1) + (-1 if op != "fused_classifier" else 0,)] += 0.01 * np.abs(array).max()
+
+    b = bench.Bench("cpu", model="tiny:d1", B=2, T=8)
+    monkeypatch.setattr(b, "time", lambda row: bench.quantiles([1.0]))
+    case = next(c for c in importlib.import_module(f"dev.bench_{file_of(op)}").cases(b) if c.op == op)
+    bench.run_case(b, case._replace(peers=None, naive=None))
+    monkeypatch.setattr(file, op, wrong)
+    with pytest.raises(SystemExit, match=f"{op} llmc.cpu: {written} is off by"):
+        bench.run_case(b, case)
+
+
+def test_unwritten_output_stops_the_bench(monkeypatch):
+    b = bench.Bench("cpu", model="tiny:d1", B=2, T=8)
+    case = next(importlib.import_module("dev.bench_gelu").cases(b))
+    monkeypatch.setattr(importlib.import_module("llmc.cpu.gelu"), "gelu_forward", lambda out, inp: None)
+    with pytest.raises(SystemExit, match="off by inf"):
+        bench.run_case(b, case)
+
+
+def test_rows_with_new_columns(tmp_path):
+    bench.append_rows(tmp_path / "x.csv", [dict(a=1, b=2)])
+    bench.append_rows(tmp_path / "x.csv", [dict(b=3, c=4)])
+    assert (tmp_path / "x.csv").read_text().split() == ["a,b,c", "1,2,", ",3,4"]
+
+
+def test_bench_step_on_the_cpu(tmp_path, capsys):
+    """Ours and PyTorch's losses agree, and every op of the step has its work in the roofline."""
+    path = tmp_path / "r.csv"
+    argv = ["--device", "cpu", "-e", "tiny:d1", "-b", "2", "-t", "16", "--steps", "2", "--ops", "--csv", str(path)]
+    bench_step.main(argv)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    steps = [r for r in result["rows"] if r["bench"] == "step"]
+    assert [r["version"] for r in steps] == ["llmc", "torch eager"] and all(r["ms_p50"] > 0 for r in steps)
+    config = gpt2.config_from_descriptor("tiny:d1")
+    calls = {r["op"]: r["calls"] for r in result["rows"] if r["bench"] == "step_op"}
+    assert calls == {w.label: w.calls for w in roofline.step_work(config, 2, 16, 4)}
+    roofline.main(["-e", "tiny:d1", "-b", "2", "-t", "16", "--dtype", "fp32", "--results", str(path),
+                   "--plot", str(tmp_path / "roof.png")])  # fmt: skip
+    assert "% of floor" in capsys.readouterr().out and (tmp_path / "roof.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(SystemExit, match="HINT"):
+        roofline.main(["-b", "3", "--results", str(path)])
+
+
+@pytest.mark.parametrize("recompute", (0, 1, 2))
+def test_roofline_counts_what_the_model_does(recompute, monkeypatch):
+    """FLOPs and bytes of the table against those of the arrays that a step really hands to each op."""
+    config, B, T = gpt2.config_from_descriptor("tiny:d2", 300), 2, 16
+    model = gpt2.GPT2(config, cpu, B, T, recompute)
+    layers = {shape: name for name, shape in roofline.linear_layers(config).items()}
+    seen = {}
+
+    class Recorder:
+        def __getattr__(self, name):
+            function = getattr(cpu, name)
+            if not any(name in file for file in OPS.values()):
+                return function
+
+            def record(*args, **kwargs):
+                a = inspect.signature(function).bind(*args, **kwargs).arguments
+                written = OPS[file_of(name)][name]
+                add = 1 + (a.get("accumulate", True) and 1)  # "+=" reads too
+                nbytes = sum(
+                    x.nbytes * {"=": 1, "+=": add, None: 1}[written.get(k)]
+                    for k, x in a.items()
+                    if isinstance(x, np.ndarray) and k not in ("scratch", "ends", "decays", "seeds", "hyper", "seed")
+                )
+                if name == "fused_classifier":
+                    nbytes = 2 * a["targets"].size * a["V"] * 4
+                label = name + (f" {layers[a['weight'].shape]}" if "weight" in a and name.startswith("matmul") else "")
+                old = seen.get(label, (0, 0, 0))
+                flops = 2 * a["inp"].size * len(a["weight"]) if name.startswith("matmul") else 0
+                flops *= 2 if name == "matmul_backward" else 1
+                seen[label] = (old[0] + 1, old[1] + flops, old[2] + nbytes)
+                function(*args, **kwargs)
+
+            return record
+
+    model.ops = Recorder()
+    x = np.zeros((B, T), np.int32)
+    model.forward(x)
+    model.backward(x, x)
+    model.update(1e-4, 0.9, 0.95, 1e-8, 0.1, 1.0, 1)
+    work = {w.label: w for w in roofline.step_work(config, B, T, 4, recompute)}
+    assert {label: s[0] for label, s in seen.items()} == {label: w.calls for label, w in work.items()}
+    for label, (_, flops, nbytes) in seen.items():
+        if label.startswith("matmul"):
+            assert work[label].flops == flops, label
+        if not label.startswith("encoder"):  # of its tables only the rows that occur
+            assert abs(work[label].bytes - nbytes) <= 0.07 * nbytes, (label, work[label].bytes, nbytes)
+
+
+def test_rungs(monkeypatch):
+    ops = argparse.Namespace(**vars(op_set("executor", monkeypatch)))
+    rungs.use(ops, "gelu_forward=1")
+    assert ops.gelu_forward is importlib.import_module("llmc.cuda.gelu").gelu_forward1
+    assert cuda.gelu_forward is not ops.gelu_forward
+    for text, hint in (("gelu=1", "HINT: one of .*gelu_forward"), ("gelu_forward=9", "N one of 1, 2"), ("x", "HINT")):
+        with pytest.raises(UserError, match=hint):
+            rungs.use(ops, text)
+    with pytest.raises(UserError, match="--device cuda"):
+        rungs.use(cpu, "gelu_forward=1")
+
+
+def test_gpu_check_without_a_gpu(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        gpu_check.main(["parity"])
+    assert stopped.value.code != 0
