@@ -7,8 +7,7 @@
 FLOPs are those of the matmuls and of causal attention (half of T x T); bytes are each operand read once and each
 result written once. floor = max(FLOPs / matmul rate, bytes / copy bandwidth): no op runs faster, whatever its kernel;
 the floor of the step is their sum, as ops run one after another. The rates are measured ones: from the result file, or
---matmul and --copy. The plot has each op's FLOPs per byte and its TFLOP/s under the roof: filled, the newest commit in
-the file, and hollow, the oldest.
+--matmul and --copy. The plot has each op under its roof: filled, the newest commit in the file, and hollow, the oldest.
 """
 
 import argparse
@@ -102,22 +101,22 @@ def table(work, matmul, copy, times=None):
     """Prints the step op by op. Returns its floor in ms."""
     heads = ("calls", "GFLOP", "MB", "FLOP/byte", "floor ms", "bound") + (("ms", "% of floor") if times else ())
     print(f"{'op':<26}" + "".join(f"{h:>11}" for h in heads))
-    total, spent = 0.0, 0.0
+    total, spent, reached = 0.0, 0.0, 0.0
     for w in work:
         floor, bound = floor_ms(w, matmul, copy)
         total += floor
         numbers = f"{w.calls:>11}{w.flops / 1e9:>11.1f}{w.bytes / 1e6:>11.1f}{w.flops / w.bytes:>11.1f}{floor:>11.3f}"
         ms = times.get(w.label) if times else None
-        spent += ms or 0.0
+        spent, reached = spent + (ms or 0.0), reached + (floor if ms else 0.0)
         print(f"{w.label:<26}{numbers}{bound:>11}" + (f"{ms:>11.3f}{100 * floor / ms:>11.1f}" if ms else ""))
     sums = f"{sum(w.calls for w in work):>11}{sum(w.flops for w in work) / 1e9:>11.1f}"
     sums += f"{sum(w.bytes for w in work) / 1e6:>11.1f}{'':>11}{total:>11.3f}{'':>11}"
-    print(f"{'step':<26}{sums}" + (f"{spent:>11.3f}{100 * total / spent:>11.1f}" if spent else ""))
+    print(f"{'step':<26}{sums}" + (f"{spent:>11.3f}{100 * reached / spent:>11.1f}" if spent else ""))
     return total
 
 
 def plot(path, work, matmul, copy, runs):
-    """A PNG: the roof, and each op under it, before (hollow) and after (filled)."""
+    """A PNG: ops with matmuls under the roof, the others below the bandwidth; before (hollow) and after (filled)."""
     try:
         import matplotlib
     except ImportError as error:
@@ -125,24 +124,36 @@ def plot(path, work, matmul, copy, runs):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(10, 6))
-    intensities = [0.05, matmul * 1e3 / copy, 2e4]
-    axes.loglog(intensities, [min(matmul, i * copy / 1e3) for i in intensities], "k-", lw=1.5)
-    axes.set_xlabel("FLOP per byte (ops without matmuls stand at 0.1: bytes are all their work)")
-    axes.set_ylabel("TFLOP/s (at 0.1: a tenth of TB/s)")
-    axes.set_title(f"roof: {matmul:.0f} TFLOP/s, {copy / 1e3:.1f} TB/s, both measured")
-    for number, w in enumerate(work):
-        work_done, x = (w.flops, w.flops / w.bytes) if w.flops else (w.bytes / 10, 0.1)
-        color = f"C{number % 10}"
-        marker = "os^vD*PX<>"[number // 10 % 10]
-        for (_, times, *_), face in zip(runs[:1] + runs[-1:], ("none", color), strict=True):
-            if w.label in times and (face != "none" or len(runs) > 1):
-                label = f"{w.label} {times[w.label]:.2f} ms" if face != "none" else None
-                y = work_done / times[w.label] / 1e9
-                axes.loglog([x], [y], marker, color=color, markerfacecolor=face, label=label)
-    axes.legend(fontsize=7, ncols=2, loc="lower right")
-    axes.grid(True, which="both", alpha=0.2)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 6))
+    of_bytes, of_flops = ([w for w in work if (w.flops > 0) == flops] for flops in (False, True))
+    left.axhline(copy / 1e3, color="k", lw=1.5)
+    left.set_title(f"ops without matmuls, below a copy's {copy / 1e3:.2f} TB/s")
+    left.set_ylabel("TB/s")
+    left.set_xticks(range(len(of_bytes)), [w.label for w in of_bytes], rotation=45, ha="right", fontsize=8)
+    left.set(xlim=(-0.5, len(of_bytes) - 0.5), ylim=(0, 1.1 * copy / 1e3))
+    intensities = [20.0, matmul * 1e3 / copy, 3e3]
+    right.loglog(intensities, [min(matmul, i * copy / 1e3) for i in intensities], "k-", lw=1.5)
+    right.set_title(f"matmuls and attention, below {matmul:.0f} TFLOP/s")
+    right.set_xlabel("FLOP per byte")
+    right.set_ylabel("TFLOP/s")
+    for (_, times, *_), filled in zip(runs[:1] + runs[-1:], (False, True), strict=True):
+        if not filled and len(runs) == 1:
+            continue
+        for number, w in enumerate(of_bytes):
+            if w.label in times:
+                left.plot([number], [w.bytes / times[w.label] / 1e9], "oC0", markerfacecolor="C0" if filled else "none")
+        for number, w in enumerate(of_flops):
+            if w.label in times:
+                color, marker = f"C{number % 10}", "os^v"[number // 10]
+                label = f"{w.label} {times[w.label]:.2f} ms" if filled else None
+                point = [w.flops / w.bytes], [w.flops / times[w.label] / 1e9]
+                right.loglog(*point, marker, color=color, markerfacecolor=color if filled else "none", label=label)
+    right.set_ylim(matmul / 40, matmul * 1.3)  # room for the legend
+    right.legend(fontsize=7, ncols=2, loc="lower right")
+    for axes in (left, right):
+        axes.grid(True, which="both", alpha=0.2)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
 
 
 def main(argv=None):
