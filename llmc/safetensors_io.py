@@ -11,6 +11,7 @@ Source: Hugging Face transformers' GPT2LMHeadModel; llm.c train_gpt2.py GPT.from
 
 import json
 import os
+import re
 
 import numpy as np
 
@@ -47,7 +48,7 @@ def find(name):
     """The folder of a model: `name` itself, the hub's cache (its main branch), or a download. Errors: UserError."""
     if os.path.isdir(os.path.expanduser(name)):
         return os.path.expanduser(name)
-    if os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if os.path.exists(name) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise UserError(f"hf:{name} is not a folder. HINT: give a folder with config.json, or a name such as hf:gpt2")
     repository = f"openai-community/{name}" if name in LEGACY else name
     hub = os.environ.get("HF_HUB_CACHE") or os.path.join(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import sys
 from types import SimpleNamespace
@@ -189,8 +190,9 @@ def test_hub_cache(folder, tmp_path, monkeypatch):
     assert os.path.samefile(safetensors_io.find("gpt2"), folder)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "other"))
     assert safetensors_io.find("gpt2") == "downloaded openai-community/gpt2"
-    with pytest.raises(UserError, match="hf:./gpt2 is not a folder.*HINT"):
-        safetensors_io.find("./gpt2")
+    for name in ("./gpt2", "", "/gpt2", "a/b/c", "a b", "../models--gpt2", "~/gpt2"):
+        with pytest.raises(UserError, match=f"hf:{re.escape(name)} is not a folder.*HINT"):
+            safetensors_io.find(name)
 
 
 @pytest.mark.parametrize("library", (True, False))
