@@ -152,6 +152,8 @@ class Ranks:
         for work in (self._listen, self._beat):
             threading.Thread(target=work, daemon=True, name="llmc.ranks").start()
         self.barrier()
+        if where[0] == "fs" and rank == 0:
+            os.remove(where[1])
 
     def _send(self, message):
         with self.lock:

@@ -268,6 +268,7 @@ def test_ranks_meet(where):
         threading.Thread(target=hang_up, args=(other,), daemon=True).start()
     expected = f"{[{'rank': r} for r in range(3)]} {list(range(-64, 64))}\n"
     assert meet(where, late=0.5) == [(0, expected, "")] * 3
+    assert not os.path.exists(where[1])
 
 
 @pytest.mark.parametrize(
