@@ -54,7 +54,7 @@ def find(name):
     hub = os.environ.get("HF_HUB_CACHE") or os.path.join(
         os.environ.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface"), "hub"
     )
-    for candidate in {repository: 0, name: 0}:
+    for candidate in dict.fromkeys((repository, name)):
         folder = os.path.join(hub, "models--" + candidate.replace("/", "--"))
         try:
             with open(os.path.join(folder, "refs", "main")) as file:
@@ -71,8 +71,10 @@ def weight_files(folder):
     index = os.path.join(folder, "model.safetensors.index.json")
     names = ["model.safetensors"]
     if not os.path.exists(os.path.join(folder, names[0])) and os.path.exists(index):
-        names = sorted(set(_json(index).get("weight_map", {}).values()))
-    paths = [os.path.join(folder, os.path.basename(str(name))) for name in names]
+        weight_map = _json(index).get("weight_map")
+        names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+        names = names or ["model.safetensors"]
+    paths = [os.path.join(folder, os.path.basename(name)) for name in names]
     return paths if all(map(os.path.exists, paths)) else []
 
 

@@ -307,3 +307,5 @@ def test_index_cannot_name_a_file_elsewhere(tmp_path):
     (tmp_path / "secret").write_bytes(b"")
     (tmp_path / "a" / "model.safetensors.index.json").write_text('{"weight_map": {"wte.weight": "../secret"}}')
     assert safetensors_io.weight_files(tmp_path / "a") == []
+    (tmp_path / "a" / "model.safetensors.index.json").write_text('{"weight_map": ["wte.weight"]}')
+    assert safetensors_io.weight_files(tmp_path / "a") == []

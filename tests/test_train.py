@@ -722,6 +722,31 @@ def test_resume_with_another_micro_batch():
     np.testing.assert_allclose(*losses, rtol=1e-6)
 
 
+def test_resume_of_two_ranks_of_llm_c_on_one():
+    """A state cut into llm.c's ZeRO-1 files of two ranks, without any word of ours, goes on to the same bits."""
+    flags = ("-x", 6, "-a", 1)
+    assert run(*flags, "-n", 3, "-o", "full") == 0
+    stopped_at(3, "full", "again")
+    path = Path(checkpoint.state_path("again", 3, 0))
+    header, body = bytearray(path.read_bytes()[:1024]), np.fromfile(path, "<f4", offset=1024)
+    config = gpt2.config_from_header(checkpoint.read_model_header(checkpoint.model_path("again", 3)))
+    specs = gpt2.parameter_specs(config)
+    N, ends = gpt2.num_parameters(config), np.cumsum([spec.size for spec in specs])
+    header[8:12], header[256:268] = (2).to_bytes(4, "little"), bytes(12)  # P; m's length, the length of what we add
+    for rank in range(2):
+        header[12:16] = rank.to_bytes(4, "little")
+        parts = [bytes(header)]
+        for values in body[:N], body[N : 2 * N]:
+            for spec, tensor in zip(specs, np.split(values, ends[:-1]), strict=True):
+                parts.append(tensor.reshape(max(spec.layers, 1), 2, -1)[:, rank].tobytes())
+        Path(checkpoint.state_path("again", 3, rank)).write_bytes(b"".join(parts))
+    assert run(*flags, "-n", 6, "-o", "again", "-y", 1) == 0
+    full, again = (checkpoint.state_path(folder, 6, 0) for folder in ("full", "again"))
+    assert np.array_equal(np.fromfile(full, "<f4", 2 * N, offset=1024), np.fromfile(again, "<f4", 2 * N, offset=1024))
+    full, again = (Path(checkpoint.model_path(folder, 6)).read_bytes() for folder in ("full", "again"))
+    assert full == again
+
+
 @pytest.mark.parametrize("model, message", [("d12", "num_layers 12, .*model_00000002.bin 1"), ("tiny:d1", None)])
 def test_resume_with_another_model(model, message, capsys):
     assert run("-x", 2, "-n", 2, "-o", "out") == 0
