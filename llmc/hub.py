@@ -40,7 +40,8 @@ def hub(fd, size, token, connect=CONNECT, silence=SILENCE):
 
     def stop(texts, code):
         for text in [texts] if isinstance(texts, str) else texts[:8]:
-            print(f"llmc.train: error: {text}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                print(f"llmc.train: error: {text}", file=sys.stderr, flush=True)
         send({"stop": code})
         sys.exit(0)
 
@@ -108,7 +109,7 @@ def hub(fd, size, token, connect=CONNECT, silence=SILENCE):
             who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:8]))}"
             stop(f"{who} of {size} did not connect within {connect:.0f} s. HINT: start {size} processes, see -pn", 2)
         for sock, rank in ranks.items():
-            if rank not in left and now - heard[sock] > silence:
+            if rank is not None and rank not in left and now - heard[sock] > silence:
                 stop(f"rank {rank} has not been heard of for {silence:.0f} s, the other ranks stop. HINT: {AGAIN}", 1)
         if now - beat > BEAT:
             beat = now
