@@ -108,9 +108,13 @@ def print_plan(args):
     It works for the cuda op set on machines without a GPU or CuPy: what kernels want as scratch follows from the shapes
     alone. Data need not exist: the vocabulary is then the tokenizer's.
     """
-    from llmc import gpt2, startup, train
+    from llmc import distributed, gpt2, startup, train
     from llmc.flags import fill_defaults
 
+    if args.process_count is None:
+        rank, args.process_count, *_ = distributed.world(args)
+        if rank > 0:
+            return
     ops, device, line = plan_device(args)
     fill_defaults(args, device)
     config = plan_config(args)
@@ -122,7 +126,7 @@ def print_plan(args):
         dtype = startup.model_dtype(args.dtype)
     except ImportError:  # ml_dtypes, which only bf16 arrays need: the other 16-bit type has the same plan
         dtype, stand_in = "float16", True
-    P = args.process_count or 1
+    P = args.process_count
     notice = train.check_zero(args, config, P)
     precision = train.precision_of(args)
     plan = gpt2.memory_plan(config, ops, B, T, args.recompute, dtype, **precision)

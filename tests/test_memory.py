@@ -218,6 +218,12 @@ def test_plan_of_this_machine(tmp_path, capsys, monkeypatch):
     assert code == 2 and "none.bin" in err and not out
     code, out, err = run(capsys, "--plan", "--device", "cpu", "-t", 4096, "-e", "d12")
     assert code == 2 and "-t 4096: the model has positions for 1 to 1024" in err
+    for rank in "01":  # under a launcher: for one of its processes, printed once
+        monkeypatch.setenv("PMI_RANK", rank)
+        monkeypatch.setenv("PMI_SIZE", "2")
+        code, out, _ = run(capsys, "--plan", "--device", "cpu", "-z", 1)
+        assert code == 0 and ("  share  " in out if rank == "0" else not out)
+    monkeypatch.delenv("PMI_RANK")
     code, out, err = run(capsys, "--memory", "80GiB")
     assert code == 2 and "--memory is for --plan" in err
 
