@@ -125,6 +125,15 @@ def test_resume_on_as_many_ranks_is_bit_exact(shards, tmp_path):
         assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+def test_one_process_imports_nothing_of_this(shards):
+    flags = ["-i", str(shards / "train.bin"), "-j", str(shards / "val.bin"), "--device", "cpu", *BATCH[:-2], "-x", "1"]
+    code = "import sys; from llmc import train; train.main(sys.argv[1:]); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *flags], env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert "step    1/1" in done.stdout, done.stderr
+    assert not {"llmc.hub", "mpi4py", "cupy"} & set(done.stdout.splitlines()[-1].split())
+
+
 def test_errors_are_one_line(shards, tmp_path):
     train = (sys.executable, "-m", "llmc.train", "-j", str(shards / "val.bin"), "--device", "cpu")
     both = (*train, "-i", str(shards / "train.bin"), *BATCH)
