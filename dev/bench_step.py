@@ -6,8 +6,8 @@
     python dev/bench_step.py --device cpu --pace 200        ours alone for 200 steps: does it hold its speed?
     python dev/bench_step.py --kernel matmul_forward=4      any rung in the place of the production one
 
-The peers (dev/torch_gpt2.py) are what a PyTorch user writes: eager, and on a GPU torch.compile with flash attention;
-bf16 autocast, fused AdamW. Same weights, batches and threads; a step each in turn, so that a busy machine or a hot chip
+The peers (dev/torch_gpt2.py) are what a PyTorch user writes: eager, and on a GPU torch.compile; fused attention, bf16
+autocast, fused AdamW. Same weights, batches and threads; a step each in turn, so that a busy machine or a hot chip
 disturbs all alike, and the ratio of medians is the result. A time is that of the host, from the tokens in NumPy to the
 loss in Python. Losses are compared at every step, and a mismatch ends the benchmark. The last line of output is JSON.
 """
@@ -207,6 +207,8 @@ def trainers(b, args):
         return found | dict.fromkeys(names)
     from dev.torch_gpt2 import Trainer
 
+    for other in ("cudnn", "mem_efficient", "math") * args.flash:
+        getattr(b.torch.backends.cuda, f"enable_{other}_sdp")(False)
     model = found["llmc"].model
     params = {s.name: b.ops.device.download(getattr(model.params, s.name)) for s in gpt2.parameter_specs(b.config)}
     return found | {name: Trainer(b.config, b.device, compiled, params) for name, compiled in names.items()}
@@ -226,6 +228,7 @@ def main(argv=None):
     p.add_argument("--start", action="store_true", help="time to the first and tenth step, cold and warm, instead")
     p.add_argument("--pace", type=int, default=0, metavar="N", help="time N steps of ours alone instead")
     p.add_argument("--no-peers", action="store_true", help="ours alone")
+    p.add_argument("--flash", action="store_true", help="GPU: the peers' attention is flash, not PyTorch's choice")
     p.add_argument("--no-graph", action="store_true", help="GPU: launch each kernel")
     p.add_argument("--compile", action="store_true", help="CPU: torch.compile too")
     p.add_argument("--threads", type=int, help="CPU: for all (default: all cores this process may use)")
