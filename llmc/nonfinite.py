@@ -63,14 +63,18 @@ def names_of(model):
     return names
 
 
-def count(ops, array, scratch):
-    """'2 NaN, 1 Inf of 96, first at (0, 17, 5)', or None where all of array is finite. scratch: for global_norm."""
+def on_host(ops, array):
+    return array if isinstance(array, np.ndarray) else ops.device.host_view(array)
+
+
+def count(ops, array, scratch=None):
+    """'2 NaN, 1 Inf of 96, first at (0, 17, 5)', or None where all of array is finite. scratch: global_norm's."""
     if array.size > SMALL and not isinstance(array, np.ndarray):  # one pass over it on the device
         out = ops.device.alloc(4).view(np.float32)
         ops.global_norm_squared(out, scratch, array.reshape(-1))
         if math.isfinite(ops.device.download(out)[0]):
             return None
-    host = ops.device.host_view(array)
+    host = on_host(ops, array)
     finite = np.isfinite(host)
     if finite.all():
         return None
@@ -131,11 +135,11 @@ def bad_weights(model):
     """The first of the weights that are not finite, described; None where all are."""
     if count(model.ops, model.params_flat, model.scratch.f32) is None:
         return None
-    config, host = model.config, model.ops.device.host_view(model.params_flat)
+    config, host = model.config, on_host(model.ops, model.params_flat)
     params = carve(host.view(np.uint8), parameter_specs(config), config.num_layers, model.dtype)
     layered = [(f"h[{layer}].{name}", array) for layer, h in enumerate(params.h) for name, array in vars(h).items()]
     for name, array in [("wte", params.wte), ("wpe", params.wpe), *layered, *vars(params).items()]:
-        text = None if name == "h" else count(model.ops, array, None)
+        text = None if name == "h" else count(model.ops, array)
         if text:
             return f"the weights were not finite before the step: params.{name}: {text}"
 
@@ -174,7 +178,7 @@ def save(path, model, inputs, targets, **about):
     params (N,) in the model's precision (bf16 as its 16 bits); inputs, targets (M, B, T) i32; about: a dict with the
     model's sizes, dtype, grad_dtype, recompute and loss_scale, and what the caller adds: rng_state, found, update.
     """
-    params = model.ops.device.host_view(model.params_flat)
+    params = on_host(model.ops, model.params_flat)
     about |= dict(dtype=model.dtype.name, grad_dtype=model.grads_flat.dtype.name, recompute=model.recompute)
     about |= dict(loss_scale=model.loss_scale / model.num_ranks, config=vars(model.config))
     params = params.view(np.uint16) if model.dtype.name == "bfloat16" else params

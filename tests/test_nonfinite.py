@@ -14,15 +14,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import simt
-from conftest import op_set
-from reference import DTYPES, OPS, assert_bits
+from conftest import op_set, to_host
+from reference import OPS, assert_bits
 from test_gpt2 import LLMC, batches, weights
+from test_gpt2_cuda import CONFIG, B, T, build
 
 from llmc import checkpoint, cpu, nonfinite, train
 from llmc.data import DataLoader, write_shard
-from llmc.gpt2 import GPT2, GPT2Config
 
-CONFIG, B, T = GPT2Config(24, 61, 128, 2, 2, 32), 2, 17
 PLACE = 37  # element that is poisoned, of arrays that have as many
 
 
@@ -43,21 +42,11 @@ def poison(monkeypatch, ops, op, argument, nth=None, value=np.nan, when=lambda a
     monkeypatch.setattr(ops, op, poisoned)
 
 
-def build(ops, dtype="fp32", recompute=1, ranks=None):
-    """A model whose weights are set and whose other buffers hold NaN: what a step does not write must not be found."""
-    model = GPT2(CONFIG, ops, B, T, recompute, dtype=DTYPES[dtype], ranks=ranks)
-    model.grads_flat.view(np.uint8)[:] = 0xFF
-    model.acts_flat[:] = 0xFF
-    for name, values in weights(CONFIG).items():
-        getattr(model.params, name)[...] = values.astype(DTYPES[dtype])
-    return model
-
-
 def traced(model, micro_steps=2):
     inputs, targets = zip(*batches(CONFIG, B, T, micro_steps), strict=True)
-    before, state = model.params_flat.copy(), (model.rng_state, model.ops, model.graphs)
+    before, state = to_host(model.params_flat).copy(), (model.rng_state, model.ops, model.graphs)
     found = nonfinite.trace(model, np.array(inputs), np.array(targets), rng_state=13371337)
-    assert_bits("trace", "weights", model.params_flat, before)
+    assert_bits("trace", "weights", to_host(model.params_flat), before)
     assert (model.rng_state, model.ops, model.graphs) == state
     return found
 
@@ -146,7 +135,6 @@ def test_the_first_bad_value_is_named(monkeypatch, recompute, case):
 @pytest.mark.parametrize("dtype", ("fp16", "bf16"))
 def test_on_the_executor(monkeypatch, dtype):
     ops = op_set("executor", monkeypatch)
-    monkeypatch.setattr(ops.device, "host_view", cpu.device.host_view)
     with simt.mode(orders=("forward",), fast=True):
         model = build(ops, dtype)
         model.graphs = {("forward_pass", (B, T)): pytest.fail}  # a replay launches
@@ -157,24 +145,35 @@ def test_on_the_executor(monkeypatch, dtype):
         assert traced(model, micro_steps=1) is None
 
 
-@pytest.mark.parametrize("dtype", ("fp32", "bf16"))
-def test_weights_that_were_bad_before(monkeypatch, dtype):
-    ops = cpu if dtype == "fp32" else op_set("executor", monkeypatch)
-    monkeypatch.setattr(ops.device, "host_view", cpu.device.host_view)
-    model = build(ops, dtype)
-    model.params.h[1].fcw[3, 5] = -np.inf
-    model.params.h[1].fcb[7] = np.nan  # comes later
+def test_weights_that_were_bad_before(ops):
+    params, dtype = weights(CONFIG), "fp32" if ops is cpu else "fp16"
+    params["fcw"][1, 3, 5] = -np.inf
+    params["fcb"][1, 7] = np.nan  # comes later
     text = f"the weights were not finite before the step: params.h[1].fcw: 0 NaN, 1 Inf of {4 * C * C}, first at (3, 5)"
-    inputs = np.zeros((1, B, T), np.int32)
-    assert nonfinite.trace(model, inputs, inputs, 1) == text
-    model.params.wpe[2, 1] = np.nan
-    assert "params.wpe: 1 NaN, 0 Inf" in nonfinite.trace(model, inputs, inputs, 1)
+    assert traced(build(ops, dtype, params=params)) == text
+    params["wpe"][2, 1] = np.nan
+    assert "params.wpe: 1 NaN, 0 Inf" in traced(build(ops, dtype, params=params))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ops", ("gpu",), indirect=True)
+def test_on_a_gpu(monkeypatch, ops, tmp_path):
+    """What lies in device memory, large arrays (summed there first) and small ones; and the file."""
+    monkeypatch.setattr(nonfinite, "SMALL", 2000)
+    model = build(ops, "bf16")
+    inputs, targets = (np.array(tokens) for tokens in zip(*batches(CONFIG, B, T, 1), strict=True))
+    for op, argument, name in (("attention_forward", "out", "h[0].atty"), ("attention_forward", "att", "h[0].att")):
+        with monkeypatch.context() as patch:
+            poison(patch, ops, op, argument, 0)
+            assert f"{name}, written by {op} as {argument}" in traced(model)
+    assert traced(model) is None
+    nonfinite.save(tmp_path / "step.npz", model, inputs, targets, rng_state=1, found="nothing")
+    assert nonfinite.replay(tmp_path / "step.npz", ops)[1] is None
+    assert_bits("the file", "weights", nonfinite.load(tmp_path / "step.npz")[1], to_host(model.master))
 
 
 class Ranks:
     """Rank 0 of two, whose other one has a NaN in its gradients."""
-
-    rank, size = 0, 2
 
     def all_reduce(self, arrays):
         for array in arrays:
@@ -189,7 +188,8 @@ class Ranks:
 
 def test_values_that_came_from_another_rank(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    model = build(cpu, ranks=Ranks())
+    model = build(cpu)
+    model.ranks, model.rank, model.num_ranks = Ranks(), 0, 2
     x, y = (np.array(tokens) for tokens in zip(*batches(CONFIG, B, T, 1), strict=True))
     args = SimpleNamespace(output_dir=None, on_nonfinite="skip")
     line = nonfinite.step_failed(args, 4, model, x, y, 1, 3.5, np.nan, ())
