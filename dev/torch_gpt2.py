@@ -51,13 +51,14 @@ class GPT2(nn.Module):
         self.lnf = nn.LayerNorm(C)
         self.head = nn.Linear(C, config.padded_vocab_size, bias=False)
         self.head.weight = self.wte.weight
+        self.classes = config.padded_vocab_size  # as nanoGPT; vocab_size gives llmc's loss, which leaves the padding out
 
     def forward(self, x, y):
         h = self.wte(x) + self.wpe.weight[: x.shape[1]]
         for block in self.h:
             h = block(h)
-        logits = self.head(self.lnf(h))
-        return F.cross_entropy(logits.view(-1, logits.shape[-1]), y.view(-1))
+        logits = self.head(self.lnf(h))[..., : self.classes]
+        return F.cross_entropy(logits.reshape(-1, self.classes), y.view(-1))
 
 
 # llm.c's name of a tensor -> ours here, in a block or in the model
