@@ -1,4 +1,4 @@
-"""The benchmarks in dev/: they run, stop on a wrong result, count what the model does, and keep their files readable."""
+"""The benchmarks in dev/: they run, stop on a wrong result, count what the model does, and keep their files whole."""
 
 import argparse
 import csv
