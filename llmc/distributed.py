@@ -54,15 +54,15 @@ def world(args, environ=os.environ):
         if not 0 <= rank < size:
             text = f"{names[0]}={environ[names[0]]} with {names[1]}={environ[names[1]]}: no such rank"
             raise UserError(f"{text}. HINT: unset them, or start all processes with one launcher.")
-        seen.append((f"{names[0]}={rank}, {names[1]}={size}", rank, size, environ.get(names[2]), launcher))
-    if seen and args.process_count not in (None, seen[0][2]):
-        raise UserError(f"-pn {args.process_count} contradicts {seen[0][0]}. HINT: leave -pn out.")
-    if seen and args.process_rank not in (None, seen[0][1]):
-        raise UserError(f"-pr {args.process_rank} contradicts {seen[0][0]}. HINT: leave -pr out.")
-    if len(seen) == 2 and seen[0][1:3] != seen[1][1:3]:
-        raise UserError(f"{seen[0][0]} contradicts {seen[1][0]}. HINT: one launcher only; unset what another one left.")
+        if args.process_count not in (None, size):
+            raise UserError(f"-pn {args.process_count} contradicts {names[1]}={size}. HINT: leave -pn out.")
+        if args.process_rank not in (None, rank):
+            raise UserError(f"-pr {args.process_rank} contradicts {names[0]}={rank}. HINT: leave -pr out.")
+        seen.append((rank, size, environ.get(names[2]), launcher, f"{names[0]}={rank}, {names[1]}={size}"))
+    if len(seen) == 2 and seen[0][:2] != seen[1][:2]:
+        raise UserError(f"{seen[0][4]} contradicts {seen[1][4]}. HINT: one launcher only; unset what another one left.")
     if seen:
-        _, rank, size, local, launcher = seen[0]
+        rank, size, local, launcher, _ = seen[0]
     else:
         size, rank, local, launcher = args.process_count or 1, args.process_rank, None, None
         if rank is None and size > 1:

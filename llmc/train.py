@@ -418,6 +418,8 @@ def main(argv=None):
     with distributed.one_voice():
         args = parser().parse_args(argv)
         notices = check(args)
+        if not (args.replay or args.plan):
+            distributed.world(args)
     if args.replay:
         return replay(args)
     if args.plan:
