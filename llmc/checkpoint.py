@@ -246,7 +246,8 @@ def read_model(path, params):
 def write_model(path, header, params, version=3):
     """Write params (N,) float32 or bf16 (uint16 or ml_dtypes) as fp32 (version 3) or bf16 (version 5), atomically.
 
-    header: dict of MODEL_WORDS. fp32 -> bf16 rounds to nearest even. Errors: UserError when the disk is full etc.
+    header: dict of MODEL_WORDS. fp32 -> bf16 rounds to nearest even. llm.c has no version for fp16: train.py writes
+    such a model as fp32, which holds the same numbers and reads back exactly. Errors: UserError when the disk is full.
     """
     params, dtype = as_file_dtype(params), FILE_DTYPES[version]
     assert params.size == num_parameters(header), (params.size, header)
@@ -653,7 +654,7 @@ def prune_stray(folder):
     of a run that resumes, on rank 0, before any rank writes. Returns the removed names.
     """
     names, steps = list_folder(folder), checkpoint_steps(folder)
-    temporary = r"\.(model_\d+\.bin|state_\d+_\d+\.bin|DONE_\d+|main\.log|metrics\.jsonl)\.\d+\.tmp"
+    temporary = r"\.(model_\d+\.bin|state_\d+_\d+\.bin|DONE_\d+|main\.log|metrics\.jsonl|nonfinite_\d+_\d+\.npz)\.\d+\.tmp"
     stray = [name for name in names if re.fullmatch(temporary, name)]
     for state in names:
         match = re.fullmatch(r"state_(\d{8,})_\d{5,}\.bin", state)
