@@ -182,9 +182,7 @@ __device__ inline float adam_step_fast(const Adam& a, float grad, float& m, floa
     return old - a.lr * (__fdividef(m * a.c1, root + a.eps) + decay * old);
 }
 
-#ifndef QUADS
 #define QUADS 2  // groups of 4 elements that a thread has in flight; llmc/cuda/adamw.py has the same number
-#endif
 
 // A thread's elements are 4 by 4, neighbours in neighbouring threads, so that every access of a warp covers whole sectors.
 // All loads are under way before anything else is asked for. The tensor is looked up once per block, and once more by

@@ -86,8 +86,9 @@ extern "C" __global__ void wpe_backward_kernel1(floatG* dwpe, const floatX* dout
     accumulate(dwpe, i, sum, noise(WPE, seed[0]));
 }
 
-// One thread per 16 bytes of dwpe. grid ceil(T*C / x128::size / block); C % x128::size == 0.
-extern "C" __global__ void wpe_backward_kernel2(floatG* dwpe, const floatX* dout, const u32* seed, int B, int T, int C) {
+// One thread per 16 bytes of dwpe. grid ceil(T*C / x128::size / block), block up to 128; C % x128::size == 0.
+extern "C" __global__ void __launch_bounds__(128, 1)
+wpe_backward_kernel2(floatG* dwpe, const floatX* dout, const u32* seed, int B, int T, int C) {
     i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * x128::size;
     if (i >= (i64)T * C) { return; }
     float sum[x128::size] = {};
@@ -369,7 +370,7 @@ wte_backward_kernel4(floatG* dwte, float* partials, const floatX* dout, const in
 
 // wte_combine_kernel3, which finds out first, all threads at once, how many pieces the token reaches: their sums are then
 // loaded several at a time.
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, 1)
 wte_combine_kernel4(floatG* dwte, const float* partials, const int* tokens, const u32* seed, int N, int C) {
     int begin = blockIdx.x * PIECE, next = begin + PIECE;
     if (next >= N) { return; }
@@ -384,9 +385,23 @@ wte_combine_kernel4(floatG* dwte, const float* partials, const int* tokens, cons
     } while (found == blockDim.x);
     int c = (blockIdx.y * blockDim.x + threadIdx.x) * x128::size;
     if (c >= C) { return; }
+    constexpr int size = f128::size, parts = x128::size / size;
     float sum[x128::size] = {};
-    add_partial(sum, partials + ((i64)blockIdx.x * 2 + 1) * C + c);
-#pragma unroll 8
-    for (int piece = 1; piece <= pieces; piece++) { add_partial(sum, partials + ((i64)blockIdx.x + piece) * 2 * C + c); }
+    partials += (i64)blockIdx.x * 2 * C + c;
+    add_partial(sum, partials + C);
+    for (int piece = 1; piece <= pieces; piece += AHEAD) {
+        f128 values[AHEAD][parts];
+#pragma unroll
+        for (int a = 0; a < AHEAD; a++) {
+            for (int p = 0; p < parts; p++) {
+                bool there = piece + a <= pieces;
+                values[a][p] = there ? load128(partials + (i64)(piece + a) * 2 * C + p * size) : zeros128<float>();
+            }
+        }
+#pragma unroll
+        for (int a = 0; a < AHEAD; a++) {
+            for (int k = 0; k < x128::size; k++) { sum[k] += values[a][k / size][k % size]; }
+        }
+    }
     accumulate128(dwte, (i64)token * C + c, sum, noise(WTE, seed[0]));
 }

@@ -366,6 +366,7 @@ layernorm_backward_combine_kernel(floatG* dweight, floatG* dbias, const float* p
     int column = blockIdx.x * 32 + threadIdx.x;
     float sum = 0.0f;
     if (column < 2 * C) {
+#pragma unroll 8
         for (int slice = threadIdx.y; slice < slices; slice += 32) { sum += partials[(i64)slice * 2 * C + column]; }
     }
     sums[threadIdx.y][threadIdx.x] = sum;
@@ -459,10 +460,8 @@ layernorm_backward_kernel3(floatX* dinp, float* partials, const floatX* dout, co
     }
 }
 
-#ifndef RING_STAGES
-#define RING_STAGES 2
-#endif
-#define RING_PACKS 3   // packs of a row that a thread holds; llmc/cuda/layernorm.py has the same three numbers
+#define RING_PACKS 3   // packs of a row that a thread holds; llmc/cuda/layernorm.py has the same two numbers
+#define RING_STAGES 2  // rows: one that is worked on, one on its way
 #define RING_ARRAYS 3  // dout, inp, dinp
 
 // Everything in one pass; rows arrive in shared memory while earlier ones are worked on. A thread copies the packs that it
