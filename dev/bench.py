@@ -577,7 +577,8 @@ def append_csv(path, b, results):
     """A row for each timed version."""
     common = {"bench": "op", "date": datetime.date.today().isoformat(), "commit": commit()}
     common |= {"device": b.describe().split(",")[0], "software": software(b)} | b.ceilings
-    rows = [common | {k: v for k, v in r.items() if k not in ("calls", "graph")} for r in results if "p50" in r]
+    names = {q: f"us_{q}" for q in ("p50", "p20", "p80")} | {"calls": None, "graph": None}
+    rows = [common | {names.get(k, k): v for k, v in r.items() if names.get(k, k)} for r in results if "p50" in r]
     append_rows(path, [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows])
 
 
@@ -599,18 +600,19 @@ def append_rows(path, rows):
 def compare(old, results):
     """Prints what is faster or slower than in an earlier CSV by more than the spread of both (p20 to p80)."""
     with open(old, newline="") as file:
-        before = {tuple(r[k] for k in ("op", "shape", "dtype", "version")): r for r in csv.DictReader(file)}
+        rows = [r for r in csv.DictReader(file) if r["bench"] == "op"]
+    before = {tuple(r[k] for k in ("op", "shape", "dtype", "version")): r for r in rows}
     moved = 0
     print(f"\nmoved against {old}:")
     for r in results:
         was = before.get(tuple(r[k] for k in ("op", "shape", "dtype", "version")))
         if was is None or "p50" not in r:
             continue
-        faster, slower = r["p80"] < float(was["p20"]), r["p20"] > float(was["p80"])
+        faster, slower = r["p80"] < float(was["us_p20"]), r["p20"] > float(was["us_p80"])
         if faster or slower:
             moved += 1
-            change = f"{float(was['p50']):.1f} -> {r['p50']:.1f} us"
-            ratio = float(was["p50"]) / r["p50"]
+            change = f"{float(was['us_p50']):.1f} -> {r['p50']:.1f} us"
+            ratio = float(was["us_p50"]) / r["p50"]
             name = f"{r['op']} {r['version']} ({r['shape']})"
             print(f"  {'faster' if faster else 'SLOWER'}  {name:<70} {change}, x {ratio:.2f}, was {was['commit']}")
     print(f"  {moved} moved, the rest is within the noise")

@@ -35,12 +35,12 @@ def test_bench_all_on_the_cpu(tmp_path, capsys, monkeypatch):
     assert {row["op"] for row in json.loads(last)["rows"]} == names
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    assert {row["op"] for row in rows} == names and all(float(row["p50"]) > 0 for row in rows)
+    assert {row["op"] for row in rows} == names and all(float(row["us_p50"]) > 0 for row in rows)
 
-    rows[0]["p20"], rows[1]["p80"] = "1e12", "1e-12"  # the first was slower than anything, the second faster
+    rows[0]["us_p20"], rows[1]["us_p80"] = "1e12", "1e-12"  # the first was slower than anything, the second faster
     path.unlink()
     bench.append_rows(path, rows)
-    now = [{k: float(v) if k in ("p20", "p50", "p80") else v for k, v in row.items()} for row in rows]
+    now = [row | {q: float(row[f"us_{q}"]) for q in ("p20", "p50", "p80")} for row in rows]
     now[0]["p20"], now[1]["p80"] = now[0]["p50"], now[1]["p50"]
     bench.compare(path, now[:2])
     text = capsys.readouterr().out
