@@ -51,7 +51,7 @@ class GPT2(nn.Module):
         self.lnf = nn.LayerNorm(C)
         self.head = nn.Linear(C, config.padded_vocab_size, bias=False)
         self.head.weight = self.wte.weight
-        self.classes = config.padded_vocab_size  # as nanoGPT; vocab_size gives llmc's loss, which leaves the padding out
+        self.classes = config.padded_vocab_size  # as nanoGPT; with vocab_size the loss is that of llmc
 
     def forward(self, x, y):
         h = self.wte(x) + self.wpe.weight[: x.shape[1]]
