@@ -126,6 +126,7 @@ def max_positions(C, Vp, dtype):
     encoder_forward counts 16-byte pieces of (B*T, C) in 32 bits. The fp32 matmul has B*T / 128 blocks in the second
     direction of its grid, which ends at 65535; the others have all their blocks in the first, up to 2^31 - 1. Positions
     themselves are 32-bit everywhere: half of that leaves room for sums with block sizes.
+    Tried on an H200: bf16 with 3.6e10 logits and 2.2e9 elements in fch, fp32 with 8.4 million positions.
     """
     itemsize = np.dtype(dtype).itemsize
     pieces = (2**31 - 1) * (16 // itemsize) // C
