@@ -186,7 +186,7 @@ class DataLoader:
         num_tokens = [self._check(path).num_tokens for path in self.paths]
         self.num_tokens = sum(num_tokens)
         num_samples = [(n - 1) // (count * rows * self.T) for n in num_tokens]
-        own = (count, rows, stream, row) == (self.num_processes, self.B, 0, 0)
+        self._own = own = (count, rows, stream, row) == (self.num_processes, self.B, 0, 0)  # llm.c's order
         self._indices = [self.rank] if own else list(range(count))
         self._streams = [Stream(num_samples, 42 + s if self.should_shuffle else None) for s in self._indices]
         self._stream = self._streams[0 if own else self.rank % count]
@@ -291,8 +291,10 @@ class DataLoader:
                     self._check_ids(path, position, np.fromfile(file, header.dtype, 1 << 20))
 
     def state(self):
-        """The position, to be saved: Stream.state() of this rank's stream, and `streams`, which llm.c has not.
+        """The position, to be saved: what llm.c keeps, and `streams`, which llm.c has not.
 
+        In llm.c's order the former is Stream.state() of this rank's stream. In another order, which llm.c could not go
+        on with, it is where llm.c's loader of this rank would be as many tokens into its first epoch.
         streams: count, rows, T, next (whose turn it is), row (used of its sample), and others, the states of streams
         that no rank has as its own, shared out over the ranks. JSON can hold it.
         """
@@ -302,11 +304,22 @@ class DataLoader:
                 k: v.hex() if isinstance(v, bytes) else getattr(v, "tolist", lambda v=v: v)() for k, v in state.items()
             }
 
-        others = {
-            s: plain(self._streams[s].state()) for s in range(self.rank, self.num_streams, self.num_processes)[1:]
-        }
+        shared = [] if self._own else range(self.rank, self.num_streams, self.num_processes)
+        others = {s: plain(self._streams[s].state()) for s in shared}
         streams = dict(count=self.num_streams, rows=self.rows, T=self.T, next=self._next, row=self._row, others=others)
-        return self._stream.state() | dict(streams=streams)
+        return (self._stream.state() if self._own else self._llmc_state()) | dict(streams=streams)
+
+    def _llmc_state(self):
+        batch, ours = self.num_processes * self.B * self.T, self._streams[0]
+        num_samples = [(read_shard_header(path).num_tokens - 1) // batch for path in self.paths]
+        stream = Stream(num_samples, 42 + self.rank if self.should_shuffle else None)
+        samples = sum(ours.num_samples[shard] for shard in ours.shards[: ours.shard]) + ours.sample
+        done = samples * self.num_streams * self.rows * self.T // batch
+        while done > len(stream.samples) and stream.shard < len(stream.shards) - 1:
+            done -= len(stream.samples)
+            stream.open(stream.shard + 1)
+        stream.sample = min(done, len(stream.samples))
+        return stream.state()
 
     def load_state(self, state):
         """load_states of one rank: the only one, or one whose stream no other rank reads (llm.c's order, same P)."""
@@ -326,7 +339,8 @@ class DataLoader:
         self._make_streams(about["count"], about["rows"], about["next"], about["row"])
         found = {}
         for rank, state in enumerate(states):
-            found[rank % about["count"]] = state
+            found.setdefault(rank % about["count"], state)
+        for state in states:
             found.update({int(s): other for s, other in state.get("streams", {}).get("others", {}).items()})
         for s, stream in zip(self._indices, self._streams, strict=True):
             self._load_stream(stream, found[s], hint)
