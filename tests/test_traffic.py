@@ -33,7 +33,7 @@ TABLE = {
     "layernorm_forward": (2097408, 2228224, 294912, 0),
     "residual_forward": (4194304, 2097152, 196608, 0),
     "fused_residual_forward": (4194560, 4325376, 425984, 0),
-    "layernorm_backward": (6558080, 2232576, 307840, 488064),
+    "layernorm_backward": (6693248, 2367744, 320512, 500736),
     "matmul_forward fc": (263168, 262144, 16448, 12288),
     "matmul_backward fc": (663552, 173056, 26144, 21760),
     "matmul_forward fcproj": (262400, 32768, 9232, 7680),
