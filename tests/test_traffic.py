@@ -50,7 +50,7 @@ TABLE = {
 # Bytes moved over the fewest possible, for ops whose time is that of their bytes
 LIMITS = {
     "encoder_forward": 1.1,
-    "encoder_backward": 2.0,  # dout is read for each of the two tables, and the tokens are sorted: sums in a fixed order
+    "encoder_backward": 2.0,  # dout is read for each table, and tokens are sorted: sums in a fixed order
     "layernorm_forward": 1.1,
     "residual_forward": 1.1,
     "fused_residual_forward": 1.1,
