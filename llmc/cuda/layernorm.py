@@ -9,7 +9,7 @@ BACKWARD_ELEMENTS = 24  # elements of a row that a thread of the one-pass backwa
 ROW_PACKS, ROW_THREADS = 3, 64  # of the forward kernels 4, and the same in kernels/layernorm.cu; threads of a block
 RING_PACKS, RING_STAGES = 3, 2  # kernels/layernorm.cu has the same numbers
 RING_THREADS = 128  # of a block of layernorm_backward4
-RING_SLICES = 528  # its blocks, on every GPU the same: four on each of 132 multiprocessors, which is as many as fit there
+RING_SLICES = 264  # its blocks, on every GPU the same: two on each of 132 multiprocessors
 MAX_SLICES = 1024  # slices of rows with sums of their own; a constant, so that every GPU adds in the same order
 
 
