@@ -654,7 +654,8 @@ def prune_stray(folder):
     of a run that resumes, on rank 0, before any rank writes. Returns the removed names.
     """
     names, steps = list_folder(folder), checkpoint_steps(folder)
-    temporary = r"\.(model_\d+\.bin|state_\d+_\d+\.bin|DONE_\d+|main\.log|metrics\.jsonl|nonfinite_\d+_\d+\.npz)\.\d+\.tmp"
+    ours = r"model_\d+\.bin|state_\d+_\d+\.bin|DONE_\d+|main\.log|metrics\.jsonl|nonfinite_\d+_\d+\.npz"
+    temporary = rf"\.({ours})\.\d+\.tmp"
     stray = [name for name in names if re.fullmatch(temporary, name)]
     for state in names:
         match = re.fullmatch(r"state_(\d{8,})_\d{5,}\.bin", state)
