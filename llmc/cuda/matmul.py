@@ -1,7 +1,7 @@
 """The linear layers: kernels/matmul.cu has the math, the layouts and the table of versions.
 
-matmul_forward1 .. 5 and matmul_backward1 .. 5 have the whole contract of the public functions, which choose the version
-for the dtype: 5 (tensor cores) for bf16 and fp16, 3 (FFMA) for fp32.
+matmul_forward1 .. 7 and matmul_backward1 .. 7 have the whole contract of the public functions, which choose the version
+for dtype and GPU: for bf16 and fp16 7 (kernels/matmul_sm90.cu) at compute capability 9.0 and 5 elsewhere, 3 for fp32.
 """
 
 import numpy as np
@@ -12,7 +12,8 @@ from . import module
 
 TILE = 128  # kernels 3, 4, 5: outputs of a block, in both directions
 STAGES = {4: 1, 5: 3}  # kernels 4, 5: tiles in flight
-SIXTEEN_BIT = (4, 5)  # versions for bf16 and fp16 alone
+SIXTEEN_BIT = (4, 5, 6, 7)  # versions for bf16 and fp16 alone
+HOPPER = (6, 7)  # versions for compute capability 9.0 alone: kernels/matmul_sm90.cu
 BIAS_PARTS = 128  # most row ranges of the bias gradient
 # Weight gradient: as many token ranges as bring output tiles x ranges near this number, of 128 tokens or more each. It
 # fills GPUs of 108 to 132 SMs with two blocks each three times over; a constant, so that results do not depend on the
@@ -22,6 +23,10 @@ WGRAD_BLOCKS, MIN_TOKENS = 792, 128
 
 def ceil_div(a, b):
     return -(-a // b)
+
+
+def production(dtype):
+    return 3 if dtype == np.float32 else 7 if module.capability() == 90 else 5
 
 
 def wgrad_splits(BT, C, OC):
@@ -39,8 +44,27 @@ def bias_parts(BT):
 
 def matmul_scratch_size(B, T, C, OC):
     """f32 elements of scratch that matmul_backward wants: partial sums of the weight or the bias gradient."""
-    splits = wgrad_splits(B * T, C, OC)
+    splits = max(wgrad_splits(B * T, C, OC), wgrad_splits_sm90(B * T, C, OC))
     return max(splits * OC * C if splits > 1 else 0, bias_parts(B * T) * OC)
+
+
+def wgrad_splits_sm90(BT, C, OC):
+    """The same for kernels 6 and 7: the number of ranges that leaves 132 multiprocessors idle least; writing and adding
+    one set of partial sums takes as long as 1000 tokens. A constant too."""
+    tiles = ceil_div(OC, 128) * ceil_div(C, 192)
+
+    def wasted(splits):
+        return 1 - tiles * splits / (132 * ceil_div(tiles * splits, 132)) + 1000 * splits / BT
+
+    return min(range(1, max(1, min(16, BT // MIN_TOKENS)) + 1), key=wasted)
+
+
+def launch_sm90(name, version, dtype, M, N, args, splits=1, defines=()):
+    """Kernels 6 and 7: each block takes every so many'th tile."""
+    tiles = ceil_div(M, 128) * ceil_div(N, 192) * splits
+    defines, smem = (f"RUNG={version}", *defines), 4 * 40960 + 32768 + 80 + 1024
+    kernel = module.kernel("matmul_sm90.cu", f"matmul_{name}_sm90", dtype, defines, smem, "sm_90a")
+    kernel((min(tiles, module.multiprocessors()),), (384,), args, shared_mem=smem)
 
 
 def launch(name, version, dtype, M, N, args, repeat=1, defines=()):
@@ -68,7 +92,12 @@ def forward(version, out, inp, weight, bias, pre_gelu):
     assert pre_gelu is None or pre_gelu.shape == out.shape, (pre_gelu.shape, out.shape)
     assert C % 8 == 0 and OC % 8 == 0, (C, OC)  # 16-byte accesses
     assert all(x is None or x.dtype == out.dtype for x in (inp, weight, bias, pre_gelu)), out.dtype
-    launch("forward", version, out.dtype, BT, OC, (out, pre_gelu, inp, weight, bias, i32(BT), i32(OC), i32(C)))
+    sizes = i32(BT), i32(OC), i32(C)
+    if version in HOPPER:
+        operands = module.tensor_map(inp, BT, C, 128), module.tensor_map(weight, OC, C, 192)
+        launch_sm90("forward", version, out.dtype, BT, OC, (out, pre_gelu, *operands, bias, *sizes))
+    else:
+        launch("forward", version, out.dtype, BT, OC, (out, pre_gelu, inp, weight, bias, *sizes))
 
 
 def backward(version, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate):
@@ -84,14 +113,21 @@ def backward(version, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu
     assert scratch.size >= matmul_scratch_size(1, BT, C, OC), (scratch.size, BT, C, OC)
     if dbias is not None:
         bias_grad(1 if version == 1 else 2, dbias, scratch, dout, BT, OC, accumulate, defines)
-    launch("dgrad", version, dtype, BT, C, (dinp, dout, weight, pre_gelu, i32(BT), i32(C), i32(OC)))
-    sizes = i32(OC), i32(C), i32(BT)
-    if version not in (3, 5):
-        launch("wgrad", version, dtype, OC, C, (dweight, dout, inp, *sizes, accumulate), defines=defines)
-        return
-    splits = wgrad_splits(BT, C, OC)
-    args = (dweight, scratch, dout, inp, *sizes, i32(splits), accumulate)
-    launch("wgrad", version, dtype, OC, C, args, splits, defines)
+    sizes, wgrad_sizes = (i32(BT), i32(C), i32(OC)), (i32(OC), i32(C), i32(BT))
+    if version in HOPPER:
+        map_dout, map_inp = module.tensor_map(dout, BT, OC, 64), module.tensor_map(inp, BT, C, 64)
+        operands = module.tensor_map(dout, BT, OC, 128), module.tensor_map(weight, OC, C, 64)
+        launch_sm90("dgrad", version, dtype, BT, C, (dinp, *operands, pre_gelu, *sizes))
+        splits = wgrad_splits_sm90(BT, C, OC)
+        args = (dweight, scratch, map_dout, map_inp, *wgrad_sizes, i32(splits), accumulate)
+        launch_sm90("wgrad", version, dtype, OC, C, args, splits, defines)
+    else:
+        launch("dgrad", version, dtype, BT, C, (dinp, dout, weight, pre_gelu, *sizes))
+        splits, args = 1, (dweight, dout, inp, *wgrad_sizes, accumulate)
+        if version in (3, 5):
+            splits = wgrad_splits(BT, C, OC)
+            args = (dweight, scratch, dout, inp, *wgrad_sizes, i32(splits), accumulate)
+        launch("wgrad", version, dtype, OC, C, args, splits, defines)
     if splits > 1:
         args = (dweight, scratch, i64(OC * C), i32(splits), accumulate)
         module.kernel("matmul.cu", "matmul_wgrad_reduce", dtype, defines)((ceil_div(OC * C, 2048),), (256,), args)
@@ -130,6 +166,14 @@ def matmul_forward5(out, inp, weight, bias=None, pre_gelu=None):
     forward(5, out, inp, weight, bias, pre_gelu)
 
 
+def matmul_forward6(out, inp, weight, bias=None, pre_gelu=None):
+    forward(6, out, inp, weight, bias, pre_gelu)
+
+
+def matmul_forward7(out, inp, weight, bias=None, pre_gelu=None):
+    forward(7, out, inp, weight, bias, pre_gelu)
+
+
 def matmul_backward1(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
     backward(1, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
 
@@ -150,6 +194,14 @@ def matmul_backward5(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=
     backward(5, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
 
 
+def matmul_backward6(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
+    backward(6, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
+
+
+def matmul_backward7(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
+    backward(7, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
+
+
 def matmul_forward(out, inp, weight, bias=None, pre_gelu=None):
     """out = inp @ weight^T + bias;  with pre_gelu: pre_gelu = inp @ weight^T + bias, out = gelu(pre_gelu)
 
@@ -160,7 +212,7 @@ def matmul_forward(out, inp, weight, bias=None, pre_gelu=None):
     Errors: AssertionError on shape or dtype mismatch; never copies, casts, allocates or synchronises.
     Source: llm.c llmc/matmul.cuh matmul_forward_cublaslt.
     """
-    forward(3 if out.dtype == np.float32 else 5, out, inp, weight, bias, pre_gelu)
+    forward(production(out.dtype), out, inp, weight, bias, pre_gelu)
 
 
 def matmul_backward(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
@@ -175,5 +227,4 @@ def matmul_backward(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=N
     Errors: AssertionError on shape or dtype mismatch; never copies, casts, allocates or synchronises.
     Source: llm.c llmc/matmul.cuh matmul_backward.
     """
-    version = 3 if dinp.dtype == np.float32 else 5
-    backward(version, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
+    backward(production(dinp.dtype), dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)

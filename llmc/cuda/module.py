@@ -39,6 +39,8 @@ GPT2_FILES = (  # what a GPT-2 training step uses, and compile_all compiles
     "global_norm.cu",
 )
 
+HOPPER_FILES = {"matmul_sm90.cu": ("RUNG=7",)}  # with their defines: also, in bf16 and fp16 at compute capability 9.0
+
 compilations = []  # (file, dtype, defines) of each module this process compiled; a warm disk cache leaves it empty
 check_launches = False  # train --check: synchronise after every launch and name the kernel that failed
 
@@ -86,6 +88,12 @@ def capability():
     if found < min(MIN_CAPABILITY.values()):
         raise UserError(f"compute capability {found / 10} is below 7.5 (Turing). HINT: use a newer GPU or --device cpu")
     return found
+
+
+@functools.cache
+def multiprocessors():
+    """Multiprocessors of the current device: the grid of kernels whose blocks stay. No result may depend on it."""
+    return import_cupy().cuda.Device().attributes["MultiProcessorCount"]
 
 
 def grad_defines(dtype, grads):
@@ -218,10 +226,9 @@ def _tensor_map(address, is_bfloat16, rows, columns, box_rows):
     sizes, strides = (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(columns * 2)
     box, steps = (ctypes.c_uint32 * 2)(64, box_rows), (ctypes.c_uint32 * 2)(1, 1)
     at, address = ctypes.c_void_p(found.ctypes.data), ctypes.c_void_p(address)
-    # no interleaving, 128-byte swizzle, L2 reads 256 bytes at a time, zeros outside: numbers of cuda.h
-    error = libcuda().cuTensorMapEncodeTiled(
-        at, 9 if is_bfloat16 else 6, 2, address, sizes, strides, box, steps, 0, 3, 3, 0
-    )
+    # type; 2-D; no interleaving, 128-byte swizzle, L2 reads 256 bytes at a time, zeros outside: the numbers of cuda.h
+    encode, dtype = libcuda().cuTensorMapEncodeTiled, 9 if is_bfloat16 else 6
+    error = encode(at, dtype, 2, address, sizes, strides, box, steps, 0, 3, 3, 0)
     assert error == 0, (error, address, rows, columns, box_rows)
     return found
 
@@ -239,12 +246,17 @@ def compile_all(dtype, defines=None):
     capability()  # one clear error instead of eight
     device, name = import_cupy().cuda.Device(), getattr(dtype, "name", dtype)
 
-    def compile_one(file):
+    jobs = [(file, (defines or {}).get(file, ()), None) for file in GPT2_FILES]
+    if capability() == 90 and name != "float32":
+        jobs += [(file, hopper, "sm_90a") for file, hopper in HOPPER_FILES.items()]
+
+    def compile_one(job):
+        file, file_defines, arch = job
         with device:  # a new thread starts on device 0
-            load(file, name, (defines or {}).get(file, ()))
+            load(file, name, file_defines, arch)
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        list(pool.map(compile_one, GPT2_FILES))
+        list(pool.map(compile_one, jobs))
 
 
 def one_line(error):

@@ -9,9 +9,10 @@ when it has ended; what it did wrong is raised as KernelFault and then leaves th
 How it works
     The file is preprocessed by g++, with include/ in the place of CUDA's headers: simt_cuda.h (threadIdx, vector types,
     intrinsics), cuda_bf16.h, cuda_fp16.h, simt_ptx.h (tensor cores, ldmatrix, cp.async; kernels/ptx.cuh includes it
-    instead of its inline assembly when LLMC_SIMT is defined). `__shared__` declarations are rewritten into references
-    to the block's shared memory; nothing else changes, lines keep their numbers. Compiled libraries are kept in a
-    folder of the system's temporary directory, keyed by everything they depend on.
+    instead of its inline assembly when LLMC_SIMT is defined) and simt_ptx_sm90.h, likewise for ptx_sm90.cuh.
+    `__shared__` declarations are rewritten into references to the block's shared memory; nothing else changes, lines
+    keep their numbers. Compiled libraries are kept in a folder of the system's temporary directory, keyed by everything
+    they depend on.
     runtime.cpp runs the blocks one after another and a block's threads as fibers: each runs until it waits for others.
     Every launch runs three times on fresh copies of its arrays, with threads and blocks in forward, reverse and seeded
     random order, and must leave the same bits.
@@ -44,9 +45,10 @@ What it cannot see
     `volatile` or a fence of too small a scope inside a block goes unnoticed. Blocks that wait for each other do not end
     (timeout). Of several readers of an element only two are remembered, so a single order may miss a write after read.
     Neighbouring bytes of one 2-byte pair are told apart only for 1-byte accesses. Inline assembly, __device__ variables
-    that are written, textures, clusters, wgmma, TMA. Rounding of approximate instructions (__expf, rsqrtf) and the
-    order of sums inside the tensor cores are the CPU's; denormals are flushed as with -ftz=true; a * b + c is not
-    contracted. Registers, occupancy and speed.
+    that are written, textures, clusters. Kernels for sm_90a (TMA, mbarriers, wgmma: simt_ptx_sm90.h) run unchecked, in
+    one order: layouts, swizzles, the ring's logic and deadlocks show, races and accesses out of bounds do not.
+    Rounding of approximate instructions (__expf, rsqrtf) and the order of sums inside the tensor cores are the CPU's;
+    denormals are flushed as with -ftz=true; a * b + c is not contracted. Registers, occupancy and speed.
 
 Settings, `with simt.mode(...)`: orders=("forward",) for one run instead of three; fast=True compiles without
 instrumentation and runs straight on the arrays: for whole models, after the ops were checked. `with simt.traffic() as
@@ -568,17 +570,19 @@ class Compiled:
 class Kernel:
     """One kernel of one file and dtype; called like a CuPy RawKernel. Compiled on the first launch in each mode."""
 
-    def __init__(self, file, name, dtype_name, defines, smem):
+    def __init__(self, file, name, dtype_name, defines, smem, hopper):
         self.file, self.name, self.dtype_name, self.defines, self.smem = file, name, dtype_name, defines, smem
+        self.hopper = hopper  # uses what is defined in simt_ptx_sm90.h
         self.compiled = {}
 
     def fault(self, kind, text, **attributes):
         return KernelFault(f"{self.name}: {kind}: {text}", kernel=self.name, kind=kind, **attributes)
 
     def __call__(self, grid, block, args, shared_mem=0):
-        if fast not in self.compiled:
-            self.compiled[fast] = Compiled(self.file, self.name, self.dtype_name, self.defines, fast)
-        code = self.compiled[fast]
+        unchecked = fast or self.hopper
+        if unchecked not in self.compiled:
+            self.compiled[unchecked] = Compiled(self.file, self.name, self.dtype_name, self.defines, unchecked)
+        code = self.compiled[unchecked]
         grid, block = ([*(max(1, int(n)) for n in dims), 1, 1][:3] for dims in (grid, block))
         self.check_launch(code, grid, block, shared_mem)
         values, arrays = self.pack(code, args)
@@ -594,11 +598,11 @@ class Kernel:
             code.dynamic_align,
             0,
             1,
-            not fast,
+            not unchecked,
             TIMEOUT,
         )
         with lock:
-            if fast:
+            if unchecked:
                 for i, _, array, _ in arrays:
                     values[i][0] = array.ctypes.data
                 self.run(code, launch, "forward")
@@ -786,7 +790,12 @@ def type_name(kind, size):
 
 
 @functools.cache
-def kernel(file, name, dtype, defines=(), smem=0, **ignored):
+def kernel(file, name, dtype, defines=(), smem=0, arch=None, strict=False):
     """The kernel `name` of kernels/<file>, compiled for `dtype` -> callable(grid, block, args, shared_mem=0).
     Mirrors llmc.cuda.module.kernel; `file` may also be an absolute path."""
-    return Kernel(str(file), name, getattr(dtype, "name", dtype), tuple(defines), smem)
+    return Kernel(str(file), name, getattr(dtype, "name", dtype), tuple(defines), smem, arch == "sm_90a")
+
+
+def tensor_map(array, rows, columns, box_rows):
+    """Mirrors llmc.cuda.module.tensor_map; simt_ptx_sm90.h reads it."""
+    return np.array([array.ctypes.data, rows, columns, box_rows, *[0] * 12], np.uint64).view("V128")

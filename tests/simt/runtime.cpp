@@ -1068,6 +1068,18 @@ extern "C" u32 simt_active_mask() {
     return mask;
 }
 
+// Threads that wait for an mbarrier run again and again; many thousand rounds without the end of a phase are a deadlock.
+static u64 vain;
+extern "C" void simt_progress() { vain = 0; }
+extern "C" void simt_yield(At at) {
+    if (++vain > (u64)10000 * thread_count) {
+        fail("deadlock", at, "%s waits for an mbarrier whose phase does not end", name_of(self));
+    }
+    ready.insert(ready.begin(), self);
+    run_next();
+}
+extern "C" char* simt_shared_memory() { return memory; }
+
 // Nobody can run and somebody has not exited: says who waits where for whom.
 static void report_deadlock() {
     for (u32 i = 0; i < thread_count; ++i) {
@@ -1426,7 +1438,7 @@ static int find_image(dl_phdr_info* info, size_t, void*) {
 }
 
 static void run_block() {
-    barrier_arrived = 0;
+    barrier_arrived = 0, vain = 0;
     for (auto& waiting : gatherings) { waiting.clear(); }
     ready.clear();
     if (launch.checked) {

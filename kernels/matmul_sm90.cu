@@ -1,0 +1,347 @@
+// The three products of kernels/matmul.cu (math, layouts and contract there) on Hopper's own units, sm_90a: TMA copies
+// tiles into shared memory, wgmma multiplies them from there. bf16, fp16. All tensors as stored, nothing is transposed.
+//
+// A block is three warpgroups. One thread of the first fills a ring of stages with tiles of a and b, 64 of k each, and
+// waits for stages to become free; the other two multiply. An mbarrier for each stage says that it is full, another
+// that it is empty. Blocks stay: one on each multiprocessor, each takes every so many'th tile of the output.
+//
+// TFLOP/s on an H200 at B = 64, T = 1024, GPT-2 124M, bf16, one run on 2026-11-24; in brackets the ratio to cuBLAS,
+// which makes the bare product. forward: with bias; dgrad, wgrad: bare; GELU: fc forward (two outputs), fcproj dgrad.
+// version | idea                                                | expected | forward    | dgrad, wgrad | GELU
+//       6 | two warpgroups share a tile of 128 x 192            | 610-660  | 500-643    | 606-736      | 381, 428
+//         |                                                     |          | (.76-.93)  | (.94-1.07)   | (.58, .72)
+//       7 | they take turns at tiles: one multiplies, the other | 670-700  | 645-699    | 666-766      | 484, 464
+//         | rounds, adds, stores. Production at capability 9.0  |          | (.91-1.15) | (.95-1.20)   | (.74, .78)
+// Less than expected forward and with GELU: the loads of bias and pre_gelu at the end of a tile seem to queue behind
+// its stores. A first form of 7 that stored by TMA had 679-753 forward (1.04-1.17), 550 and 494 with GELU (.92, .82),
+// in another run. Clusters of two blocks that share the tiles of b by multicast gave nothing (0.98 to 1.02 of 7).
+//
+// Source: the structure is that of CUTLASS's warp-specialised kernels; P. Bansal, "Outperforming cuBLAS on H100".
+#include "ptx_sm90.cuh"
+
+#ifndef RUNG
+#define RUNG 7
+#endif
+
+constexpr int FORWARD = 0, DGRAD = 1, WGRAD = 2;
+constexpr bool TURNS = RUNG == 7;                      // the consumers take turns at tiles
+constexpr int ROWS = 128, COLUMNS = 192, DEPTH = 64;   // outputs of a tile; k of a stage: 128 bytes, as TMA swizzles
+constexpr int OWN_ROWS = TURNS ? ROWS : ROWS / 2;      // that a consumer makes
+constexpr int HALVES = OWN_ROWS / 64, BOXES = COLUMNS / 64;
+constexpr int STAGES = 4;
+constexpr int BOX = 64 * DEPTH * 2;                    // bytes of 64 x 64 values
+constexpr int A_BYTES = ROWS * DEPTH * 2, STAGE_BYTES = A_BYTES + COLUMNS * DEPTH * 2;
+constexpr int WARP_STAGING = 16 * 64 * 2;              // bytes of 16 rows of a box
+constexpr int CONSUMER_REGISTERS = 240, PRODUCER_REGISTERS = 24;  // 2 * 240 + 24 = 3 * 168, what 384 threads can have
+constexpr int BAND = 16;
+
+template <int OP> constexpr bool a_by_k = OP == WGRAD;
+template <int OP> constexpr bool b_by_k = OP != FORWARD;
+
+// One product and what to do with its result.
+struct Product {
+    int M, N, K;
+    int splits;              // WGRAD: ranges of k
+    floatX* out;             // (M, N), or null in WGRAD
+    const floatX* bias;      // (N) or null: added
+    floatX* gelu_input;      // (M, N) or null: the sum is stored here, and its gelu in out
+    const floatX* gelu_at;   // (M, N) or null: the sum is multiplied by gelu'(gelu_at)
+    floatG* grad;            // (M, N) in WGRAD, else null: the sum goes here
+    int accumulate;          // grad += instead of =
+    float* partials;         // with splits > 1: (splits, M, N), the sums go here instead
+};
+
+struct Shared {  // the block's shared memory, from a multiple of 1024 bytes
+    char stages[STAGES][STAGE_BYTES];
+    char staging[8][2][WARP_STAGING];  // of the consumers' warps
+    u64 full[STAGES], empty[STAGES];
+    u64 turns[2];  // consumer i may begin its next tile
+};
+
+struct Work {
+    int m, n, begin, end, split;  // first row and column of a tile; blocks of DEPTH of k
+};
+
+__device__ inline int work_items(const Product& p) { return ceil_div(p.M, ROWS) * ceil_div(p.N, COLUMNS) * p.splits; }
+
+// The order decides what the blocks running together share in L2: bands of 16 tile rows, within a band column by
+// column; all tiles of a range of k before the next range.
+__device__ inline Work work_item(const Product& p, int item) {
+    int rows = ceil_div(p.M, ROWS), columns = ceil_div(p.N, COLUMNS), blocks = ceil_div(p.K, DEPTH);
+    int split = item / (rows * columns), tile = item % (rows * columns);
+    int band = tile / (BAND * columns), in_band = tile % (BAND * columns), height = min(BAND, rows - band * BAND);
+    return {(band * BAND + in_band % height) * ROWS, in_band / height * COLUMNS, (int)((i64)split * blocks / p.splits),
+            (int)((i64)(split + 1) * blocks / p.splits), split};
+}
+
+// One thread: fills the stages in the order in which the consumers read them.
+template <int OP>
+__device__ inline void produce(const Product& p, const TensorMap& a, const TensorMap& b, Shared& shared) {
+    int stage = 0, phase = 0;
+    for (int item = blockIdx.x; item < work_items(p); item += gridDim.x) {
+        Work w = work_item(p, item);
+        for (int block = w.begin; block < w.end; block++) {
+            char* a_tile = shared.stages[stage];
+            char* b_tile = a_tile + A_BYTES;
+            u64* full = &shared.full[stage];
+            int k = block * DEPTH;
+            mbarrier_wait(&shared.empty[stage], phase ^ 1);
+            mbarrier_expect(full, STAGE_BYTES);
+            if (a_by_k<OP>) {
+#pragma unroll
+                for (int i = 0; i < ROWS / 64; i++) { tma_load(a_tile + i * BOX, a, w.m + i * 64, k, full); }
+            } else {
+                tma_load(a_tile, a, k, w.m, full);
+            }
+            if (b_by_k<OP>) {
+#pragma unroll
+                for (int i = 0; i < BOXES; i++) { tma_load(b_tile + i * BOX, b, w.n + i * 64, k, full); }
+            } else {
+                tma_load(b_tile, b, k, w.n, full);
+            }
+            if (++stage == STAGES) { stage = 0, phase ^= 1; }
+        }
+    }
+}
+
+// The end of a tile with 16-bit results. A warp passes a unit of 16 rows x 64 columns at a time through shared memory
+// of its own, so that a row of it is one 128-byte line of global memory; 16-byte pieces are swizzled there as TMA's.
+
+// Place of a piece of a unit.
+__device__ inline char* place(char* staging, int row, int piece) {
+    return staging + row * 128 + (piece ^ row % 8) * 16;
+}
+
+// f(place, offset in the output, inside) for the pieces of a unit that this lane copies, four rows by four.
+template <class F> __device__ inline void pieces(const Product& p, char* staging, int m, int n, int unit, F f) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row = lane / 8, piece = lane % 8;
+    int m0 = m + unit / BOXES * 64 + warp * 16 + row, column = n + unit % BOXES * 64 + piece * 8;
+    i64 at = (i64)m0 * p.N + column;
+#pragma unroll
+    for (int i = 0; i < 4; i++, at += 4 * p.N) {
+        forget(at);  // or all units' offsets are computed at once, and spilled
+        f(place(staging, row + 4 * i, piece), at, m0 + 4 * i < p.M && column < p.N);
+    }
+}
+
+// Starts to bring a unit of `from` (M, N) into the buffer where write_tile expects it.
+__device__ inline void read_unit(const Product& p, const floatX* from, char* staging, int m, int n, int unit) {
+    pieces(p, staging + unit % 2 * WARP_STAGING, m, n, unit,
+           [&](char* to, i64 at, bool inside) { cp_async_16(to, from + (inside ? at : 0), inside); });
+    cp_async_commit();
+}
+
+//   READ   the sum is added to (WGRAD) or multiplied by gelu' of (DGRAD) what is read from `other`, whose first unit is
+//          under way
+//   BOTH   FORWARD: the sum goes to `other`, its gelu to out
+template <int OP, bool READ, bool BOTH>
+__device__ inline void write_tile(const Product& p, floatX* out, floatX* other, float (&sums)[HALVES][COLUMNS / 2],
+                                  char* staging, int m, int n) {
+    constexpr int UNITS = HALVES * BOXES;
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int unit = 0; unit < UNITS; unit++) {
+        int half = unit / BOXES, box = unit % BOXES;
+        char* buffer = staging + (READ ? unit % 2 * WARP_STAGING : 0);
+        if (READ) {
+            if (unit + 1 < UNITS) {
+                read_unit(p, other, staging, m, n, unit + 1);
+                cp_async_wait<1>();
+            } else {
+                cp_async_wait<0>();
+            }
+            __syncwarp();
+        }
+        float bias[8][2] = {};
+        if (OP == FORWARD && p.bias) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                int column = n + box * 64 + i * 8 + lane % 4 * 2;
+                if (column < p.N) { unpack2(bias[i], *(const u32*)(p.bias + column)); }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {  // 16 columns: four 8 x 8 matrices, rows 0-7, 8-15 of the left, then the right
+            float* v = &sums[half][(box * 4 + i) * 8];
+            char* matrices = place(buffer, lane % 16, i * 2 + lane / 16);
+            u32 packed[4], second[4];
+            if (READ) {
+                ldmatrix_x4(second, matrices);
+                __syncwarp();
+            }
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float x[2] = {v[2 * j], v[2 * j + 1]}, y[2];
+                if (READ) {
+                    unpack2(y, second[j]);
+                    if (OP == WGRAD) {
+                        x[0] += y[0], x[1] += y[1];
+                    } else {
+                        x[0] *= gelu_grad(y[0]), x[1] *= gelu_grad(y[1]);
+                    }
+                }
+                if (OP == FORWARD) { x[0] += bias[2 * i + j / 2][0], x[1] += bias[2 * i + j / 2][1]; }
+                packed[j] = pack2(x[0], x[1]);
+                if (BOTH) {  // gelu of the rounded value, so that recomputing it from gelu_input gives the same bits
+                    unpack2(y, packed[j]);
+                    second[j] = pack2(gelu(y[0]), gelu(y[1]));
+                }
+            }
+            stmatrix_x4(matrices, packed);
+            if (BOTH) { stmatrix_x4(matrices + WARP_STAGING, second); }
+        }
+        __syncwarp();
+        pieces(p, buffer, m, n, unit, [&](char* from, i64 at, bool inside) {
+            if (inside) {
+                *(int4*)((BOTH ? other : out) + at) = *(int4*)from;
+                if (BOTH) { *(int4*)(out + at) = *(int4*)(from + WARP_STAGING); }
+            }
+        });
+        __syncwarp();
+    }
+}
+
+// The end of a tile with fp32 results: a lane has two neighbours in a row, four lanes a sector of 32 bytes.
+__device__ inline void write_floats(const Product& p, float* out, bool accumulate,
+                                    const float (&sums)[HALVES][COLUMNS / 2], int m, int n) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+#pragma unroll
+    for (int half = 0; half < HALVES; half++) {
+#pragma unroll
+        for (int j = 0; j < COLUMNS / 2; j += 2) {
+            int row = m + half * 64 + warp * 16 + lane / 4 + j / 2 % 2 * 8, column = n + j / 4 * 8 + lane % 4 * 2;
+            if (row < p.M && column < p.N) {
+                float2* at = (float2*)(out + (size_t)row * p.N + column);
+                float2 sum = make_float2(sums[half][j], sums[half][j + 1]);
+                if (accumulate) {
+                    float2 old = *at;
+                    sum.x += old.x, sum.y += old.y;
+                }
+                *at = sum;
+            }
+        }
+    }
+}
+
+template <int OP>
+__device__ inline void write(const Product& p, const Work& w, float (&sums)[HALVES][COLUMNS / 2], char* staging,
+                             int m) {
+    if constexpr (OP == FORWARD) {
+        if (p.gelu_input) {
+            write_tile<OP, false, true>(p, p.out, p.gelu_input, sums, staging, m, w.n);
+        } else {
+            write_tile<OP, false, false>(p, p.out, nullptr, sums, staging, m, w.n);
+        }
+    } else if constexpr (OP == DGRAD) {
+        if (p.gelu_at) {
+            write_tile<OP, true, false>(p, p.out, (floatX*)p.gelu_at, sums, staging, m, w.n);
+        } else {
+            write_tile<OP, false, false>(p, p.out, nullptr, sums, staging, m, w.n);
+        }
+    } else if (p.splits > 1) {
+        write_floats(p, p.partials + (size_t)w.split * p.M * p.N, false, sums, m, w.n);
+    } else if constexpr (sizeof(floatG) == 4) {
+        write_floats(p, (float*)p.grad, p.accumulate, sums, m, w.n);
+    } else if (p.accumulate) {
+        write_tile<OP, true, false>(p, (floatX*)p.grad, (floatX*)p.grad, sums, staging, m, w.n);
+    } else {
+        write_tile<OP, false, false>(p, (floatX*)p.grad, nullptr, sums, staging, m, w.n);
+    }
+}
+
+template <int OP> __device__ inline void consume(const Product& p, Shared& shared, int consumer) {
+    int lane = threadIdx.x % 32, first_row = TURNS ? 0 : consumer * OWN_ROWS;
+    char* staging = shared.staging[threadIdx.x / 32 - 4][0];
+    float sums[HALVES][COLUMNS / 2] = {};
+    const floatX* read = nullptr;  // what the end of a tile reads
+    if constexpr (OP == DGRAD) { read = p.gelu_at; }
+    if constexpr (OP == WGRAD && sizeof(floatG) == 2) {
+        if (p.accumulate && p.splits == 1) { read = (floatX*)p.grad; }
+    }
+    u32 stages = 0;  // that the consumers have come by so far
+    auto release = [&](u32 stage) {
+        if (lane == 0) { mbarrier_arrive(&shared.empty[stage % STAGES]); }
+    };
+    for (int item = blockIdx.x, turn = 0; item < work_items(p); item += gridDim.x, turn++) {
+        Work w = work_item(p, item);
+        int blocks = w.end - w.begin;
+        if (TURNS && turn % 2 != consumer) {
+            stages += blocks;
+            continue;
+        }
+        int m = w.m + first_row;
+        if (read) { read_unit(p, read, staging, m, w.n, 0); }
+        // Until the other has come to its last stage: before, full[] could still be two phases behind, which looks like
+        // the phase that is waited for.
+        if (TURNS) { mbarrier_wait(&shared.turns[consumer], (turn / 2 + 1 + consumer) & 1); }
+        for (int block = 0; block < blocks; block++, stages++) {
+            char* tile = shared.stages[stages % STAGES];
+            mbarrier_wait(&shared.full[stages % STAGES], stages / STAGES & 1);
+            u64 a = wgmma_operand(tile + first_row * DEPTH * 2, BOX), b = wgmma_operand(tile + A_BYTES, BOX);
+            wgmma_begin();
+#pragma unroll
+            for (int k = 0; k < DEPTH / 16; k++) {  // the next 16 of k: 32 bytes on in a row, or 16 rows of 128
+#pragma unroll
+                for (int half = 0; half < HALVES; half++) {
+                    wgmma<a_by_k<OP>, b_by_k<OP>>(sums[half], a + (k * (a_by_k<OP> ? 2048 : 32) + half * BOX) / 16,
+                                                  b + k * (b_by_k<OP> ? 2048 : 32) / 16, block > 0 || k > 0);
+                }
+            }
+            wgmma_commit();
+            if (block > 0) {
+                wgmma_wait<1>();  // the stage before has been read
+                release(stages - 1);
+            }
+        }
+        if (TURNS && lane == 0) { mbarrier_arrive(&shared.turns[consumer ^ 1]); }
+        wgmma_wait<0>();
+#pragma unroll
+        for (int half = 0; half < HALVES; half++) { wgmma_tie(sums[half]); }
+        release(stages - 1);
+        write<OP>(p, w, sums, staging, m);
+    }
+}
+
+template <int OP> __device__ inline void product(const Product& p, const TensorMap& a, const TensorMap& b) {
+    extern __shared__ char dynamic_shared[];
+    Shared& shared = *(Shared*)(dynamic_shared + (1024 - shared_address(dynamic_shared) % 1024) % 1024);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) {
+            mbarrier_init(&shared.full[i], 1);
+            mbarrier_init(&shared.empty[i], TURNS ? 4 : 8);  // an arrival from every warp that reads the stage
+        }
+        for (int i = 0; i < 2; i++) { mbarrier_init(&shared.turns[i], 4); }
+        mbarrier_init_done();
+    }
+    __syncthreads();
+    int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // tells the compiler that a warp has one role
+    if (warpgroup == 0) {
+        fewer_registers<PRODUCER_REGISTERS>();
+        if (threadIdx.x == 0) { produce<OP>(p, a, b, shared); }
+    } else {
+        more_registers<CONSUMER_REGISTERS>();
+        consume<OP>(p, shared, warpgroup - 1);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// entry points: grid at most one block for each multiprocessor, block 384, dynamic shared memory sizeof(Shared) + 1024.
+// Arguments as those of kernel 5 in matmul.cu, the operands as tensor maps. Boxes of rows x 64 columns: inp 128 and
+// weight 192 in forward, dout 128 and weight 64 in dgrad, dout and inp 64 in wgrad.
+// ---------------------------------------------------------------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(384, 1) matmul_forward_sm90(
+    floatX* out, floatX* pre_gelu, const __grid_constant__ TensorMap inp, const __grid_constant__ TensorMap weight,
+    const floatX* bias, int M, int N, int K) {
+    product<FORWARD>({M, N, K, 1, out, bias, pre_gelu, nullptr, nullptr, 0, nullptr}, inp, weight);
+}
+extern "C" __global__ void __launch_bounds__(384, 1) matmul_dgrad_sm90(
+    floatX* dinp, const __grid_constant__ TensorMap dout, const __grid_constant__ TensorMap weight,
+    const floatX* pre_gelu, int M, int N, int K) {
+    product<DGRAD>({M, N, K, 1, dinp, nullptr, nullptr, pre_gelu, nullptr, 0, nullptr}, dout, weight);
+}
+extern "C" __global__ void __launch_bounds__(384, 1) matmul_wgrad_sm90(
+    floatG* dweight, float* partials, const __grid_constant__ TensorMap dout, const __grid_constant__ TensorMap inp,
+    int M, int N, int K, int splits, int accumulate) {
+    product<WGRAD>({M, N, K, splits, nullptr, nullptr, nullptr, nullptr, dweight, accumulate, partials}, dout, inp);
+}

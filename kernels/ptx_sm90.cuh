@@ -1,0 +1,138 @@
+// Hopper's own instructions (sm_90a): mbarriers, TMA, wgmma, moving registers between warps. One inline function each.
+//
+// mbarrier: 8 bytes of shared memory that count arrivals, and bytes that TMA still has to bring. When both counts reach
+//   zero a phase ends and the next begins. A wait names the parity of the phase that has to have ended: 0 for the
+//   first, 1 for the second, 0 for the third; on a fresh barrier a wait for 1 passes. It cannot tell phases two apart.
+// TMA: one thread asks for a box of a 2-D array to be copied to shared memory. A TensorMap (llmc/cuda/module.py) holds
+//   the array's address and sizes and the box's: rows x 64 columns of 16 bits. Column and row may lie outside, where it
+//   brings zeros. In shared memory a row is 128 bytes, and the 16-byte piece c of row r lies at piece c ^ (r & 7):
+//   128-byte swizzle, by address bits, so a box starts at a multiple of 1024 bytes.
+// wgmma: a warpgroup (4 warps, the first a multiple of 4) computes d += a @ b for a (64 x 16) and b (16 x N) in shared
+//   memory, as TMA left them. An operand "by k" has a row of 64 m or n for every k; otherwise a row of 64 k for every m
+//   or n. Thread t of the warpgroup, w = t / 32, l = t % 32: its d[j] is row 16 w + l / 4 + 8 (j / 2 % 2), column
+//   8 (j / 4) + 2 (l % 4) + j % 2.
+//
+// Source: PTX ISA, "mbarrier", "Tensors", "cp.async.bulk.tensor", "Asynchronous Warpgroup Level Matrix Instructions".
+#pragma once
+#include "ptx.cuh"
+
+typedef unsigned long long u64;
+
+struct alignas(64) TensorMap {  // passed as `const __grid_constant__ TensorMap`
+    u64 words[16];
+};
+
+#ifdef LLMC_SIMT
+#include "simt_ptx_sm90.h"
+#else
+
+__device__ inline void mbarrier_init(u64* barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+// After the inits and before the __syncthreads that lets others, TMA among them, use the barriers.
+__device__ inline void mbarrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ inline void mbarrier_arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives, and announces bytes that TMA will bring.
+__device__ inline void mbarrier_expect(u64* barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+
+__device__ inline bool mbarrier_try_wait(u64* barrier, u32 parity) {
+    u32 ended;
+    asm volatile("{.reg .pred p;"
+                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;"
+                 "selp.u32 %0, 1, 0, p;}"
+                 : "=r"(ended)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+    return ended;
+}
+
+__device__ inline void tma_load(void* smem, const TensorMap& map, int column, int row, u64* barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3}], [%4];"
+                 ::"r"(shared_address(smem)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+// Registers per thread of this warpgroup from here on: 24 .. 256, a multiple of 8.
+template <int N> __device__ inline void fewer_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N> __device__ inline void more_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+__device__ inline void stmatrix_x4(void* smem, const u32 (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(smem)), "r"(r[0]),
+                 "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+
+// wgmma_begin before the first use of registers by wgmma, wgmma_commit after a group, wgmma_wait<N> until at most N
+// groups are under way. Between them the registers of d must not be touched; wgmma_tie stops the compiler from moving
+// uses across.
+__device__ inline void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N> __device__ inline void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+template <int SIZE> __device__ inline void wgmma_tie(float (&d)[SIZE]) {
+#pragma unroll
+    for (int i = 0; i < SIZE; i++) { asm volatile("" : "+f"(d[i])::"memory"); }
+}
+
+// What wgmma has to know of an operand in 128-byte swizzle: its address and two strides, all in units of 16 bytes.
+// Bits 0-13 address | 16-29 by k: from 64 of m or n to the next | 32-45 from 8 rows on, 1024 bytes | 62: swizzle
+__device__ inline u64 wgmma_operand(const void* smem, u32 panel_bytes) {
+    return (shared_address(smem) & 0x3ffffu) >> 4 | (u64)(panel_bytes >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
+}
+
+#ifdef TENSOR_CORES
+#ifdef ENABLE_BF16
+#define WGMMA_TYPES "bf16.bf16"
+#else
+#define WGMMA_TYPES "f16.f16"
+#endif
+#define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
+
+// d = a @ b, or d += a @ b if `add`, for N = twice the size of d.
+template <bool A_BY_K, bool B_BY_K> __device__ inline void wgmma(float (&d)[96], u64 a, u64 b, bool add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %98, 0;"
+                 "wgmma.mma_async.sync.aligned.m64n192k16.f32." WGMMA_TYPES
+                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31,"
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63,"
+                 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79,"
+                 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, "
+                 "%96, %97, p, 1, 1, %99, %100;}"
+                 : D16(0), D16(16), D16(32), D16(48), D16(64), D16(80)
+                 : "l"(a), "l"(b), "r"((int)add), "n"((int)A_BY_K), "n"((int)B_BY_K));
+}
+
+#undef D4
+#undef D16
+#endif  // TENSOR_CORES
+
+#endif  // LLMC_SIMT
+
+// Makes the compiler forget what it knows of a value, so that it does not compute what depends on it long before.
+__device__ inline void forget(i64& value) {
+#ifndef LLMC_SIMT
+    asm volatile("" : "+l"(value));
+#endif
+}
+
+// Waits until the phase with this parity has ended.
+__device__ inline void mbarrier_wait(u64* barrier, u32 parity) {
+    while (!mbarrier_try_wait(barrier, parity)) {}
+}
