@@ -14,7 +14,7 @@
 //         | rounds, adds, stores. Production at capability 9.0  |          | (.91-1.15) | (.95-1.20)   | (.74, .78)
 // Less than expected forward and with GELU: the loads of bias and pre_gelu at the end of a tile seem to queue behind
 // its stores. A first form of 7 that stored by TMA had 679-753 forward (1.04-1.17), 550 and 494 with GELU (.92, .82),
-// in another run. Clusters of two blocks that share the tiles of b by multicast gave nothing (0.98 to 1.02 of 7).
+// in another run. Clusters of two blocks that share the tiles of b by multicast gave nothing (0.94 to 1.02 of 7).
 //
 // Source: the structure is that of CUTLASS's warp-specialised kernels; P. Bansal, "Outperforming cuBLAS on H100".
 #include "ptx_sm90.cuh"
