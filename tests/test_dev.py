@@ -9,11 +9,19 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, op_set
 from reference import OPS, file_of
 
 from dev import bench, bench_all, bench_step, gpu_check, roofline
 from llmc import UserError, cpu, cuda, gpt2, rungs
+
+
+@pytest.fixture(autouse=True)
+def denormals():
+    """The benchmarks flush denormals, as training does; other tests in this process do not expect that."""
+    yield
+    torch.set_flush_denormal(False)
 
 
 def test_every_op_has_its_bench():

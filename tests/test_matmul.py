@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 # B, T, C, OC. 8456 output channels: past the point where llm.c overwrites bias gradients instead of accumulating them.
 SHAPES = [(1, 1, 8, 8), (2, 3, 16, 24), (1, 7, 40, 72), (3, 65, 24, 136), (1, 130, 72, 264)]
-# 17 tiles of 128 rows: more than a band. 4 tiles on 3 multiprocessors, more of k than a ring holds: turns, stages reused
+# 17 tiles of 128 rows: more than a band. 4 tiles on 3 multiprocessors, more of k than a ring holds: turns
 ROWS = [(1, 2100, 8, 136), (1, 390, 520, 8)]
 TOKENS = [(3, 257, 16, 24)]  # the weight gradient is summed in three ranges
 BIG = [(1, 3, 8, 8456), (1, 257, 768, 2304), (3, 257, 96, 384), (2, 130, 3072, 768)]
