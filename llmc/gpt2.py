@@ -470,9 +470,7 @@ class GPT2:
         ops, scratch = self.ops, self.scratch
         scalars = (scratch.hyper, scratch.norm_squared, beta1, beta2, eps, grad_clip)
         if self.share:
-            for arenas, tables in self.share.calls(
-                self.share.params, self.master, self.share.grads, self.m, self.v
-            ):
+            for arenas, tables in self.share.calls(self.share.params, self.master, self.share.grads, self.m, self.v):
                 ops.adamw_update(*arenas, *tables, *scalars)
             self.gather()
         else:
