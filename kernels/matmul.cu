@@ -27,9 +27,10 @@
 //       5 | 4 + ring of three stages filled by cp.async, fragments loaded one step | 350-420 (limit | 305 forward,
 //         | ahead, block order for L2, split-K for wgrad. bf16, fp16: production   | of mma.sync    | 288 backward:
 //         |                                                                        | about 620)     | 2026-11-23
-// Rungs 1 to 4: forward, backward of this shape, 2026-11-24. The figures of 5 are the mean over the products of a bf16 training step, bias gradients included. Less than
-// expected: per 16 of k the tensor cores need some 206 clocks for a 128 x 128 tile, and shared memory 128 for the
-// fragments and 64 for the copies, so the two have to overlap perfectly. Hopper's wgmma reads shared memory directly.
+// Rungs 1 to 4: forward, backward of this shape, 2026-11-24. The figures of 5 are the mean over the products of a bf16
+// training step, bias gradients included. Less than expected: per 16 of k the tensor cores need some 206 clocks for a
+// 128 x 128 tile, and shared memory 128 for the fragments and 64 for the copies, so the two have to overlap perfectly.
+// Hopper's wgmma reads shared memory directly: kernels/matmul_sm90.cu.
 //
 // Source: llm.c dev/cuda/matmul_forward.cu, dev/cuda/matmul_backward_bias.cu, llmc/matmul.cuh; the tile hierarchy is
 // the one of CUTLASS (Kerr et al. 2017, "CUTLASS: Fast Linear Algebra in CUDA C++").
@@ -597,8 +598,8 @@ extern "C" __global__ void __launch_bounds__(256) matmul_wgrad_reduce(
 // bias gradient: column sums of dout (M, N)
 //
 // version | idea                                                                   | expected       | measured
-//       1 | one thread per column: N threads for the whole GPU                     | 2-5 % of copy  | 0.49, 4.3
-//       2 | 256 columns x a range of rows per block, 16-byte loads; fp32 partials, | 70-90 % of     | 6.3, 6.2
+//       1 | one thread per column: N threads for the whole GPU                     | 2-5 % of copy  | not measured yet
+//       2 | 256 columns x a range of rows per block, 16-byte loads; fp32 partials, | 70-90 % of     | not measured yet
 //         | which a second kernel adds in order. Production                        | copy speed     |
 // ---------------------------------------------------------------------------------------------------------------------
 
