@@ -74,7 +74,8 @@ def test_every_op_has_its_test():
 
 
 def test_every_op_has_its_kernels():
-    assert names_in("kernels", "*.cu") == set(ref.OPS)
+    """An op's kernels for Hopper's own instructions may have a file of their own, such as matmul_sm90.cu."""
+    assert names_in("kernels", "*.cu") - {f"{op}_sm90" for op in ref.OPS} == set(ref.OPS)
 
 
 def test_docstrings_state_shapes_and_source(either):
