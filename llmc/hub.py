@@ -8,6 +8,7 @@ all ranks within a millisecond of the first death: the hub is left to say which 
 import contextlib
 import json
 import os
+import queue
 import selectors
 import socket
 import sys
@@ -19,6 +20,7 @@ from llmc import UserError
 BEAT = 2.0  # seconds between signs of life
 SILENCE = 20.0  # seconds without one after which a rank counts as dead
 CONNECT = 120.0  # seconds for all ranks to find the hub
+REPORT = 5.0  # seconds for the other ranks to report an error too
 AGAIN = "-y 1 continues from the last checkpoint in -o, with any number of processes"
 
 
@@ -26,7 +28,8 @@ def hub(fd, size, token, connect=CONNECT, silence=SILENCE):
     """Serve the `size` ranks on the listening socket fd until all have said bye or one has failed.
 
     A message is a JSON object in a line. From a rank: its rank, size and token; value, error, beat, bye. To the ranks:
-    welcome; values, once every rank has sent its own; stop, an exit code; beat. What has another token is dropped.
+    welcome; values, once every rank has sent its own; stop, an exit code, with all, whether each waits for an answer:
+    it has failed, or has sent its value; beat. What has another token is dropped.
     stdin is a pipe that nothing is written to: its end tells that rank 0 is gone before it could connect.
     """
     listener = socket.socket(fileno=fd)
@@ -38,11 +41,14 @@ def hub(fd, size, token, connect=CONNECT, silence=SILENCE):
             with contextlib.suppress(OSError):
                 sock.sendall(json.dumps(message).encode() + b"\n")
 
-    def stop(texts, code):
+    def waiting():
+        return len(errors.keys() | values.keys()) == size
+
+    def stop(texts, code, all=False):
         for text in [texts] if isinstance(texts, str) else texts[:8]:
             with contextlib.suppress(OSError):
                 print(f"llmc.train: error: {text}", file=sys.stderr, flush=True)
-        send({"stop": code})
+        send({"stop": code, "all": all})
         sys.exit(0)
 
     def receive(sock, message):
@@ -99,11 +105,11 @@ def hub(fd, size, token, connect=CONNECT, silence=SILENCE):
                 if rank is not None and rank not in left and rank not in errors:
                     stop(f"rank {rank} died, the other ranks stop. HINT: {AGAIN}", 1)
         now = time.monotonic()
-        if errors and (len(errors) == size or now - min(errors.values())[0] > 1.0):  # others may be about to report
+        if errors and (waiting() or now - min(errors.values())[0] > REPORT):  # others may be about to report
             texts = {}  # what all say is said once
             for rank in sorted(errors):
                 texts.setdefault(errors[rank][1], f"rank {rank}: " * (rank > 0))
-            stop([prefix + text for text, prefix in texts.items()], errors[min(errors)][2])
+            stop([prefix + text for text, prefix in texts.items()], errors[min(errors)][2], waiting())
         missing = sorted(set(range(size)) - set(ranks.values()) - left)
         if missing and now - start > connect:
             who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:8]))}"
@@ -144,8 +150,6 @@ class Ranks:
     """
 
     def __init__(self, rank, size, local_rank, where, connect=CONNECT, silence=SILENCE):
-        import queue
-
         self.rank, self.size, self.local_rank, self.arrays = rank, size, local_rank, None  # arrays: an Mpi or Nccl
         self.replies, self.lock, self.closed = queue.SimpleQueue(), threading.Lock(), threading.Event()
         self.sock, self.lines = find_hub(rank, size, where, connect, silence)
@@ -168,10 +172,12 @@ class Ranks:
     def _listen(self):
         with contextlib.suppress(OSError, ValueError):
             for message in map(json.loads, self.lines):
-                if "values" in message:
-                    self.replies.put(message["values"])
+                if "values" in message or message.get("all"):
+                    self.replies.put(message)
                 elif "stop" in message:
                     leave(message["stop"])
+                if "stop" in message:  # its main thread waits for this, as all of them do
+                    return
         if not self.closed.is_set():
             text = f"rank {self.rank} lost its connection to the machine of rank 0"
             print(f"llmc.train: error: {text}. HINT: {AGAIN}", file=sys.stderr, flush=True)
@@ -180,7 +186,8 @@ class Ranks:
     def exchange(self, value):
         """[the value of every rank], which JSON must be able to hold. All ranks call it; it waits for them."""
         self._send({"value": value})
-        return self.replies.get()
+        reply = self.replies.get()
+        return reply["values"] if "values" in reply else end_all(reply["stop"])
 
     def barrier(self):
         """Returns when every rank has called it."""
@@ -188,9 +195,11 @@ class Ranks:
 
     def fail(self, text, code):
         """End this process and the others; the hub prints the text, once if it is the same on all ranks."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, queue.Empty):
             self._send({"error": text, "code": code})
-            time.sleep(10)  # the hub's answer ends this process
+            while "stop" not in self.replies.get(timeout=2 * REPORT):  # or the answer ends this process
+                pass
+            end_all(code)
         leave(code)
 
     def close(self):
@@ -201,6 +210,20 @@ class Ranks:
         self.closed.set()
         with contextlib.suppress(OSError):
             self._send({"bye": 1})
+
+
+def end_all(code, patience=5.0):
+    """End this process, as every other rank does now, leaving MPI as at the end of a run that went well.
+
+    When a rank leaves without that, mpirun kills those that are left, and their death becomes the exit code of the run.
+    """
+    MPI = getattr(sys.modules.get("mpi4py"), "MPI", None)
+    if MPI and MPI.Is_initialized() and not MPI.Is_finalized():
+        watch = threading.Timer(patience, leave, [code])  # sums that were under way could make it wait for ever
+        watch.daemon = True
+        watch.start()
+        MPI.Finalize()
+    leave(code)
 
 
 def leave(code):
