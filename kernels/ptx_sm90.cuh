@@ -61,6 +61,40 @@ __device__ inline void tma_load(void* smem, const TensorMap& map, int column, in
                  : "memory");
 }
 
+// The way back, of what lies inside the array. What threads wrote to shared memory is seen after fence_async by each of
+// them and then a barrier. A commit closes a group of copies of this thread; tma_store_wait<N> returns when all but the
+// last N groups have read their shared memory, which may then be overwritten. A thread must not exit before.
+__device__ inline void tma_store(const TensorMap& map, int column, int row, const void* smem) {
+#ifdef EVICT_FIRST  // to try: whether the stream of results pushes operands out of L2
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%1, %2}], [%3], %4;"
+                 ::"l"(&map), "r"(column), "r"(row), "r"(shared_address(smem)), "l"(policy)
+                 : "memory");
+#else
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
+                 ::"l"(&map), "r"(column), "r"(row), "r"(shared_address(smem))
+                 : "memory");
+#endif
+}
+__device__ inline void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int N> __device__ inline void tma_store_wait() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
+}
+__device__ inline void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// __syncthreads of `threads` threads alone, whole warps. Numbers 1 .. 15; 0 is that of __syncthreads.
+__device__ inline void named_barrier(int number, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+// Copies bytes, a multiple of 16, as they lie. Both addresses are multiples of 16.
+__device__ inline void bulk_load(void* smem, const void* gmem, u32 bytes, u64* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(shared_address(smem)), "l"(gmem), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
+
 // Registers per thread of this warpgroup from here on: 24 .. 256, a multiple of 8.
 template <int N> __device__ inline void fewer_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
@@ -88,6 +122,10 @@ template <int SIZE> __device__ inline void wgmma_tie(float (&d)[SIZE]) {
 #pragma unroll
     for (int i = 0; i < SIZE; i++) { asm volatile("" : "+f"(d[i])::"memory"); }
 }
+template <int SIZE> __device__ inline void wgmma_tie(u32 (&a)[SIZE][4]) {
+#pragma unroll
+    for (int i = 0; i < SIZE * 4; i++) { asm volatile("" : "+r"(a[i / 4][i % 4])::"memory"); }
+}
 
 // What wgmma has to know of an operand in 128-byte swizzle: its address and two strides, all in units of 16 bytes.
 // Bits 0-13 address | 16-29 by k: from 64 of m or n to the next | 32-45 from 8 rows on, 1024 bytes | 62: swizzle
@@ -104,21 +142,51 @@ __device__ inline u64 wgmma_operand(const void* smem, u32 panel_bytes) {
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
 
+#define D0_31 \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+    "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define D32_63 \
+    "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
+    "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define D64_95 \
+    "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79," \
+    "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+
 // d = a @ b, or d += a @ b if `add`, for N = twice the size of d.
 template <bool A_BY_K, bool B_BY_K> __device__ inline void wgmma(float (&d)[96], u64 a, u64 b, bool add) {
     asm volatile("{.reg .pred p; setp.ne.b32 p, %98, 0;"
                  "wgmma.mma_async.sync.aligned.m64n192k16.f32." WGMMA_TYPES
-                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31,"
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63,"
-                 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79,"
-                 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, "
-                 "%96, %97, p, 1, 1, %99, %100;}"
+                 " {" D0_31 "," D32_63 "," D64_95 "}, %96, %97, p, 1, 1, %99, %100;}"
                  : D16(0), D16(16), D16(32), D16(48), D16(64), D16(80)
                  : "l"(a), "l"(b), "r"((int)add), "n"((int)A_BY_K), "n"((int)B_BY_K));
 }
+template <bool A_BY_K, bool B_BY_K> __device__ inline void wgmma(float (&d)[32], u64 a, u64 b, bool add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0;"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." WGMMA_TYPES " {" D0_31 "}, %32, %33, p, 1, 1, %35, %36;}"
+                 : D16(0), D16(16)
+                 : "l"(a), "l"(b), "r"((int)add), "n"((int)A_BY_K), "n"((int)B_BY_K));
+}
 
+// The same with a in registers: 64 x 16, each warp 16 rows as mma.m16n8k16 has them (ptx.cuh). Neither d nor a may be
+// touched until the wait.
+template <bool B_BY_K> __device__ inline void wgmma(float (&d)[32], const u32 (&a)[4], u64 b, bool add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0;"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." WGMMA_TYPES
+                 " {" D0_31 "}, {%32,%33,%34,%35}, %36, p, 1, 1, %38;}"
+                 : D16(0), D16(16)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add), "n"((int)B_BY_K));
+}
+template <bool B_BY_K> __device__ inline void wgmma(float (&d)[64], const u32 (&a)[4], u64 b, bool add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0;"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." WGMMA_TYPES
+                 " {" D0_31 "," D32_63 "}, {%64,%65,%66,%67}, %68, p, 1, 1, %70;}"
+                 : D16(0), D16(16), D16(32), D16(48)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add), "n"((int)B_BY_K));
+}
+
+#undef D0_31
+#undef D32_63
+#undef D64_95
 #undef D4
 #undef D16
 #endif  // TENSOR_CORES
@@ -131,6 +199,9 @@ __device__ inline void forget(i64& value) {
     asm volatile("" : "+l"(value));
 #endif
 }
+
+// Place of the 16-byte piece `piece` of a row, 0 .. 7, in a box as TMA leaves it.
+__device__ inline char* swizzled(char* box, int row, int piece) { return box + row * 128 + (piece ^ row % 8) * 16; }
 
 // Waits until the phase with this parity has ended.
 __device__ inline void mbarrier_wait(u64* barrier, u32 parity) {

@@ -1,0 +1,572 @@
+// Causal attention (math, layouts and contract in kernels/attention.cu) on Hopper's own units, sm_90a: TMA brings tiles of
+// the packed tensors into shared memory, wgmma multiplies them. bf16, fp16; HEAD_SIZE 64 or 128, any T.
+//
+// A block is three warpgroups: a producer, one thread of which fills a ring of stages by TMA, and two consumers with 64
+// rows each of the block's 128 own rows. What a consumer keeps, its rows of q (q and dout; k and v), it holds as a
+// fragments; what it walks over is b, read by wgmma from the stages. A product's sums, rounded, are the a fragments of
+// the next product, so scores and probabilities never leave the registers.
+// Blocks stay, one on each multiprocessor. The 128-row blocks of a head have unequal work and are taken in pairs, first
+// and last, second and last but one ...: all pairs of a launch are alike. Pairs of one head follow each other: they read
+// the same tiles, from L2.
+//
+// forward: the two consumers take turns at the tensor cores. In its turn one starts the scores of the next tile and the
+//   sums over the values of this one; then it takes exponentials, while the other has its turn and its own sums go on.
+// backward: as in attention.cu dq by one kernel, dk and dv by another that computes the scores transposed. Seven products
+//   instead of five, but no atomics and no fp32 dq in memory: the sum of dq over key blocks would cost more than that.
+//
+// TFLOP/s on an H200 at B = 32, T = 1024, NH = 12, HS = 64 (causal half of 4 or 10 B NH T T HS), forward, backward:
+// version | idea                                                                   | expected       | measured
+//       4 | this file. By its products alone 790 (forward) and 560 (backward);     | 330-400,       | not yet
+//         | of exponentials, 16 a cycle, 130 us against 63 and 230 us of products  | 230-300        |
+//
+// Source: Shah et al. 2024 (FlashAttention-3, arXiv:2407.08608) for turns, and for overlap inside a warpgroup.
+#include "ptx_sm90.cuh"
+
+#ifndef HEAD_SIZE
+#define HEAD_SIZE 64
+#endif
+
+constexpr int HS = HEAD_SIZE, STEPS = HS / 16, BOXES = HS / 64;
+constexpr float LOG2E = 1.4426950408889634f;
+static_assert(HS == 64 || HS == 128, "HEAD_SIZE must be 64 or 128");
+
+constexpr int Q = 0, K = 1, V = 2;
+constexpr int ROWS = 128;                               // of a block, 64 for each consumer
+constexpr int OWN = ROWS * HS * 2;                      // bytes of them
+constexpr int STAGING = 16 * HS * 2;                    // bytes of the 16 rows of a warp
+constexpr int CONSUMER_REGISTERS = 240, PRODUCER_REGISTERS = 24;  // 2 * 240 + 24 = 3 * 168, what 384 threads can have
+
+struct Ring {  // the next stage, and the parity of its uses so far
+    int stage, phase;
+
+    __device__ void next(int stages) {
+        if (++stage == stages) { stage = 0, phase ^= 1; }
+    }
+};
+
+// f(head, block) for the blocks of ROWS rows that this thread block works on; `head` counts over (B, NH).
+template <class F> __device__ inline void each_block(int T, int heads, F f) {
+    int blocks = ceil_div(T, ROWS), pairs = (blocks + 1) / 2;
+    for (int item = blockIdx.x; item < pairs * heads; item += gridDim.x) {
+        int head = item / pairs, pair = item % pairs;
+#pragma unroll 1
+        for (int block = blocks - 1 - pair;; block = pair) {
+            f(head, block);
+            if (block == pair) { break; }
+        }
+    }
+}
+
+// A tile of ROWS_ rows x HS columns, from a row and column on: a box of 64 columns after the other, as wgmma wants it.
+template <int BOX_ROWS, int TILE_ROWS>
+__device__ inline void load_tile(char* tile, const TensorMap& map, int column, int row, u64* full) {
+#pragma unroll
+    for (int box = 0; box < BOXES; box++) {
+#pragma unroll
+        for (int r = 0; r < TILE_ROWS; r += BOX_ROWS) {
+            tma_load(tile + (box * TILE_ROWS + r) * 128, map, column + box * 64, row + r, full);
+        }
+    }
+}
+
+// a fragment `step` of this warp's 16 rows of the block's own rows.
+__device__ inline void load_fragment(u32 (&a)[4], char* own, int row0, int step) {
+    int lane = threadIdx.x % 32;
+    ldmatrix_x4(a, swizzled(own + step / 4 * ROWS * 128, row0 + lane % 16, step % 4 * 2 + lane / 16));
+}
+
+// sums = a @ tile^T: TILE_ROWS = twice the size of `sums` dot products over HS for each row.
+template <int SIZE> __device__ inline void start_dots(float (&sums)[SIZE], const u32 (&a)[STEPS][4], const char* tile) {
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+        u64 b = wgmma_operand(tile + step / 4 * SIZE * 2 * 128, 0) + step % 4 * 2;
+        wgmma<false>(sums, a[step], b, step > 0);
+    }
+    wgmma_commit();
+}
+
+// The same with a in shared memory, among the block's own rows.
+template <int SIZE> __device__ inline void start_dots(float (&sums)[SIZE], const char* own, const char* tile) {
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+        u64 a = wgmma_operand(own + step / 4 * ROWS * 128, 0) + step % 4 * 2;
+        u64 b = wgmma_operand(tile + step / 4 * SIZE * 2 * 128, 0) + step % 4 * 2;
+        wgmma<false, false>(sums, a, b, step > 0);
+    }
+    wgmma_commit();
+}
+
+// result += p @ tile, or =, over the tile's 16 * DEPTH rows.
+template <int DEPTH>
+__device__ inline void start_sums(float (&result)[HS / 2], const u32 (&p)[DEPTH][4], const char* tile, bool add) {
+    u64 b = wgmma_operand(tile, DEPTH * 16 * 128);
+#pragma unroll
+    for (int k = 0; k < DEPTH; k++) { wgmma<true>(result, p[k], b + k * 128, add || k > 0); }
+    wgmma_commit();
+}
+
+template <int SIZE> __device__ inline void round_to_a(u32 (&a)[SIZE / 8][4], const float (&sums)[SIZE]) {
+#pragma unroll
+    for (int i = 0; i < SIZE / 2; i++) { a[i / 4][i % 4] = pack2(sums[2 * i], sums[2 * i + 1]); }
+}
+
+// Column of a product's sums[j], and whether it is of the second of this thread's two rows.
+__device__ inline int column_of(int j) { return j / 4 * 8 + threadIdx.x % 4 * 2 + j % 2; }
+constexpr __device__ int second_row(int j) { return j / 2 % 2; }
+
+// 16 rows of this warp to `to`, where the first of them is; `rows` of them are inside. This thread's two rows are
+// multiplied by factor[0] and factor[1]. Through shared memory of this warp, so that a row goes out in 128-byte lines.
+__device__ inline void store_rows(floatX* to, int stride, int rows, const float (&values)[HS / 2],
+                                  const float (&factor)[2], char* staging) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+        u32 packed[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float* pair = &values[step * 8 + 2 * i];
+            packed[i] = pack2(pair[0] * factor[i % 2], pair[1] * factor[i % 2]);
+        }
+        stmatrix_x4(swizzled(staging + step / 4 * 16 * 128, lane % 16, step % 4 * 2 + lane / 16), packed);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int box = 0; box < BOXES; box++) {
+#pragma unroll
+        for (int i = 0; i < 16; i += 4) {
+            int row = i + lane / 8, piece = lane % 8;
+            if (row < rows) {
+                int4 bits = *(int4*)swizzled(staging + box * 16 * 128, row, piece);
+                *(int4*)(to + (i64)row * stride + box * 64 + piece * 8) = bits;
+            }
+        }
+    }
+    __syncwarp();
+}
+
+// The sum over the four lanes that share a row.
+__device__ inline float sum_of_row(float value) {
+    value += __shfl_xor_sync(~0u, value, 1);
+    return value + __shfl_xor_sync(~0u, value, 2);
+}
+__device__ inline float max_of_row(float value) {
+    value = fmaxf(value, __shfl_xor_sync(~0u, value, 1));
+    return fmaxf(value, __shfl_xor_sync(~0u, value, 2));
+}
+
+template <class Shared> __device__ inline Shared& shared_memory() {
+    extern __shared__ char dynamic_shared[];
+    return *(Shared*)(dynamic_shared + (1024 - shared_address(dynamic_shared) % 1024) % 1024);
+}
+
+// Every thread, before the roles part.
+template <class Shared> __device__ inline void init_barriers(Shared& shared) {
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < Shared::STAGES; i++) {
+            mbarrier_init(&shared.full[i], 1);
+            mbarrier_init(&shared.empty[i], 8);  // an arrival from every warp of the consumers
+        }
+        mbarrier_init(&shared.own_full, 1), mbarrier_init(&shared.own_empty, 8);
+        for (int i = 0; i < 2; i++) { mbarrier_init(&shared.turns[i], 4); }  // of a consumer's warps
+        mbarrier_init_done();
+    }
+    __syncthreads();
+}
+
+__device__ inline int warpgroup_index() {
+    return __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // tells the compiler that a warp has one role
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// forward. Own rows: queries. Stages: tiles of 128 keys or of their values, in the order in which they are needed; from
+// the diagonal, which alone is masked, back to the first keys. A tile has the number of the block of its rows.
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct ForwardShared {
+    static constexpr int STAGES = HS == 64 ? 6 : 4;
+    char stages[STAGES][OWN];
+    char own[OWN];
+    char staging[8][STAGING];
+    u64 full[STAGES], empty[STAGES], own_full, own_empty;
+    u64 turns[2];  // consumer i may start products
+};
+
+// One thread.
+__device__ inline void forward_produce(ForwardShared& shared, const TensorMap& qkvr, int B, int T, int NH) {
+    Ring ring = {0, 0};
+    int own_phase = 0;
+    each_block(T, B * NH, [&](int head, int block) {
+        int row = head / NH * T, column = head % NH * HS;
+        auto load = [&](int which, int tile) {
+            u64* full = &shared.full[ring.stage];
+            mbarrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
+            mbarrier_expect(full, OWN);
+            load_tile<ROWS, ROWS>(shared.stages[ring.stage], qkvr, which * NH * HS + column, row + tile * ROWS, full);
+            ring.next(ForwardShared::STAGES);
+        };
+        mbarrier_wait(&shared.own_empty, own_phase ^ 1);
+        own_phase ^= 1;
+        mbarrier_expect(&shared.own_full, OWN);
+        load_tile<ROWS, ROWS>(shared.own, qkvr, Q * NH * HS + column, row + block * ROWS, &shared.own_full);
+        load(K, block);
+        for (int tile = block; tile > 0; tile--) { load(K, tile - 1), load(V, tile); }
+        load(V, 0);
+    });
+}
+
+__device__ inline void forward_consume(ForwardShared& shared, int consumer, floatX* out, float* att, float scale, int B,
+                                       int T, int NH) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, own_row = consumer * 64 + warp * 16;
+    float to_base2 = scale * LOG2E;
+    Ring ring = {0, 0};
+    int own_phase = 0, turn = 0;
+    auto take = [&] {  // the number of the next stage, when it is full
+        int stage = ring.stage;
+        mbarrier_wait(&shared.full[stage], ring.phase);
+        ring.next(ForwardShared::STAGES);
+        return stage;
+    };
+    auto release = [&](u64* empty) {
+        if (lane == 0) { mbarrier_arrive(empty); }
+    };
+    auto begin_turn = [&] { mbarrier_wait(&shared.turns[consumer], (turn + 1 + consumer) & 1); };
+    auto end_turn = [&] {
+        if (lane == 0) { mbarrier_arrive(&shared.turns[consumer ^ 1]); }
+        turn++;
+    };
+    each_block(T, B * NH, [&](int head, int block) {
+        u32 q[STEPS][4], p[ROWS / 16][4];
+        float scores[ROWS / 2], o[HS / 2], top[2] = {-INFINITY, -INFINITY}, sum[2] = {}, keep[2];
+        mbarrier_wait(&shared.own_full, own_phase);
+        own_phase ^= 1;
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) { load_fragment(q[step], shared.own, own_row, step); }
+        __syncwarp();
+        release(&shared.own_empty);
+
+        // scores to probabilities, relative to the largest score so far; `keep`: what earlier ones are worth now
+        auto exponentials = [&](bool diagonal) {
+            if (diagonal) {  // keys and queries of the same block
+#pragma unroll
+                for (int j = 0; j < ROWS / 2; j++) {
+                    if (column_of(j) > own_row + lane / 4 + second_row(j) * 8) { scores[j] = -INFINITY; }
+                }
+            }
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float now = top[half], tile_sum = 0.0f;
+#pragma unroll
+                for (int j = half * 2; j < ROWS / 2; j += 4) { now = fmaxf(now, fmaxf(scores[j], scores[j + 1])); }
+                now = max_of_row(now);  // finite from the first tile on: it contains the query's own key
+                keep[half] = exp2f((top[half] - now) * to_base2);
+                top[half] = now;
+                float offset = -now * to_base2;
+#pragma unroll
+                for (int j = half * 2; j < ROWS / 2; j += 4) {
+#pragma unroll
+                    for (int e = j; e < j + 2; e++) {
+                        scores[e] = exp2f(fmaf(scores[e], to_base2, offset));
+                        tile_sum += scores[e];
+                    }
+                }
+                sum[half] = sum[half] * keep[half] + tile_sum;  // of this lane's columns
+            }
+        };
+
+        int key_stage = take();
+        begin_turn();
+        wgmma_begin();
+        start_dots(scores, q, shared.stages[key_stage]);
+        end_turn();
+        wgmma_wait<0>();
+        wgmma_tie(scores);
+        release(&shared.empty[key_stage]);
+        exponentials(true);
+        round_to_a(p, scores);
+        for (int tile = block; tile > 0; tile--) {
+            key_stage = take();
+            int value_stage = take();
+            begin_turn();
+            wgmma_begin();
+            start_dots(scores, q, shared.stages[key_stage]);
+            start_sums(o, p, shared.stages[value_stage], tile < block);
+            end_turn();
+            wgmma_wait<1>();
+            wgmma_tie(scores);
+            release(&shared.empty[key_stage]);
+            exponentials(false);
+            wgmma_wait<0>();
+            wgmma_tie(o), wgmma_tie(p);
+            release(&shared.empty[value_stage]);
+#pragma unroll
+            for (int j = 0; j < HS / 2; j++) { o[j] *= keep[second_row(j)]; }
+            round_to_a(p, scores);
+        }
+        int value_stage = take();
+        begin_turn();
+        wgmma_begin();
+        start_sums(o, p, shared.stages[value_stage], block > 0);
+        end_turn();
+        float factor[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float total = sum_of_row(sum[half]);
+            int t = block * ROWS + own_row + lane / 4 + half * 8;
+            factor[half] = 1.0f / total;
+            if (t < T && lane % 4 == 0) { att[(i64)head * T + t] = top[half] * scale + logf(total); }
+        }
+        wgmma_wait<0>();
+        wgmma_tie(o);
+        release(&shared.empty[value_stage]);
+        int t0 = block * ROWS + own_row;
+        floatX* to = out + ((i64)(head / NH) * T + t0) * (NH * HS) + head % NH * HS;
+        store_rows(to, NH * HS, T - t0, o, factor, shared.staging[consumer * 4 + warp]);
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// backward. KEYS: own rows are keys and values, stages hold 64 queries and their dout, scores are transposed; the results
+// are dk and dv. Otherwise own rows are queries and their dout, stages hold 64 keys and their values; the result is dq.
+// ---------------------------------------------------------------------------------------------------------------------
+
+constexpr int COLUMNS = 64, TILE = COLUMNS * HS * 2, STATISTICS = 2 * COLUMNS * 4;
+constexpr bool FRAGMENTS = HS == 64;  // own rows in registers; with larger heads wgmma reads them from shared memory
+
+template <bool KEYS> struct BackwardShared {
+    static constexpr int STAGES = HS == 64 ? 4 : KEYS ? 3 : 2;
+    char stages[STAGES][2][TILE];
+    char own[KEYS ? 2 : 3][OWN];  // k, v, or q, dout, out
+    char staging[8][STAGING];
+    float statistics[STAGES][2][COLUMNS];  // KEYS: of the queries
+    u64 full[STAGES], empty[STAGES], own_full, own_empty;
+    u64 turns[2];  // forward's
+};
+
+// The tiles of 64 that a block's rows meet: from the block's first query on, or up to the block's last key.
+template <bool KEYS> __device__ inline int first_tile(int block) { return KEYS ? 2 * block : 0; }
+template <bool KEYS> __device__ inline int end_tile(int block, int T) {
+    int tiles = ceil_div(T, COLUMNS);
+    return KEYS ? tiles : min(2 * block + 2, tiles);
+}
+
+// What dq leaves for dkv: att * log2(e) and D of 64 queries each. From T on inf and 0, with which p and ds are 0.
+__device__ inline i64 statistics_of(int head, int tile, int T) {
+    return ((i64)head * (2 * ceil_div(T, ROWS)) + tile) * (2 * COLUMNS);
+}
+
+// One thread.
+template <bool KEYS>
+__device__ inline void backward_produce(BackwardShared<KEYS>& shared, const TensorMap& qkvr, const TensorMap& dout,
+                                        const TensorMap& out, const float* statistics, int B, int T, int NH) {
+    Ring ring = {0, 0};
+    int own_phase = 0;
+    each_block(T, B * NH, [&](int head, int block) {
+        int row = head / NH * T, column = head % NH * HS;
+        auto packed = [&](int which) { return (which * NH + head % NH) * HS; };
+        int own_row = row + block * ROWS;
+        u64* full = &shared.own_full;
+        mbarrier_wait(&shared.own_empty, own_phase ^ 1);
+        own_phase ^= 1;
+        mbarrier_expect(full, sizeof(shared.own));
+        if (KEYS) {
+            load_tile<COLUMNS, ROWS>(shared.own[0], qkvr, packed(K), own_row, full);
+            load_tile<COLUMNS, ROWS>(shared.own[1], qkvr, packed(V), own_row, full);
+        } else {
+            load_tile<COLUMNS, ROWS>(shared.own[0], qkvr, packed(Q), own_row, full);
+            load_tile<COLUMNS, ROWS>(shared.own[1], dout, column, own_row, full);
+            load_tile<COLUMNS, ROWS>(shared.own[sizeof(shared.own) / OWN - 1], out, column, own_row, full);
+        }
+        for (int tile = first_tile<KEYS>(block), end = end_tile<KEYS>(block, T); tile < end; tile++) {
+            auto& stage = shared.stages[ring.stage];
+            full = &shared.full[ring.stage];
+            mbarrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
+            mbarrier_expect(full, 2 * TILE + (KEYS ? STATISTICS : 0));
+            if (KEYS) {
+                const float* from = statistics + statistics_of(head, tile, T);
+                bulk_load(shared.statistics[ring.stage], from, STATISTICS, full);
+            }
+            load_tile<COLUMNS, COLUMNS>(stage[0], qkvr, packed(KEYS ? Q : K), row + tile * COLUMNS, full);
+            load_tile<COLUMNS, COLUMNS>(stage[1], KEYS ? dout : qkvr, KEYS ? column : packed(V), row + tile * COLUMNS,
+                                        full);
+            ring.next(shared.STAGES);
+        }
+    });
+}
+
+template <bool KEYS>
+__device__ inline void backward_consume(BackwardShared<KEYS>& shared, int consumer, floatX* dqkvr, float* statistics,
+                                        const float* att, float scale, int B, int T, int NH) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, own_row = consumer * 64 + warp * 16;
+    float to_base2 = scale * LOG2E;
+    Ring ring = {0, 0};
+    int own_phase = 0;
+    auto release = [&](u64* empty) {
+        if (lane == 0) { mbarrier_arrive(empty); }
+    };
+    // sums = own rows of kind `which` @ tile^T
+    auto start = [&](float(&sums)[COLUMNS / 2], const u32(&a)[STEPS][4], int which, const char* tile) {
+        if (FRAGMENTS) {
+            start_dots(sums, a, tile);
+        } else {
+            start_dots(sums, shared.own[which] + consumer * 64 * 128, tile);
+        }
+    };
+    each_block(T, B * NH, [&](int head, int block) {
+        int t0 = block * ROWS + own_row;  // this warp's first row
+        float lse[2], D_row[2] = {};      // !KEYS: of this thread's rows
+        if (!KEYS) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                int t = t0 + lane / 4 + half * 8;
+                lse[half] = t < T ? att[(i64)head * T + t] * LOG2E : INFINITY;
+            }
+        }
+        u32 first[STEPS][4], second[STEPS][4];
+        mbarrier_wait(&shared.own_full, own_phase);
+        own_phase ^= 1;
+        if (FRAGMENTS) {
+#pragma unroll
+            for (int step = 0; step < STEPS; step++) {
+                load_fragment(first[step], shared.own[0], own_row, step);
+                load_fragment(second[step], shared.own[1], own_row, step);
+            }
+        }
+        if constexpr (!KEYS) {
+#pragma unroll
+            for (int step = 0; step < STEPS; step++) {
+                u32 dout[4], out[4];
+                load_fragment(dout, shared.own[1], own_row, step), load_fragment(out, shared.own[2], own_row, step);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float a[2], b[2];
+                    unpack2(a, dout[i]), unpack2(b, out[i]);
+                    D_row[i % 2] += a[0] * b[0] + a[1] * b[1];
+                }
+            }
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                D_row[half] = sum_of_row(D_row[half]);
+                int row = warp * 16 + lane / 4 + half * 8;
+                float* to = statistics + statistics_of(head, 2 * block + consumer, T) + row;
+                if (lane % 4 == 0) {
+                    to[0] = lse[half];
+                    to[COLUMNS] = t0 + lane / 4 + half * 8 < T ? D_row[half] : 0.0f;
+                }
+            }
+        }
+        if (FRAGMENTS) {
+            __syncwarp();
+            release(&shared.own_empty);
+        }
+
+        float d_first[HS / 2] = {}, d_second[HS / 2] = {};  // dk and dv, or dq and nothing
+        int diagonal = 2 * block + consumer, before = -1;   // the stage whose sums are under way
+        for (int tile = first_tile<KEYS>(block), end = end_tile<KEYS>(block, T); tile < end; tile++) {
+            int stage = ring.stage;
+            mbarrier_wait(&shared.full[stage], ring.phase);
+            ring.next(shared.STAGES);
+            if (KEYS ? tile < diagonal : tile > diagonal) {  // no query of it sees a key of these rows, or none is seen
+                release(&shared.empty[stage]);
+                continue;
+            }
+            const char *first_tile = shared.stages[stage][0], *second_tile = shared.stages[stage][1];
+            float p[COLUMNS / 2], dp[COLUMNS / 2];
+            u32 rounded[COLUMNS / 16][4];
+            wgmma_begin();
+            start(p, first, 0, first_tile);
+            start(dp, second, 1, second_tile);
+            wgmma_wait<1>();
+            wgmma_tie(p);
+            if (before >= 0) { release(&shared.empty[before]); }
+            before = stage;
+#pragma unroll
+            for (int j = 0; j < COLUMNS / 2; j++) {
+                float log_sum = KEYS ? shared.statistics[stage][0][column_of(j)] : lse[second_row(j)];
+                p[j] = exp2f(fmaf(p[j], to_base2, -log_sum));
+            }
+            if (tile == diagonal) {
+#pragma unroll
+                for (int j = 0; j < COLUMNS / 2; j++) {
+                    int row = warp * 16 + lane / 4 + second_row(j) * 8, column = column_of(j);
+                    if (KEYS ? row > column : column > row) { p[j] = 0.0f; }
+                }
+            }
+            if constexpr (KEYS) {
+                u32 rounded_p[COLUMNS / 16][4];
+                round_to_a(rounded_p, p);
+                wgmma_begin();
+                start_sums(d_second, rounded_p, second_tile, true);
+                wgmma_wait<FRAGMENTS ? 1 : 0>();  // with large heads there are no registers for two sets of fragments
+            } else {
+                wgmma_wait<0>();
+            }
+            wgmma_tie(dp);
+#pragma unroll
+            for (int j = 0; j < COLUMNS / 2; j++) {
+                p[j] *= dp[j] - (KEYS ? shared.statistics[stage][1][column_of(j)] : D_row[second_row(j)]);
+            }
+            round_to_a(rounded, p);
+            wgmma_begin();
+            start_sums(d_first, rounded, first_tile, true);
+        }
+        wgmma_wait<0>();
+        wgmma_tie(d_first);
+        if (KEYS) { wgmma_tie(d_second); }
+        if (before >= 0) { release(&shared.empty[before]); }
+        if (!FRAGMENTS) { release(&shared.own_empty); }
+        char* staging = shared.staging[consumer * 4 + warp];
+        floatX* to = dqkvr + ((i64)(head / NH) * T + t0) * (3 * NH * HS) + head % NH * HS;
+        store_rows(to + (KEYS ? K : Q) * NH * HS, 3 * NH * HS, T - t0, d_first, {scale, scale}, staging);
+        if (KEYS) { store_rows(to + V * NH * HS, 3 * NH * HS, T - t0, d_second, {1.0f, 1.0f}, staging); }
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// entry points: grid at most one block for each multiprocessor, block 384, dynamic shared memory sizeof(Shared) + 1024.
+// qkvr (B*T, 3C), dout and out (B*T, C) as tensor maps with boxes of 128 rows forward, 64 backward. dq before dkv.
+// statistics: 2 * 128 * ceil(T / 128) floats for each of the B * NH heads.
+// ---------------------------------------------------------------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(384, 1) attention_forward_sm90(
+    floatX* out, float* att, const __grid_constant__ TensorMap qkvr, float scale, int B, int T, int NH) {
+    auto& shared = shared_memory<ForwardShared>();
+    init_barriers(shared);
+    int warpgroup = warpgroup_index();
+    if (warpgroup == 0) {
+        fewer_registers<PRODUCER_REGISTERS>();
+        if (threadIdx.x == 0) { forward_produce(shared, qkvr, B, T, NH); }
+    } else {
+        more_registers<CONSUMER_REGISTERS>();
+        forward_consume(shared, warpgroup - 1, out, att, scale, B, T, NH);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_dq_sm90(
+    floatX* dqkvr, float* statistics, const __grid_constant__ TensorMap qkvr, const __grid_constant__ TensorMap dout,
+    const __grid_constant__ TensorMap out, const float* att, float scale, int B, int T, int NH) {
+    auto& shared = shared_memory<BackwardShared<false>>();
+    init_barriers(shared);
+    int warpgroup = warpgroup_index();
+    if (warpgroup == 0) {
+        fewer_registers<PRODUCER_REGISTERS>();
+        if (threadIdx.x == 0) { backward_produce<false>(shared, qkvr, dout, out, nullptr, B, T, NH); }
+    } else {
+        more_registers<CONSUMER_REGISTERS>();
+        backward_consume<false>(shared, warpgroup - 1, dqkvr, statistics, att, scale, B, T, NH);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_dkv_sm90(
+    floatX* dqkvr, const float* statistics, const __grid_constant__ TensorMap qkvr,
+    const __grid_constant__ TensorMap dout, float scale, int B, int T, int NH) {
+    auto& shared = shared_memory<BackwardShared<true>>();
+    init_barriers(shared);
+    int warpgroup = warpgroup_index();
+    if (warpgroup == 0) {
+        fewer_registers<PRODUCER_REGISTERS>();
+        if (threadIdx.x == 0) { backward_produce<true>(shared, qkvr, dout, dout, statistics, B, T, NH); }
+    } else {
+        more_registers<CONSUMER_REGISTERS>();
+        backward_consume<true>(shared, warpgroup - 1, dqkvr, nullptr, nullptr, scale, B, T, NH);
+    }
+}
