@@ -39,14 +39,20 @@ What it catches, with kernel, source line, block, thread, array and element
     argument type, argument count, launch    CuPy checks none of these
     crash, timeout          without taking the process down
     Floating-point atomics are allowed and reported as FloatAtomicWarning.
+    Of kernels for sm_90a (arch="sm_90a"), with kernel and line or array:
+    timing-dependent result     different bits when TMA copies and wgmma happen as late as the waits allow
+    missing fence               stmatrix, then TMA or wgmma on the same bytes, without fence_async by the writer between
+    TMA load, TMA store, wgmma in flight    at the end of the thread or block
+    deadlock                    mbarriers, named barriers
 
 What it cannot see
     Timing and the hardware's memory model: every access takes effect at once and in program order, so a missing
     `volatile` or a fence of too small a scope inside a block goes unnoticed. Blocks that wait for each other do not end
     (timeout). Of several readers of an element only two are remembered, so a single order may miss a write after read.
     Neighbouring bytes of one 2-byte pair are told apart only for 1-byte accesses. Inline assembly, __device__ variables
-    that are written, textures, clusters. Kernels for sm_90a (TMA, mbarriers, wgmma: simt_ptx_sm90.h) run unchecked, in
-    one order: layouts, swizzles, the ring's logic and deadlocks show, races and accesses out of bounds do not.
+    that are written, textures, clusters. Kernels for sm_90a (TMA, mbarriers, wgmma: simt_ptx_sm90.h) run unchecked:
+    layouts, swizzles, the ring's logic and deadlocks show, and what was not waited for (below); races between ordinary
+    accesses and accesses out of bounds do not.
     Rounding of approximate instructions (__expf, rsqrtf) and the order of sums inside the tensor cores are the CPU's;
     denormals are flushed as with -ftz=true; a * b + c is not contracted. Registers, occupancy and speed.
 
@@ -509,6 +515,7 @@ class Launch(ctypes.Structure):
         ("dynamic_align", ctypes.c_uint64),
         ("order", ctypes.c_int),
         ("seed", ctypes.c_uint32),
+        ("late", ctypes.c_int),
         ("checked", ctypes.c_int),
         ("timeout", ctypes.c_double),
         ("counting", ctypes.c_int),
@@ -598,6 +605,7 @@ class Kernel:
             code.dynamic_align,
             0,
             1,
+            0,
             not unchecked,
             TIMEOUT,
         )
@@ -605,7 +613,10 @@ class Kernel:
             if unchecked:
                 for i, _, array, _ in arrays:
                     values[i][0] = array.ctypes.data
-                self.run(code, launch, "forward")
+                if fast:
+                    self.run(code, launch, "forward")
+                else:
+                    self.run_timings(code, launch, values, [array for _, _, array, _ in arrays])
             else:
                 self.run_checked(code, launch, values, arrays)
 
@@ -697,6 +708,32 @@ class Kernel:
                 self.compare(groups, first, orders[0], order)
         for group in groups:
             group.written()
+
+    def run_timings(self, code, launch, values, arrays):
+        """A kernel of Hopper's units, on the arrays themselves: everything at once in the first thread order, as late as
+        the waits allow in the others. The bits must agree; after a fault the arrays are as they were."""
+        spans = {np.lib.array_utils.byte_bounds(a) for a in arrays if a.size}
+        for address, rows, columns, *_ in (v.view(np.uint64) for v in values if v.dtype.kind == "V"):  # tensor maps
+            spans.add((int(address), int(address + rows * columns * 2)))
+        views = [memory_at(begin, end - begin) for begin, end in spans]
+        before, results = [view.copy() for view in views], None
+        try:
+            for n, order in enumerate(orders):
+                for view, was in zip(views, before, strict=True):
+                    view[:] = was
+                launch.late = n > 0
+                self.run(code, launch, order)
+                if n == 0:
+                    results = [view.copy() for view in views]
+                for view, first in zip(views, results, strict=True):
+                    if not np.array_equal(view, first):
+                        text = f"byte {int(np.argmax(view != first))} of an array of {view.size} bytes"
+                        text += f" differs when copies and products are late (threads in {order} order)"
+                        raise self.fault("timing-dependent result", text)
+        except KernelFault:
+            for view, was in zip(views, before, strict=True):
+                view[:] = was
+            raise
 
     def prepare(self, groups, regions, count, again):
         runtime().simt_prepare(ctypes.byref(regions), count)
