@@ -8,12 +8,15 @@
 A bench file has one function, cases(b), that yields a Case for each op: its arrays, the NumPy formula that is both the
 float64 reference and the naive peer, the fewest bytes and FLOPs, and PyTorch functions to compare with. Here every rung
 that llmc/cuda has of the op is run from the same arrays with its outputs poisoned, compared with float64, and only then
-timed; a mismatch ends the run with exit code 1.
+timed; a mismatch ends the run with exit code 1 (bench_all: that rung is not timed, the others are, then exit code 1).
 
-Time on a GPU: events around each call with the L2 cache overwritten in between, which also lets the host run ahead;
-median and the 20th and 80th percentile of up to 50 calls after 2 to warm up. Calls under 10 us are replayed in a CUDA
-graph of 20 instead, where data stays in L2 (marked *). Limit: the larger of bytes / copy bandwidth and FLOPs / matmul
-rate, both measured in the same run. Accumulating ops run on what they have accumulated: their data stays random.
+Time on a GPU: calls with the L2 cache overwritten after each, less the overwriting alone, between two events some 1 ms
+apart; median, 20th and 80th percentile of up to 50 such means. L2 writes back late: a call leaves in it what it wrote,
+and pays for writing back what it found there. In a row of calls that evens out. Events around a single call after the
+overwriting would charge a call that only reads up to 60 MB (H200) of writes that are not its own, and every call some
+2 us of the events themselves. Calls under 10 us are replayed in a CUDA graph of 20 instead, where data stays in L2
+(marked *). Limit: the larger of bytes / copy bandwidth and FLOPs / matmul rate, both measured in the same run.
+Accumulating ops run on what they have accumulated: their data stays random.
 """
 
 import argparse
@@ -115,12 +118,12 @@ class Bench:
         if self.torch is not None and not gpu:
             self.torch.set_num_threads(self.ops.device.threads())
             self.torch.set_flush_denormal(True)
+        self.description = "CPU executor" if executor else self.ops.device.describe()  # now: a device may fail later
+        self.keep_going = False  # after a rung that fails: bench_all
+        self.print = print_table
         self.block = self.rng.standard_normal(1 << 22, np.float32) if gpu else None
         self.scrub = self.ops.device.alloc(2 * l2_bytes()) if gpu else None
         self.ceilings = {} if executor else self.measure_ceilings()
-
-    def describe(self):
-        return "CPU executor" if self.executor else self.ops.device.describe()
 
     # arrays
 
@@ -211,21 +214,28 @@ class Bench:
         once = timer()
         if once > 1000.0:  # a naive rung on a full-size problem: the time is long enough to be its own median
             return quantiles([once])
-        ms = self.gpu_ms(row.call, int(np.clip(BUDGET / once, 3, 50)))
+        calls = int(np.clip(1.0 / once, 1, 10))
+        ms = self.gpu_ms(row.call, int(np.clip(BUDGET / once / calls, 3, 50)), calls)
         if np.median(ms) > 0.010:
             return quantiles(ms)
         return quantiles([x / 20 for x in self.gpu_ms(self.graph(row), 10)]) | {"graph": True}
 
-    def gpu_ms(self, call, count):
-        cuda = self.ops.device.module.import_cupy().cuda
-        events = [(cuda.Event(), cuda.Event()) for _ in range(count)]
-        for start, stop in events:
-            self.ops.device.zero(self.scrub)
-            start.record()
-            call()
-            stop.record()
+    def gpu_ms(self, call, samples, calls=1):
+        """ms of a call as means of `calls` of them, `samples` times: with the L2 overwritten after each, less that."""
+        alone = np.median(self.overwritten_ms(lambda: None, 10, calls))
+        return [ms - alone for ms in self.overwritten_ms(call, samples, calls)]
+
+    def overwritten_ms(self, call, samples, calls):
+        clocks = []
+        for _ in range(samples):
+            self.ops.device.zero(self.scrub)  # the host runs ahead meanwhile
+            clock = self.clock()
+            for _ in range(calls):
+                call()
+                self.ops.device.zero(self.scrub)
+            clocks.append(clock())
         self.ops.device.synchronize()
-        return [cuda.get_elapsed_time(start, stop) for start, stop in events]
+        return [ms() / calls for ms in clocks]
 
     def graph(self, row):
         """Replays 20 calls."""
@@ -409,6 +419,10 @@ def compiled(torch):
     return prepare
 
 
+class Wrong(Exception):
+    """A rung's result that differs from the float64 reference, or a time that cannot be."""
+
+
 def check(case, label, function, saved, want):
     """Runs a rung once from the saved state and compares. Returns the largest error over its tolerance."""
     for name in case.writes.split():
@@ -427,7 +441,7 @@ def check(case, label, function, saved, want):
         error = np.abs(got - truth)
         error = float(np.max(np.where(np.isfinite(error), error, np.inf)))
         if error > allowed:
-            sys.exit(f"{case.op} {label}: {name} is off by {error:.3g}, allowed {allowed:.3g} ({case.shape})")
+            raise Wrong(f"{case.op} {label}: {name} is off by {error:.3g}, allowed {allowed:.3g} ({case.shape})")
         worst = max(worst, error / allowed)
     return worst
 
@@ -476,6 +490,15 @@ def traffic(case, function):
     }
 
 
+def failure(b, case, label, error):
+    """The result of a rung that cannot be timed. Ends the run unless the others are wanted all the same."""
+    text = str(error) if isinstance(error, Wrong) else f"{case.op} {label}: {type(error).__name__}: {error}"
+    text = " ".join(text.split())
+    if not b.keep_going:
+        sys.exit(text)
+    return {"op": case.op, "shape": case.shape, "dtype": b.dtype_name, "version": label, "failed": text}
+
+
 def count_case(b, case):
     """Checks every rung and counts its traffic -> list of result dictionaries, printed as a table."""
     print(f"\n{case.op}  {case.shape} {b.dtype_name} | at least {case.bytes / 1e3:.1f} kB")
@@ -483,9 +506,14 @@ def count_case(b, case):
     print(f"{'version':<24}" + "".join(f"{h:>12}" for h in heads))
     results, want, saved = [], case.want(), {name: case.args[name].copy() for name in case.adds.split()}
     for label, function in versions(b.ops, case.op, b.dtype_name):
-        with importlib.import_module("simt").mode(orders=("forward",)):  # races are for the tests to find
-            check(case, label, function, saved, want)
-        r = traffic(case, function)
+        try:
+            with importlib.import_module("simt").mode(orders=("forward",)):  # races are for the tests to find
+                check(case, label, function, saved, want)
+            r = traffic(case, function)
+        except Exception as error:
+            results.append(failure(b, case, label, error))
+            print(f"{label:<24}{'FAILED':>12}  {results[-1]['failed']}")
+            continue
         kilo = "".join(f"{r[k] / 1e3:>12.1f}" for k in ("read", "written"))
         exact = f"{r['ratio']:>12.3f}{r['sectors']:>12.2f}{r['coalescing']:>12.1f}{r['conflicts']:>12.1f}"
         print(f"{label:<24}{r['launches']:>12}{r['requests']:>12}{kilo}{exact}")
@@ -501,12 +529,15 @@ def run_case(b, case):
     """Checks and times a case -> list of result dictionaries, printed as a table."""
     want = case.want()
     saved = {name: case.args[name].copy() for name in case.adds.split()}
-    rows = []
+    rows, results = [], []
     for label, function in versions(b.ops, case.op, b.dtype_name):
         if case.rungs is not None and label.isdigit() and int(label) not in case.rungs:
             continue
-        check(case, label, function, saved, want)
-        rows.append(Row(label, bind(function, case.args), case.bytes, case.flops))
+        try:
+            check(case, label, function, saved, want)
+            rows.append(Row(label, bind(function, case.args), case.bytes, case.flops))
+        except Exception as error:
+            results.append(failure(b, case, label, error))
     if case.naive is not None and b.device == "cpu":
         rows.append(Row("NumPy naive", case.naive, case.bytes, case.flops, "host"))
     if b.device == "cuda" and not case.flops:
@@ -514,7 +545,6 @@ def run_case(b, case):
     if case.peers is not None:
         peers = case.peers() if b.torch is not None else {"torch": None, "torch.compile": None}
         rows += [Row(name, call, case.bytes, case.flops, "torch") for name, call in peers.items()]
-    results = []
     floor = b.limit_us(case.bytes, case.flops)
     for row in rows:
         result = {"op": case.op, "shape": case.shape, "dtype": b.dtype_name, "version": row.name}
@@ -523,17 +553,17 @@ def run_case(b, case):
             continue
         try:
             result |= b.time(row)
+            result["GBs"], result["TFLOPs"] = row.bytes / result["p50"] / 1e3, row.flops / result["p50"] / 1e6
+            result["limit"] = 100 * floor / result["p50"]
+            if b.device == "cuda" and result["limit"] > 200 and case.bytes > 4 * l2_bytes():
+                raise Wrong(f"{case.op} {row.name}: {result['p50']:.1f} us is half of the limit: not timed right")
+            results.append(result)
         except Exception as error:  # a peer that this machine cannot run is absent; a rung of ours that fails is not
-            if row.kind != "torch":
-                raise
-            results.append(result | {"absent": True, "why": " ".join(str(error).split())[:60]})
-            continue
-        result["GBs"], result["TFLOPs"] = row.bytes / result["p50"] / 1e3, row.flops / result["p50"] / 1e6
-        result["limit"] = 100 * floor / result["p50"]
-        if b.device == "cuda" and result["limit"] > 200 and case.bytes > 4 * l2_bytes():
-            sys.exit(f"{case.op} {row.name}: {result['p50']:.1f} us is half of the limit: not timed right")
-        results.append(result)
-    print_table(case, results, floor)
+            if row.kind == "torch" and not isinstance(error, Wrong):
+                results.append(result | {"absent": True, "why": " ".join(str(error).split())[:60]})
+            else:
+                results.append(failure(b, case, row.name, error))
+    b.print(case, results, floor)
     return results
 
 
@@ -553,12 +583,40 @@ def print_table(case, results, floor):
     eager, comp = find(results, "torch"), find(results, "torch.compile")
     for r in results:
         if "p50" not in r:
-            print(f"{r['version']:<24}{'absent':>11}  {r.get('why', '')}")
+            print(
+                f"{r['version']:<24}"
+                + (f"FAILED  {r['failed']}" if "failed" in r else f"{'absent':>11}  {r.get('why', '')}")
+            )
             continue
         ratios = "".join(f"{peer['p50'] / r['p50']:>11.2f}" if peer else f"{'-':>11}" for peer in (eager, comp))
         name = r["version"] + "*" * r["graph"]
         times = "".join(f"{r[q]:>11.1f}" for q in ("p50", "p20", "p80"))
         print(f"{name:<24}{times}{r['GBs']:>11.0f}{r['TFLOPs']:>11.2f}{r['limit']:>11.1f}{ratios}")
+
+
+BRIEF_HEAD = f"{'op':<24}{'shape':<36}{'rung':<14}{'us p50':>9}{'% limit':>9}{'% of copy':>11}"
+
+
+def print_brief(case, results, floor):
+    """The production rung and those that take up to 1.3 times as long as the fastest; what failed; what to change.
+    % of copy: of the speed of a copy of as many bytes."""
+    ours = [r for r in results if re.fullmatch(r"\d+|(\d+ )?production|llmc.cpu", r["version"]) and "p50" in r]
+    fastest, copy = min(ours, key=lambda r: r["p50"], default=None), find(results, "copy of as many bytes")
+    production = next((r for r in ours if not r["version"].isdigit()), None)
+    name = f"{case.op:<24}{case.shape[:35]:<36}"
+    for r in ours:
+        if r is not production and r["p50"] > 1.3 * fastest["p50"]:
+            continue
+        same = f"{100 * copy['p50'] / r['p50']:>11.1f}" if copy else f"{'-':>11}"
+        note = ""
+        if r is fastest and production and r["p80"] < production["p20"]:  # by more than the spread of both
+            gain = 100 * (production["p50"] / r["p50"] - 1)
+            note = f"  <- change production: +{gain:.0f} %"
+        print(f"{name}{r['version']:<14}{r['p50']:>9.1f}{r['limit']:>9.1f}{same}{note}", flush=True)
+        name = f"{'':<60}"
+    for r in results:
+        if "failed" in r:
+            print(f"FAILED  {r['failed']}", flush=True)
 
 
 def commit():
@@ -573,13 +631,13 @@ def software(b):
     return ", ".join(found + ([f"torch {b.torch.__version__}"] if b.torch is not None else []))
 
 
-def append_csv(path, b, results):
+def csv_rows(b, results):
     """A row for each timed version."""
     common = {"bench": "op", "date": datetime.date.today().isoformat(), "commit": commit()}
-    common |= {"device": b.describe().split(",")[0], "software": software(b)} | b.ceilings
+    common |= {"device": b.description.split(",")[0], "software": software(b)} | b.ceilings
     names = {q: f"us_{q}" for q in ("p50", "p20", "p80")} | {"calls": None, "graph": None}
     rows = [common | {names.get(k, k): v for k, v in r.items() if names.get(k, k)} for r in results if "p50" in r]
-    append_rows(path, [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows])
+    return [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
 
 
 def append_rows(path, rows):
@@ -628,31 +686,45 @@ def flags(description):
     p.add_argument("--executor", action="store_true", help="count traffic on the CPU executor; needs g++")
     p.add_argument("--only", metavar="TEXT", default="", help="only ops whose name has TEXT in it")
     p.add_argument("--no-peers", action="store_true", help="our rungs alone")
+    p.add_argument("--brief", action="store_true", help="no peers, and of the rungs only production and the fastest")
     p.add_argument("--csv", metavar="FILE", help="append the results, e.g. to dev/results/nvidia_h200.csv")
     p.add_argument("--compare", metavar="FILE", help="say what moved against the newest rows in FILE")
     return p
 
 
-def main(*modules, argv=None, description=None):
-    """The command of a bench file: runs the cases of the given modules. Returns (Bench, results)."""
+def main(*modules, argv=None, description=None, keep_going=False):
+    """The command of a bench file: runs the cases of the given modules. Returns (Bench, results).
+
+    keep_going: a rung that fails is reported and the rest goes on; finish() then ends with exit code 1.
+    """
     args = flags(description or modules[0].__doc__).parse_args(argv)
     try:
         b = Bench(args.device, args.executor, args.model, args.batch_size, args.sequence_length, args.dtype)
     except UserError as error:
         sys.exit(f"{error}")
-    print(f"{b.describe()} | {software(b)} | commit {commit()}")
+    b.keep_going, b.print = keep_going, print_brief if args.brief else print_table
+    print(f"{b.description} | {software(b)} | commit {commit()}")
     if b.ceilings:
         print(f"measured now: copy {b.ceilings['copy_GBs']:.0f} GB/s, matmul {b.ceilings['matmul_TFLOPs']:.2f} TFLOP/s")
+    if args.brief and not b.executor:
+        print(BRIEF_HEAD)
     results = []
     for module in modules:
-        for case in module.cases(b):
-            if args.only in case.op:
-                case = case._replace(peers=None) if args.no_peers else case
-                results += count_case(b, case) if b.executor else run_case(b, case)
+        try:
+            for case in module.cases(b):
+                if args.only in case.op:
+                    case = case._replace(peers=None) if args.no_peers or args.brief else case
+                    results += count_case(b, case) if b.executor else run_case(b, case)
+        except Exception as error:  # while a case was made: memory, or a device that has failed
+            if not keep_going:
+                raise
+            text = " ".join(f"{module.__name__}: {type(error).__name__}: {error}".split())
+            print(f"FAILED  {text}", flush=True)
+            results.append({"op": module.__name__, "shape": "", "version": "", "failed": text})
     if args.compare and not b.executor:
         compare(args.compare, results)
     if args.csv and not b.executor:
-        append_csv(args.csv, b, results)
+        append_rows(args.csv, csv_rows(b, results))
     return b, results
 
 
@@ -663,6 +735,8 @@ def spread(n, count):
 
 
 def finish(b, results):
-    """The last line: everything as JSON."""
-    about = {"device": b.describe(), "commit": commit(), "software": software(b)}
+    """The last line: everything as JSON. Exit code 1 if a rung failed."""
+    about = {"device": b.description, "commit": commit(), "software": software(b)}
     print(json.dumps(about | b.ceilings | {"rows": results}))
+    if any("failed" in r for r in results):
+        sys.exit(1)

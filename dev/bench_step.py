@@ -263,7 +263,7 @@ def run(args):
         batches.append((np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])))
     flops = gpt2.flops_per_token(b.config, T) * B * T
     copy, matmul = b.ceilings["copy_GBs"], b.ceilings["matmul_TFLOPs"]
-    print(f"GPT-2 {args.model} {b.dtype_name} B={B} T={T} recompute {args.recompute} | {b.describe()}")
+    print(f"GPT-2 {args.model} {b.dtype_name} B={B} T={T} recompute {args.recompute} | {b.description}")
     print(f"{flops / 1e9:.0f} GFLOP a step | measured now: copy {copy:.0f} GB/s, matmul {matmul:.2f} TFLOP/s")
     if args.pace:
         pace(Ours(b, args.recompute, device == "cuda" and not args.no_graph), batches, args.pace)
@@ -286,7 +286,7 @@ def run(args):
     peak = peak_flops(b)
     heads = ("ms p50", "p20", "p80", "tokens/s", "MFU %", "% matmul", "GiB", "x")
     print(f"\n{'':<18}" + "".join(f"{h:>11}" for h in heads))
-    common = dict(date=datetime.date.today().isoformat(), commit=bench.commit(), device=b.describe().split(",")[0])
+    common = dict(date=datetime.date.today().isoformat(), commit=bench.commit(), device=b.description.split(",")[0])
     common |= dict(software=bench.software(b), model=args.model, B=B, T=T, recompute=args.recompute, dtype=b.dtype_name)
     common |= {k: round(v, 2) for k, v in b.ceilings.items()}
     rows = []

@@ -1,7 +1,7 @@
 """Everything a GPU can tell about this checkout, in one command: tests, parity, speed, memory, time to the first step.
 
-    python dev/gpu_check.py                          all sections; under 6 minutes on an H200 with 16 cores
-    python dev/gpu_check.py tests parity             some of them: tests, parity, speed, ops, start
+    python dev/gpu_check.py                          all sections; some 9 minutes on an H200 with 16 cores
+    python dev/gpu_check.py tests parity             some of them: tests, parity, speed, ops, start, rungs
     python dev/gpu_check.py --csv results.csv        where the rows go (dev/results/<device>.csv)
 
 tests   every test marked gpu, on several workers; the other op sets need no GPU and run in CI
@@ -9,8 +9,9 @@ parity  the losses of 10 steps in bf16, fp16 and fp32 against the fp32 CPU op se
 speed   GPT-2 124M, bf16, T=1024, B=4, 32, 64, CUDA graphs: ms, tokens/s, MFU, memory against the plan
 ops     the same step at B=32 op by op, in ms and in % of the copy bandwidth and matmul rate measured beside it
 start   seconds from starting `python -m llmc.train` to its first and tenth step, with an empty and a full kernel cache
+rungs   every rung of every op at B=32, checked and timed without peers: production, the fastest, what to change
 
-Exit code 1 when a test fails, or a loss is off by more than 0.5 % (fp32: 0.05 %).
+Exit code 1 when a test or a rung fails, or a loss is off by more than 0.5 % (fp32: 0.05 %).
 """
 
 import argparse
@@ -27,7 +28,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from dev import bench, bench_step
+from dev import bench, bench_all, bench_step
 from llmc import UserError, cpu, gpt2
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -165,7 +166,14 @@ def start(args, rows):
             rows.append(dict(bench="start", version=f"llmc, {state} cache", first_s=round(first, 2), tenth_s=tenth))
 
 
-SECTIONS = dict(tests=tests, parity=parity, speed=speed, ops=ops, start=start)
+def rungs(args, rows):
+    """A line for each rung that is near the fastest -> whether all are right."""
+    b, results = bench_all.measure(["--device", "cuda", "-e", "d12", "-b", "32", "-t", "1024", "--brief"])
+    rows += bench.csv_rows(b, results)
+    return not any("failed" in r for r in results)
+
+
+SECTIONS = dict(tests=tests, parity=parity, speed=speed, ops=ops, start=start, rungs=rungs)
 
 
 def main(argv=None):

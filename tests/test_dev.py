@@ -86,6 +86,69 @@ def test_unwritten_output_stops_the_bench(monkeypatch):
         bench.run_case(b, case)
 
 
+def test_a_rung_that_fails_does_not_stop_bench_all(tmp_path, capsys, monkeypatch):
+    """It is reported; the other rungs and ops are measured, the CSV is written, and the exit code is 1."""
+    monkeypatch.setattr(bench, "BUDGET", 1.0)
+    monkeypatch.setattr(bench, "torch_or_none", lambda: None)
+    gelu, norm = (importlib.import_module(f"llmc.cpu.{name}") for name in ("gelu", "global_norm"))
+    monkeypatch.setattr(gelu, "gelu_forward", lambda out, inp: None)
+    monkeypatch.setattr(norm, "global_norm_squared", lambda out, scratch, values: 1 / 0)
+    path = tmp_path / "results.csv"
+    monkeypatch.setattr(
+        "sys.argv", ["bench_all", *"-e tiny:d1 -b 1 -t 8 --device cpu --brief --csv".split(), str(path)]
+    )
+    with pytest.raises(SystemExit) as stopped:
+        bench_all.main()
+    assert stopped.value.code == 1
+    text = capsys.readouterr().out
+    failed = {row["op"] for row in json.loads(text.splitlines()[-1])["rows"] if "failed" in row}
+    assert failed == {"gelu_forward", "global_norm_squared"}
+    assert "FAILED  gelu_forward llmc.cpu: out is off by inf" in text and "ZeroDivisionError" in text, text
+    with open(path, newline="") as file:
+        timed = {row["op"] for row in csv.DictReader(file) if row["version"] == "llmc.cpu"}
+    assert timed == {op for names in OPS.values() for op in names} - failed
+
+
+def test_brief_names_a_faster_rung(capsys):
+    """By more than the spread of both; rungs that are far from the fastest are left out."""
+
+    def result(version, p50):
+        return dict(version=version, p20=p50 - 1, p50=p50, p80=p50 + 1, limit=80.0)
+
+    case = bench.Case("gelu_forward", "B=1", {}, "", "", None, 1)
+    copy = result("copy of as many bytes", 90.0)
+    bench.print_brief(case, [result("1", 300.0), result("2 production", 110.0), result("3", 100.0), copy], 80.0)
+    text = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in text] == ["81.8", "%"] and "<- change production: +10 %" in text[1], text
+    assert "90.0" in text[1]
+    bench.print_brief(case, [result("production", 101.0), result("3", 100.0)], 80.0)
+    assert "<-" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("read,written", ((250, 0), (50, 50), (150, 50), (0, 0)))
+def test_time_is_that_of_the_bytes_a_call_moves(read, written):
+    """A call is charged with what it reads and writes, wherever its writes are when it ends: on a model of a memory
+    that moves a byte in a unit of time, behind an L2 of 60 bytes that writes back late, with events that take 2."""
+    L2, state = 60, dict(now=0.0, dirty=0)
+
+    def move(reads, writes):  # what is read or written pushes out what was written before
+        kept = min(writes, L2)
+        old = max(0, min(state["dirty"], L2 - reads - writes))
+        state["now"] += reads + (state["dirty"] - old) + (writes - kept)
+        state["dirty"] = kept + old
+
+    def clock():
+        start = state["now"]
+        state["now"] += 2
+        return lambda: lambda end=state["now"]: end - start
+
+    b = bench.Bench.__new__(bench.Bench)
+    b.scrub, b.clock = None, clock
+    b.ops = argparse.Namespace(device=argparse.Namespace(zero=lambda _: move(0, 2 * L2), synchronize=lambda: None))
+    for calls in (1, 10):
+        assert np.allclose(b.gpu_ms(lambda: move(read, written), 5, calls), read + written)
+
+
 def test_rows_with_new_columns(tmp_path):
     bench.append_rows(tmp_path / "x.csv", [dict(a=1, b=2)])
     bench.append_rows(tmp_path / "x.csv", [dict(b=3, c=4)])
@@ -168,6 +231,17 @@ def test_rungs(monkeypatch):
             rungs.use(ops, text)
     with pytest.raises(UserError, match="--device cuda"):
         rungs.use(cpu, "gelu_forward=1")
+
+
+def test_gpu_check_rungs(capsys, monkeypatch):
+    """Rows for the CSV file, and whether every rung was right."""
+    gelu, argv = importlib.import_module("dev.bench_gelu"), "-e tiny:d1 -b 1 -t 8 --device cpu --brief".split()
+    monkeypatch.setattr(bench_all, "measure", lambda _: bench.main(gelu, argv=argv, keep_going=True))
+    rows = []
+    assert gpu_check.rungs(None, rows)
+    assert {(r["bench"], r["op"]) for r in rows} == {("op", "gelu_forward"), ("op", "gelu_backward_inplace")}
+    monkeypatch.setattr(importlib.import_module("llmc.cpu.gelu"), "gelu_forward", lambda out, inp: None)
+    assert gpu_check.rungs(None, rows) is False and "FAILED" in capsys.readouterr().out
 
 
 def test_gpu_check_without_a_gpu(capsys):
