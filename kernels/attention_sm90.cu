@@ -460,6 +460,7 @@ __device__ inline void backward_consume(BackwardShared<KEYS>& shared, int consum
         }
 
         float d_first[HS / 2] = {}, d_second[HS / 2] = {};  // dk and dv, or dq and nothing
+        u32 rounded_p[COLUMNS / 16][4] = {}, rounded_ds[COLUMNS / 16][4] = {};
         int diagonal = 2 * block + consumer, before = -1;   // the stage whose sums are under way
         for (int tile = first_tile<KEYS>(block), end = end_tile<KEYS>(block, T); tile < end; tile++) {
             int stage = ring.stage;
@@ -471,12 +472,11 @@ __device__ inline void backward_consume(BackwardShared<KEYS>& shared, int consum
             }
             const char *first_tile = shared.stages[stage][0], *second_tile = shared.stages[stage][1];
             float p[COLUMNS / 2], dp[COLUMNS / 2];
-            u32 rounded[COLUMNS / 16][4];
             wgmma_begin();
             start(p, first, 0, first_tile);
             start(dp, second, 1, second_tile);
             wgmma_wait<1>();
-            wgmma_tie(p);
+            wgmma_tie(p), wgmma_tie(rounded_p), wgmma_tie(rounded_ds);
             if (before >= 0) { release(&shared.empty[before]); }
             before = stage;
 #pragma unroll
@@ -492,7 +492,6 @@ __device__ inline void backward_consume(BackwardShared<KEYS>& shared, int consum
                 }
             }
             if constexpr (KEYS) {
-                u32 rounded_p[COLUMNS / 16][4];
                 round_to_a(rounded_p, p);
                 wgmma_begin();
                 start_sums(d_second, rounded_p, second_tile, true);
@@ -505,13 +504,12 @@ __device__ inline void backward_consume(BackwardShared<KEYS>& shared, int consum
             for (int j = 0; j < COLUMNS / 2; j++) {
                 p[j] *= dp[j] - (KEYS ? shared.statistics[stage][1][column_of(j)] : D_row[second_row(j)]);
             }
-            round_to_a(rounded, p);
+            round_to_a(rounded_ds, p);
             wgmma_begin();
-            start_sums(d_first, rounded, first_tile, true);
+            start_sums(d_first, rounded_ds, first_tile, true);
         }
         wgmma_wait<0>();
-        wgmma_tie(d_first);
-        if (KEYS) { wgmma_tie(d_second); }
+        wgmma_tie(d_first), wgmma_tie(d_second), wgmma_tie(rounded_p), wgmma_tie(rounded_ds);
         if (before >= 0) { release(&shared.empty[before]); }
         if (!FRAGMENTS) { release(&shared.own_empty); }
         char* staging = shared.staging[consumer * 4 + warp];

@@ -36,8 +36,17 @@ def largest_score(qkvr, NH):
     return float((q @ k.transpose(-1, -2)).max()) / math.sqrt(q.shape[-1])
 
 
+def skip_other_heads(op, HS):
+    """Some rungs are for some head sizes alone."""
+    rung = op.version.removeprefix(op.name)
+    sizes = getattr(op.file, "HEAD_SIZES", {}).get(int(rung or 0), (HS,))
+    if HS not in sizes:
+        pytest.skip(f"kernel {rung} is for head sizes {sizes}")
+
+
 def check_forward(op, shape, qkvr=None):
     B, T, NH, HS = shape
+    skip_other_heads(op, HS)
     qkvr = qkvr_of(shape, op.dtype) if qkvr is None else qkvr
     out, att = np.empty((B, T, NH * HS), op.dtype), np.empty((B, NH, T), np.float32)
     op(out, att, qkvr)
@@ -51,6 +60,7 @@ def check_forward(op, shape, qkvr=None):
 
 def check_backward(op, shape, qkvr=None):
     B, T, NH, HS = shape
+    skip_other_heads(op, HS)
     qkvr = qkvr_of(shape, op.dtype) if qkvr is None else qkvr
     dout = ref.normal(np.random.default_rng(1), (B, T, NH * HS), op.dtype)
     # what the forward pass saved, from the truth: this test does not depend on our forward

@@ -1,7 +1,8 @@
 """Causal self-attention on packed QKV: kernels/attention.cu has the math, the layouts and the table of versions.
 
-attention_forward1 .. 3 and attention_backward1 .. 3 have the whole contract of the public functions, which choose the
-version: 3 (tensor cores) for bf16 and fp16, 2 (FFMA) for fp32, 1 where a head does not fit the tiles.
+attention_forward1 .. 4 and attention_backward1 .. 4 have the whole contract of the public functions, which choose the
+version: 3 (tensor cores) for bf16 and fp16, 2 (FFMA) for fp32, 1 where a head does not fit the tiles. 4 is for Hopper
+(kernels/attention_sm90.cu), in no training step until it has been measured.
 """
 
 import math
@@ -11,7 +12,9 @@ from numpy import int32 as i32
 
 from . import module
 
-SIXTEEN_BIT = (3,)  # versions for bf16 and fp16 alone
+SIXTEEN_BIT = (3, 4)  # versions for bf16 and fp16 alone
+HOPPER = (4,)  # versions for compute capability 9.0 alone
+HEAD_SIZES = {4: (64, 128)}  # that a version is limited to
 ROWS, COLUMNS2 = 64, 32  # kernel 2: rows of a forward block, columns of its tiles
 
 
@@ -20,8 +23,9 @@ def ceil_div(a, b):
 
 
 def attention_scratch_size(B, T, C, NH):
-    """f32 elements of scratch that attention_backward wants: D (B, NH, T) = rowsum(dout * out)."""
-    return B * NH * T
+    """f32 elements of scratch that attention_backward wants: D (B, NH, T) = rowsum(dout * out), and in version 4 as
+    many of att, with T rounded up to a multiple of 128."""
+    return B * NH * ceil_div(T, 128) * 256
 
 
 def rows2(HS, backward):
@@ -38,6 +42,14 @@ def smem2(HS, backward):
 def smem3(HS, columns, own=0):
     """Kernel 3: bytes of dynamic shared memory: two buffers of two 16-bit tiles, two tiles of the block's own rows."""
     return 2 * (4 * columns + 2 * own) * (ceil_div(HS, 16) * 16 + 8)
+
+
+def launch_sm90(name, dtype, B, T, NH, HS, tiles, args):
+    """Kernel 4: each block takes every so many'th pair of 128-row blocks. tiles: bytes in the stages and own tiles."""
+    defines, smem = () if HS == 64 else (f"HEAD_SIZE={HS}",), tiles + 256 * HS + 128 + 1024  # + staging, barriers, alignment
+    kernel = module.kernel("attention_sm90.cu", f"attention_{name}_sm90", dtype, defines, smem, "sm_90a")
+    pairs = ceil_div(ceil_div(T, 128), 2) * B * NH
+    kernel((min(pairs, module.multiprocessors()),), (384,), args, shared_mem=smem)
 
 
 def production(HS, dtype, backward):
@@ -62,7 +74,12 @@ def forward(version, out, att, qkvr):
     assert HS % 8 == 0 and (version == 1 or HS <= 128), (HS, version)
     assert qkvr.dtype == out.dtype and att.dtype == np.float32, (qkvr.dtype, out.dtype, att.dtype)
     args = (out, att, qkvr, np.float32(1 / math.sqrt(HS)), i32(B), i32(T), i32(NH))
-    if version == 1:
+    assert HS in HEAD_SIZES.get(version, (HS,)), (HS, version)
+    if version == 4:
+        maps = (module.tensor_map(qkvr, B * T, 3 * C, 128),)
+        tiles = (7 if HS == 64 else 5) * 256 * HS
+        launch_sm90("forward", out.dtype, B, T, NH, HS, tiles, (out, att, *maps, *args[3:]))
+    elif version == 1:
         launch("forward", 1, out.dtype, HS, ceil_div(B * NH * T, 128), 128, args)
     elif version == 2:
         launch("forward", 2, out.dtype, HS, ceil_div(T, ROWS) * B * NH, ROWS * 2, args, smem2(HS, False))
@@ -75,7 +92,8 @@ def backward(version, dqkvr, scratch, dout, out, qkvr, att):
     B, T, C = out.shape
     NH, HS = att.shape[1], C // att.shape[1]
     assert dqkvr.shape == qkvr.shape == (B, T, 3 * C) and dout.shape == out.shape, (dqkvr.shape, qkvr.shape, out.shape)
-    assert att.shape == (B, NH, T) and C == NH * HS and scratch.size >= B * NH * T, (att.shape, out.shape, scratch.size)
+    assert att.shape == (B, NH, T) and C == NH * HS, (att.shape, out.shape)
+    assert scratch.size >= attention_scratch_size(B, T, C, NH), (scratch.size, B, T, NH)
     assert HS % 8 == 0 and (version == 1 or HS <= 128), (HS, version)
     assert dqkvr.dtype == qkvr.dtype == dout.dtype == out.dtype, (dqkvr.dtype, qkvr.dtype, dout.dtype, out.dtype)
     assert att.dtype == scratch.dtype == np.float32, (att.dtype, scratch.dtype)
@@ -92,6 +110,15 @@ def backward(version, dqkvr, scratch, dout, out, qkvr, att):
         blocks, smem = ceil_div(T, rows) * B * NH, smem2(HS, True)
         launch("backward_dq", 2, dtype, HS, blocks, rows * 2, args, smem)
         launch("backward_dkv", 2, dtype, HS, blocks, rows * 2, args, smem)
+    elif version == 4:
+        assert HS in HEAD_SIZES[4], (HS, version)
+        map_qkvr, map_dout, map_out = (module.tensor_map(a, B * T, a.shape[2], 64) for a in (qkvr, dout, out))
+        stage, own = 256 * HS + 512, 256 * HS
+        dq_args = (dqkvr, scratch, map_qkvr, map_dout, map_out, att, *dims)
+        tiles = (4 if HS == 64 else 2) * stage + 3 * own
+        launch_sm90("backward_dq", dtype, B, T, NH, HS, tiles, dq_args)
+        tiles = (4 if HS == 64 else 3) * stage + 2 * own
+        launch_sm90("backward_dkv", dtype, B, T, NH, HS, tiles, (dqkvr, scratch, map_qkvr, map_dout, *dims))
     else:
         blocks, columns = ceil_div(T, 64) * B * NH, 64 if HS <= 64 else 32
         dq_args = (dqkvr, scratch, dout, out, qkvr, att, *dims)
@@ -111,6 +138,10 @@ def attention_forward3(out, att, qkvr):
     forward(3, out, att, qkvr)
 
 
+def attention_forward4(out, att, qkvr):
+    forward(4, out, att, qkvr)
+
+
 def attention_backward1(dqkvr, scratch, dout, out, qkvr, att):
     backward(1, dqkvr, scratch, dout, out, qkvr, att)
 
@@ -121,6 +152,10 @@ def attention_backward2(dqkvr, scratch, dout, out, qkvr, att):
 
 def attention_backward3(dqkvr, scratch, dout, out, qkvr, att):
     backward(3, dqkvr, scratch, dout, out, qkvr, att)
+
+
+def attention_backward4(dqkvr, scratch, dout, out, qkvr, att):
+    backward(4, dqkvr, scratch, dout, out, qkvr, att)
 
 
 def attention_forward(out, att, qkvr):
