@@ -5,7 +5,7 @@
 
 runs once for every op set, dtype, rung (layernorm_forward1, layernorm_forward2, ... in llmc/cuda) and shape: `shapes`
 on every op set, `big` not on the executor, `cpu` on the cpu set alone. dtypes=("bf16",) and sets=("cpu",) restrict it,
-public=True leaves the rungs out. A public name that chooses among rungs gets the last shape only: they get them all.
+public=True leaves the rungs out, rungs=(4,) all others. A public name that chooses among rungs gets the last shape only: they get them all.
 `op` is then called with NumPy arrays, wherever it runs. Each call is a test of its own, see Op.__call__.
 The fixture `ops` is the op set as a module, for tests of more than one op.
 """
@@ -34,7 +34,7 @@ settings.load_profile("llmc")
 
 def pytest_configure(config):
     torch.set_num_threads(1)  # the shapes are small, and the cores busy with other workers
-    config.addinivalue_line("markers", "op(name, shapes, big, cpu, dtypes, sets, public): see conftest.py")
+    config.addinivalue_line("markers", "op(name, shapes, big, cpu, dtypes, sets, public, rungs): see conftest.py")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -78,6 +78,8 @@ def pytest_generate_tests(metafunc):
             if kind == "cpu" and dtype != "fp32":
                 continue
             names = [name] if options.get("public") else versions(kind, dtype, name)
+            if "rungs" in options:
+                names = [n for n in names if n in [f"{name}{rung}" for rung in options["rungs"]]]
             for version in names:
                 label = f"{kind}-{dtype}" + (f"-{version}" if kind != "cpu" else "")
                 if "shape" not in metafunc.fixturenames:

@@ -30,6 +30,10 @@ def qkvr_of(shape, dtype, scale=1.0):
     return ref.normal(np.random.default_rng(0), (B, T, 3 * NH * HS), dtype, scale)
 
 
+# several 128-row blocks a head, even and odd numbers of them, and several rounds of the executor's three multiprocessors
+HOPPER = [(1, 385, 2, 64), (1, 300, 2, 64), (2, 140, 2, 128)]
+
+
 def largest_score(qkvr, NH):
     """The largest |q . k| / sqrt(HS): one ulp of it, as an error of a score, is the relative error of a probability."""
     q, k, _ = ref.split_heads(ref.to_torch(qkvr).abs().double(), NH)
@@ -84,6 +88,16 @@ def test_attention_forward(op, shape):
 
 @pytest.mark.op("attention_backward", shapes=SHAPES, big=BIG, cpu=CPU)
 def test_attention_backward(op, shape):
+    check_backward(op, shape)
+
+
+@pytest.mark.op("attention_forward", rungs=(4,), dtypes=("bf16",), shapes=HOPPER)
+def test_attention_forward_of_blocks_that_stay(op, shape):
+    check_forward(op, shape)
+
+
+@pytest.mark.op("attention_backward", rungs=(4,), dtypes=("bf16",), shapes=HOPPER)
+def test_attention_backward_of_blocks_that_stay(op, shape):
     check_backward(op, shape)
 
 

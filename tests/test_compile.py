@@ -31,6 +31,7 @@ JOBS += [("adamw.cu", ("GRADS_FP32",), arch) for arch in ARCHS]  # further defin
 GRADS_FP32 = ("encoder.cu", "layernorm.cu", "matmul.cu")
 JOBS += [(file, ("GRADS_FP32",), arch) for file in GRADS_FP32 for arch in ("sm_75", "sm_90a")]
 JOBS += [("attention.cu", ("HEAD_SIZE=128",), arch) for arch in ("sm_75", "sm_80", "sm_90a")]
+JOBS += [("attention_sm90.cu", defines, "sm_90a") for defines in ((), ("HEAD_SIZE=128",))]
 
 
 def compile_source(source, name, options):
