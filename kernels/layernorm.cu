@@ -18,10 +18,16 @@
 //                           | more warps per row, so that any width fits                  |             |
 // layernorm_forward 4       | 3 with conversions in pairs, in blocks of two warps: some   | 2 NC        | 32.3 (74 %)
 //                           | load while others reduce                                    |             |
+// layernorm_forward 5       | 4 with the weights loaded beside the row: in 4 each pack's  | 2 NC        | (-1 us)
+//                           | wait until the pack before is stored; no divisions          |             |
+// layernorm_forward 6       | 5 with two rows at once: weights converted once for both, a | 2 NC        | (-2 us)
+//                           | sixth fewer instructions a row, reductions overlap          |             |
 // fused_residual_forward 1  | residual_forward, then layernorm_forward: two launches      | 5 NC        | 73.4 (66 %)
 // fused_residual_forward 2  | warp per row, residual written and read back                | 6 NC        | 98.0 (49 %)
 // fused_residual_forward 3  | as layernorm_forward 3, sum of both inputs in registers     | 4 NC        | 59.5 (81 %)
 // fused_residual_forward 4  | as layernorm_forward 4                                      | 4 NC        | 57.0 (84 %)
+// fused_residual_forward 5  | as layernorm_forward 5                                      | 4 NC        | (-1 us)
+// fused_residual_forward 6  | as layernorm_forward 6                                      | 4 NC        | (-2 us)
 // layernorm_backward 1      | warp per row for dx; thread per channel for dw, db          | 7 NC        | 7912 (0.6 %)
 // layernorm_backward 2      | the same dx; dw, db by many blocks, a slice of rows each,   | 7 NC        | 768 (6 %)
 //                           | fp32 partial sums to scratch, added by a second kernel      |             |
@@ -29,6 +35,11 @@
 //                           | registers until the end of the block's slice                |             |
 // layernorm_backward 4      | 3 with the next row on its way into shared memory (dx too)  | 4 NC        | 62.2 (77 %)
 //                           | and fewer, longer slices                                    |             |
+// layernorm_backward 5      | 4 in 256 slices: 32 rounds for every warp; in 264 most have | 4 NC        | (-1 us)
+//                           | 31 and wait for a few that have one more                    |             |
+// (-1 us): not measured yet; the prediction against rung 4 in the same run. Times are those of single calls with events
+// around them; dev/bench.py now times them in a row, which should take 2 us off each, and off a copy. Forward rungs 5 and
+// 6 have each other's bits, not those of 4: layernorm_forward and fused_residual_forward change together.
 // In a CUDA graph of 24 calls (one run): backward 4 54 us, fused 4 54 us, a copy 51 us; at B=64 101, 104 and 98 us.
 //
 // llm.c's kernels 6 and 10 keep the row or the partial sums in shared memory, which caps C at some 10,000 and 4096. With
@@ -309,6 +320,145 @@ fused_residual_forward_kernel4(floatX* residual, floatX* normed, float* mean, fl
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// the same once more: weights on their way with the row, and a second row in the shadow of the first
+// ---------------------------------------------------------------------------------------------------------------------
+
+// rowReduceSum of ROWS rows at once, for blocks of up to 256 threads. The same order of additions.
+template <int ROWS> __device__ inline void rowReduceSums(float (&sums)[ROWS]) {
+    __shared__ float partial[ROWS][8];
+    for (int offset = 16; offset > 0; offset /= 2) {
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) { sums[r] += __shfl_xor_sync(0xffffffffu, sums[r], offset); }
+    }
+    if (blockDim.x == 32) { return; }
+    int warps = blockDim.x / 32, warp = threadIdx.y * warps + threadIdx.x / 32;
+    __syncthreads();  // the last call's readers are done
+    if (threadIdx.x % 32 == 0) {
+        for (int r = 0; r < ROWS; r++) { partial[r][warp] = sums[r]; }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        sums[r] = 0.0f;
+        for (int w = 0; w < warps; w++) { sums[r] += partial[r][threadIdx.y * warps + w]; }
+    }
+}
+
+// blockDim.x threads for ROWS neighbouring rows, blockDim.y times as many in a block of up to 256 threads.
+// grid ceil(N / (ROWS * blockDim.y)); blockDim.x a multiple of 32 with blockDim.x * ROW_PACKS >= C / x128::size.
+// In normalize_row the weights of each pack are loaded where they are used, one after the other: a store to `out` lies
+// between them, which for all the compiler knows changes weights.
+template <bool FUSED, int ROWS>
+__device__ inline void normalize_rows(floatX* residual, floatX* out, float* mean, float* rstd, const floatX* inp1,
+                                      const floatX* inp2, const floatX* weight, const floatX* bias, int N, int C) {
+    int first = (blockIdx.x * blockDim.y + threadIdx.y) * ROWS;
+    x128 a[ROWS][ROW_PACKS], b[ROWS][ROW_PACKS], w[ROW_PACKS], shift[ROW_PACKS];
+#pragma unroll
+    for (int i = 0; i < ROW_PACKS; i++) {
+        int c = (i * blockDim.x + threadIdx.x) * x128::size;
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            if (first + r < N && c < C) {
+                a[r][i] = load128cs(inp1 + (i64)(first + r) * C + c);
+                if (FUSED) { b[r][i] = load128cs(inp2 + (i64)(first + r) * C + c); }
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < ROW_PACKS; i++) {
+        int c = (i * blockDim.x + threadIdx.x) * x128::size;
+        if (c < C) {
+            w[i] = load128(weight + c);
+            shift[i] = load128(bias + c);
+        }
+    }
+    float x[ROWS][ROW_PACKS][x128::size] = {}, sum[ROWS] = {}, squares[ROWS] = {}, per_channel = 1.0f / C;
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+#pragma unroll
+        for (int i = 0; i < ROW_PACKS; i++) {
+            int c = (i * blockDim.x + threadIdx.x) * x128::size;
+            if (first + r < N && c < C) {
+                to_floats(x[r][i], a[r][i]);
+                if (FUSED) {
+                    float other[x128::size];
+                    to_floats(other, b[r][i]);
+                    for (int k = 0; k < x128::size; k++) { x[r][i][k] += other[k]; }
+                    x128 rounded = to_pack(x[r][i]);
+                    store128cs(residual + (i64)(first + r) * C + c, rounded);
+                    to_floats(x[r][i], rounded);
+                }
+                for (int k = 0; k < x128::size; k++) { sum[r] += x[r][i][k]; }
+            }
+        }
+    }
+    rowReduceSums(sum);
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        sum[r] *= per_channel;  // the mean
+#pragma unroll
+        for (int i = 0; i < ROW_PACKS; i++) {
+            if ((i * blockDim.x + threadIdx.x) * x128::size < C) {
+                for (int k = 0; k < x128::size; k++) {
+                    x[r][i][k] -= sum[r];
+                    squares[r] = fmaf(x[r][i][k], x[r][i][k], squares[r]);
+                }
+            }
+        }
+    }
+    rowReduceSums(squares);
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) { squares[r] = rsqrtf(squares[r] * per_channel + EPS); }
+#pragma unroll
+    for (int i = 0; i < ROW_PACKS; i++) {
+        int c = (i * blockDim.x + threadIdx.x) * x128::size;
+        float weights[x128::size], shifts[x128::size];
+        to_floats(weights, w[i]);
+        to_floats(shifts, shift[i]);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            if (first + r < N && c < C) {
+                for (int k = 0; k < x128::size; k++) {
+                    x[r][i][k] = fmaf(x[r][i][k] * squares[r], weights[k], shifts[k]);
+                }
+                store128(out + (i64)(first + r) * C + c, to_pack(x[r][i]));
+            }
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        if (threadIdx.x == 0 && first + r < N) {
+            mean[first + r] = sum[r];
+            rstd[first + r] = squares[r];
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+layernorm_forward_kernel5(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
+                          const floatX* bias, int N, int C) {
+    normalize_rows<false, 1>(NULL, out, mean, rstd, inp, NULL, weight, bias, N, C);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+layernorm_forward_kernel6(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
+                          const floatX* bias, int N, int C) {
+    normalize_rows<false, 2>(NULL, out, mean, rstd, inp, NULL, weight, bias, N, C);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+fused_residual_forward_kernel5(floatX* residual, floatX* normed, float* mean, float* rstd, const floatX* inp1,
+                               const floatX* inp2, const floatX* weight, const floatX* bias, int N, int C) {
+    normalize_rows<true, 1>(residual, normed, mean, rstd, inp1, inp2, weight, bias, N, C);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+fused_residual_forward_kernel6(floatX* residual, floatX* normed, float* mean, float* rstd, const floatX* inp1,
+                               const floatX* inp2, const floatX* weight, const floatX* bias, int N, int C) {
+    normalize_rows<true, 2>(residual, normed, mean, rstd, inp1, inp2, weight, bias, N, C);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // backward
 // ---------------------------------------------------------------------------------------------------------------------
 
@@ -370,7 +520,9 @@ extern "C" __global__ void layernorm_backward_dweight_kernel2(float* partials, c
 extern "C" __global__ void __launch_bounds__(1024)
 layernorm_backward_combine_kernel(floatG* dweight, floatG* dbias, const float* partials, int slices, int C) {
     __shared__ float sums[32][33];  // 33: a column's entries lie in different banks
-    int column = blockIdx.x * 32 + threadIdx.x;
+    int column = blockIdx.x * 32 + threadIdx.x, own = blockIdx.x * 32 + threadIdx.y;
+    floatG* target = own < C ? dweight + own : dbias + own - C;
+    float before = threadIdx.x == 0 && own < 2 * C ? (float)*target : 0.0f;  // on its way while the sums are
     float sum = 0.0f;
     if (column < 2 * C) {
 #pragma unroll 8
@@ -379,11 +531,7 @@ layernorm_backward_combine_kernel(floatG* dweight, floatG* dbias, const float* p
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     float total = warpReduceSum(sums[threadIdx.x][threadIdx.y]);  // transposed: warp y adds up column y of the block
-    column = blockIdx.x * 32 + threadIdx.y;
-    if (threadIdx.x == 0 && column < 2 * C) {
-        floatG* target = column < C ? dweight + column : dbias + column - C;
-        *target = (floatG)((float)*target + total);
-    }
+    if (threadIdx.x == 0 && own < 2 * C) { *target = (floatG)(before + total); }
 }
 
 // target = before + values, x128::size of them; no `before` means zeros.

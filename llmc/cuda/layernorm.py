@@ -74,6 +74,29 @@ def layernorm_forward4(out, mean, rstd, inp, weight, bias):
     kernel(*rows_grid(N, C, out.itemsize), (out, mean, rstd, inp, weight, bias, np.int32(N), np.int32(C)))
 
 
+def forward_rows(rows_per_thread, rung, wider, args, N, C):
+    """Launches a forward kernel of rung 5 or 6; `wider` is the function for rows that need more than 256 threads."""
+    threads, groups = row_block(C * args[0].itemsize // 16, ROW_PACKS, ROW_THREADS)
+    if threads > 256:
+        return wider(*args)
+    kernel = module.kernel("layernorm.cu", rung, args[0].dtype)
+    kernel((-(-N // (rows_per_thread * groups)),), (threads, groups), (*args, np.int32(N), np.int32(C)))
+
+
+def layernorm_forward5(out, mean, rstd, inp, weight, bias):
+    """layernorm_forward4 with the weights loaded together with the row. C > 6144 (fp32: 3072): layernorm_forward4."""
+    N, C = check_forward(out, mean, rstd, inp, weight, bias)
+    args = (out, mean, rstd, inp, weight, bias)
+    forward_rows(1, "layernorm_forward_kernel5", layernorm_forward4, args, N, C)
+
+
+def layernorm_forward6(out, mean, rstd, inp, weight, bias):
+    """layernorm_forward5 with two rows at once: half the loads and conversions of weights."""
+    N, C = check_forward(out, mean, rstd, inp, weight, bias)
+    args = (out, mean, rstd, inp, weight, bias)
+    forward_rows(2, "layernorm_forward_kernel6", layernorm_forward4, args, N, C)
+
+
 def residual_forward1(out, inp1, inp2):
     """out = inp1 + inp2.
 
@@ -139,6 +162,20 @@ def fused_residual_forward4(residual, normed, mean, rstd, inp1, inp2, weight, bi
     kernel = module.kernel("layernorm.cu", "fused_residual_forward_kernel4", residual.dtype)
     args = (residual, normed, mean, rstd, inp1, inp2, weight, bias, np.int32(N), np.int32(C))
     kernel(*rows_grid(N, C, residual.itemsize), args)
+
+
+def fused_residual_forward5(residual, normed, mean, rstd, inp1, inp2, weight, bias):
+    """fused_residual_forward4 with the weights loaded together with the row; wider rows as layernorm_forward5."""
+    N, C = check_fused(residual, normed, mean, rstd, inp1, inp2, weight, bias)
+    args = (residual, normed, mean, rstd, inp1, inp2, weight, bias)
+    forward_rows(1, "fused_residual_forward_kernel5", fused_residual_forward4, args, N, C)
+
+
+def fused_residual_forward6(residual, normed, mean, rstd, inp1, inp2, weight, bias):
+    """fused_residual_forward5 with two rows at once: half the loads and conversions of weights."""
+    N, C = check_fused(residual, normed, mean, rstd, inp1, inp2, weight, bias)
+    args = (residual, normed, mean, rstd, inp1, inp2, weight, bias)
+    forward_rows(2, "fused_residual_forward_kernel6", fused_residual_forward4, args, N, C)
 
 
 def layernorm_scratch_size(B, T, C):
@@ -220,16 +257,21 @@ def ring_block(C, itemsize, threads=RING_THREADS):
     return x, y, x * y * RING_STAGES * 3 * RING_PACKS * 16
 
 
-def layernorm_backward4(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd):
+def layernorm_backward4(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd, slices=RING_SLICES):
     """layernorm_backward1 in one pass over memory, the next rows on their way while one is worked on."""
     N, C = check_backward(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd)
     x, y, smem = ring_block(C, inp.itemsize)
     assert x <= 512, C
-    slices = min(RING_SLICES, -(-N // y))
+    slices = min(slices, -(-N // y))
     kernel = module.kernel("layernorm.cu", "layernorm_backward_kernel4", inp.dtype, smem=smem)
     args = (dinp, scratch, dout, inp, weight, mean, rstd, np.int32(N), np.int32(C))
     kernel((slices,), (x, y), args, shared_mem=smem)
     combine(dweight, dbias, scratch, slices, inp.dtype)
+
+
+def layernorm_backward5(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd):
+    """layernorm_backward4 in 256 slices: of 32768 rows every warp gets 32; in 264 eight blocks have a row more."""
+    layernorm_backward4(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd, slices=256)
 
 
 layernorm_forward = layernorm_forward4  # the row is read once, and what is done to it takes less time than that
