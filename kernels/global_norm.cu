@@ -12,6 +12,12 @@
 // global_norm_squared 1  | one block walks the array                        | N           | 44322 (0.1 %)
 // global_norm_squared 2  | up to 1024 blocks, element by element; then one  | N           | 197 (30 %)
 // global_norm_squared 3  | the same in 16-byte packs                        | N           | 73 (81 %)
+// global_norm_squared 4  | four packs of a thread really under way at once; | N           | not measured yet,
+//                        | the last kernel's threads load once each         |             | predicted 0.95 x 3
+// 73 is a single call with events around it, right after L2 was filled with writes: 44 MB of writing back and 2 us of
+// events in it. In a row (dev/bench.py, now): predicted 62 for 3, 59 for 4, of which 3 are the second kernel.
+// In 3, ptxas checks the end of the array after each pack, so that one load of a thread is under way (seen in SASS): 62
+// warps of a multiprocessor x 512 bytes = 32 KB, just about what 4.3 TB/s x 0.8 us / 132 take.
 //
 // Source: llm.c llmc/global_norm.cuh (global_norm_squared_kernel, global_norm_aggregate_kernel).
 #include "common.cuh"
@@ -34,7 +40,7 @@ extern "C" __global__ void global_norm_squared_kernel2(float* partials, const fl
     if (threadIdx.x == 0) { partials[blockIdx.x] = sum; }
 }
 
-// The same in 16-byte packs, four in flight per thread; the last N % x128::size elements go to the first threads.
+// The same in 16-byte packs; the last N % x128::size elements go to the first threads.
 // The optimiser reads the array next: default caching, so that its end is still in L2.
 extern "C" __global__ void global_norm_squared_kernel3(float* partials, const floatX* values, i64 N) {
     i64 first = (i64)blockIdx.x * blockDim.x + threadIdx.x, stride = (i64)gridDim.x * blockDim.x;
@@ -44,6 +50,33 @@ extern "C" __global__ void global_norm_squared_kernel3(float* partials, const fl
     for (i64 i = first; i < packs; i += stride) {
         x128 pack = load128(values + i * x128::size);
         for (int k = 0; k < x128::size; k++) { sum += (float)pack[k] * (float)pack[k]; }
+    }
+    sum = blockReduceSum(sum);
+    if (threadIdx.x == 0) { partials[blockIdx.x] = sum; }
+}
+
+#define AHEAD 4  // packs of a thread under way: 16 of the 32 registers that let eight blocks of 256 threads stay
+
+// The same with AHEAD loads before the first sum. grid up to 1024 blocks of 256 threads: all of them stay.
+extern "C" __global__ void __launch_bounds__(256, 8)
+global_norm_squared_kernel4(float* partials, const floatX* values, i64 N) {
+    i64 first = (i64)blockIdx.x * blockDim.x + threadIdx.x, stride = (i64)gridDim.x * blockDim.x;
+    i64 packs = N / x128::size, ragged = packs * x128::size + first;
+    float sum = ragged < N ? (float)values[ragged] * (float)values[ragged] : 0.0f;
+    for (i64 i = first; i < packs; i += AHEAD * stride) {
+        int4 bits[AHEAD];
+#pragma unroll
+        for (int a = 0; a < AHEAD; a++) {
+            bits[a] = make_int4(0, 0, 0, 0);
+            if (i + a * stride < packs) { bits[a] = bits128(load128(values + (i + a * stride) * x128::size)); }
+        }
+#pragma unroll
+        for (int a = 0; a < AHEAD; a++) {
+            float x[x128::size], squares = 0.0f;
+            to_floats(x, unpack128<floatX>(bits[a]));
+            for (int k = 0; k < x128::size; k++) { squares = fmaf(x[k], x[k], squares); }
+            sum += squares;
+        }
     }
     sum = blockReduceSum(sum);
     if (threadIdx.x == 0) { partials[blockIdx.x] = sum; }
