@@ -24,7 +24,8 @@
 #endif
 
 constexpr int FORWARD = 0, DGRAD = 1, WGRAD = 2;
-constexpr bool TURNS = RUNG == 7;                      // the consumers take turns at tiles
+constexpr bool TURNS = RUNG >= 7;                      // the consumers take turns at tiles
+constexpr bool TMA_STORES = RUNG >= 8;
 constexpr int ROWS = 128, COLUMNS = 192, DEPTH = 64;   // outputs of a tile; k of a stage: 128 bytes, as TMA swizzles
 constexpr int OWN_ROWS = TURNS ? ROWS : ROWS / 2;      // that a consumer makes
 constexpr int HALVES = OWN_ROWS / 64, BOXES = COLUMNS / 64;
@@ -32,6 +33,8 @@ constexpr int STAGES = 4;
 constexpr int BOX = 64 * DEPTH * 2;                    // bytes of 64 x 64 values
 constexpr int A_BYTES = ROWS * DEPTH * 2, STAGE_BYTES = A_BYTES + COLUMNS * DEPTH * 2;
 constexpr int WARP_STAGING = 16 * 64 * 2;              // bytes of 16 rows of a box
+constexpr int SLOTS = 4;                               // with TMA stores: boxes of staging that a consumer has
+constexpr int STORE_ROWS = RUNG == 9 ? 16 : 64;        // of a box of the output: the team that makes it is a warp or all
 constexpr int CONSUMER_REGISTERS = 240, PRODUCER_REGISTERS = 24;  // 2 * 240 + 24 = 3 * 168, what 384 threads can have
 constexpr int BAND = 16;
 
@@ -53,9 +56,13 @@ struct Product {
 
 struct Shared {  // the block's shared memory, from a multiple of 1024 bytes
     char stages[STAGES][STAGE_BYTES];
-    char staging[8][2][WARP_STAGING];  // of the consumers' warps
+    char staging[8][TMA_STORES ? SLOTS : 2][WARP_STAGING];  // of the consumers' warps
     u64 full[STAGES], empty[STAGES];
     u64 turns[2];  // consumer i may begin its next tile
+#if RUNG >= 8
+    u64 loaded[8][HALVES * BOXES];  // a box that the end of a tile reads is there, by the first warp of its team
+    float bias[2][COLUMNS];         // of the consumers' tiles
+#endif
 };
 
 struct Work {
@@ -104,13 +111,33 @@ __device__ inline void produce(const Product& p, const TensorMap& a, const Tenso
     }
 }
 
-// The end of a tile with 16-bit results. A warp passes a unit of 16 rows x 64 columns at a time through shared memory
-// of its own, so that a row of it is one 128-byte line of global memory; 16-byte pieces are swizzled there as TMA's.
-
-// Place of a piece of a unit.
-__device__ inline char* place(char* staging, int row, int piece) {
-    return staging + row * 128 + (piece ^ row % 8) * 16;
+// What becomes of a 16 x 16 part of the sum, as a lane has it: packed results.
+//   READ   the sum is added to (WGRAD) or multiplied by gelu' of (DGRAD) what is in `second`
+//   BOTH   FORWARD: also its gelu, in `second`
+template <int OP, bool READ, bool BOTH>
+__device__ inline void finish(u32 (&packed)[4], u32 (&second)[4], const float* sums, const float* bias) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) {  // 8 x 8 matrices: rows 0-7, 8-15 of the left, then the right
+        float x[2] = {sums[2 * j], sums[2 * j + 1]}, y[2];
+        if (READ) {
+            unpack2(y, second[j]);
+            if (OP == WGRAD) {
+                x[0] += y[0], x[1] += y[1];
+            } else {
+                x[0] *= gelu_grad(y[0]), x[1] *= gelu_grad(y[1]);
+            }
+        }
+        if (OP == FORWARD) { x[0] += bias[j / 2 * 2], x[1] += bias[j / 2 * 2 + 1]; }
+        packed[j] = pack2(x[0], x[1]);
+        if (BOTH) {  // gelu of the rounded value, so that recomputing it from gelu_input gives the same bits
+            unpack2(y, packed[j]);
+            second[j] = pack2(gelu(y[0]), gelu(y[1]));
+        }
+    }
 }
+
+// The end of a tile with 16-bit results, 6 and 7. A warp passes a unit of 16 rows x 64 columns at a time through shared memory
+// of its own, so that a row of it is one 128-byte line of global memory; 16-byte pieces are swizzled there as TMA's.
 
 // f(place, offset in the output, inside) for the pieces of a unit that this lane copies, four rows by four.
 template <class F> __device__ inline void pieces(const Product& p, char* staging, int m, int n, int unit, F f) {
@@ -120,7 +147,7 @@ template <class F> __device__ inline void pieces(const Product& p, char* staging
 #pragma unroll
     for (int i = 0; i < 4; i++, at += 4 * p.N) {
         forget(at);  // or all units' offsets are computed at once, and spilled
-        f(place(staging, row + 4 * i, piece), at, m0 + 4 * i < p.M && column < p.N);
+        f(swizzled(staging, row + 4 * i, piece), at, m0 + 4 * i < p.M && column < p.N);
     }
 }
 
@@ -131,14 +158,13 @@ __device__ inline void read_unit(const Product& p, const floatX* from, char* sta
     cp_async_commit();
 }
 
-//   READ   the sum is added to (WGRAD) or multiplied by gelu' of (DGRAD) what is read from `other`, whose first unit is
-//          under way
-//   BOTH   FORWARD: the sum goes to `other`, its gelu to out
+// With READ the first unit is under way.
 template <int OP, bool READ, bool BOTH>
-__device__ inline void write_tile(const Product& p, floatX* out, floatX* other, float (&sums)[HALVES][COLUMNS / 2],
-                                  char* staging, int m, int n) {
+__device__ inline void write_tile(const Product& p, float (&sums)[HALVES][COLUMNS / 2], char* staging, int m, int n) {
     constexpr int UNITS = HALVES * BOXES;
     int lane = threadIdx.x % 32;
+    floatX* out = OP == WGRAD ? (floatX*)p.grad : p.out;
+    const floatX* other = OP == WGRAD ? out : OP == DGRAD ? p.gelu_at : nullptr;
 #pragma unroll
     for (int unit = 0; unit < UNITS; unit++) {
         int half = unit / BOXES, box = unit % BOXES;
@@ -161,43 +187,117 @@ __device__ inline void write_tile(const Product& p, floatX* out, floatX* other, 
             }
         }
 #pragma unroll
-        for (int i = 0; i < 4; i++) {  // 16 columns: four 8 x 8 matrices, rows 0-7, 8-15 of the left, then the right
-            float* v = &sums[half][(box * 4 + i) * 8];
-            char* matrices = place(buffer, lane % 16, i * 2 + lane / 16);
+        for (int i = 0; i < 4; i++) {
+            char* matrices = swizzled(buffer, lane % 16, i * 2 + lane / 16);
             u32 packed[4], second[4];
             if (READ) {
                 ldmatrix_x4(second, matrices);
                 __syncwarp();
             }
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                float x[2] = {v[2 * j], v[2 * j + 1]}, y[2];
-                if (READ) {
-                    unpack2(y, second[j]);
-                    if (OP == WGRAD) {
-                        x[0] += y[0], x[1] += y[1];
-                    } else {
-                        x[0] *= gelu_grad(y[0]), x[1] *= gelu_grad(y[1]);
-                    }
-                }
-                if (OP == FORWARD) { x[0] += bias[2 * i + j / 2][0], x[1] += bias[2 * i + j / 2][1]; }
-                packed[j] = pack2(x[0], x[1]);
-                if (BOTH) {  // gelu of the rounded value, so that recomputing it from gelu_input gives the same bits
-                    unpack2(y, packed[j]);
-                    second[j] = pack2(gelu(y[0]), gelu(y[1]));
-                }
-            }
+            finish<OP, READ, BOTH>(packed, second, &sums[half][(box * 4 + i) * 8], bias[2 * i]);
             stmatrix_x4(matrices, packed);
             if (BOTH) { stmatrix_x4(matrices + WARP_STAGING, second); }
         }
         __syncwarp();
         pieces(p, buffer, m, n, unit, [&](char* from, i64 at, bool inside) {
             if (inside) {
-                *(int4*)((BOTH ? other : out) + at) = *(int4*)from;
+                *(int4*)((BOTH ? p.gelu_input : out) + at) = *(int4*)from;
                 if (BOTH) { *(int4*)(out + at) = *(int4*)(from + WARP_STAGING); }
             }
         });
         __syncwarp();
+    }
+}
+
+// The end of a tile with 16-bit results, 8 and 9. A box at a time is made in a slot of the team's, and TMA copies it from
+// there; what the tile reads has come into the same slots, the first ones while others multiplied. One thread of the
+// team, its leader, asks for all copies, so that it alone has to know when a slot may be overwritten.
+struct Team {
+    char* slots;  // from one to the next BOX bytes
+    u64* loaded;  // a barrier for each box of a tile
+    int row;      // of the team in a box of 64 x 64
+    bool leader;
+    int barrier;  // of the consumer's
+};
+
+__device__ inline Team make_team(Shared& shared, int consumer) {
+    int thread = threadIdx.x % 128, warp = thread / 32, row = STORE_ROWS == 64 ? 0 : warp * 16;
+#if RUNG >= 8
+    u64* loaded = shared.loaded[consumer * 4 + row / 16];
+#else
+    u64* loaded = nullptr;
+#endif
+    return {shared.staging[consumer * 4][0], loaded, row, thread % (STORE_ROWS * 2) == 0, 1 + consumer};
+}
+
+__device__ inline void load_box(const TensorMap& from, const Team& team, int m, int n, int box) {
+    mbarrier_expect(&team.loaded[box], STORE_ROWS * 128);
+    tma_load(team.slots + box % SLOTS * BOX + team.row * 128, from, n + box % BOXES * 64, m + box / BOXES * 64 + team.row,
+             &team.loaded[box]);
+}
+
+// Before the products of a tile, while it is the other consumer's turn: the slots are free again, the first boxes to be
+// read are under way, and the bias is in shared memory.
+__device__ inline void prepare_tile(const Product& p, const TensorMap* read, const Team& team, float* bias, int m,
+                                    int n) {
+    if (team.leader) {
+        tma_store_wait<0>();
+        for (int box = 0; read && box < SLOTS; box++) { load_box(*read, team, m, n, box); }
+    }
+    int column = threadIdx.x % 128 * 2;
+    float pair[2] = {};
+    if (p.bias && column < COLUMNS && n + column < p.N) { unpack2(pair, *(const u32*)(p.bias + n + column)); }
+    if (STORE_ROWS < 64) { named_barrier(team.barrier, 128); }  // no warp is still at the tile before
+    if (column < COLUMNS) { *(float2*)(bias + column) = make_float2(pair[0], pair[1]); }
+    named_barrier(team.barrier, 128);
+}
+
+// parity: of the tiles that this consumer has done before.
+template <int OP, bool READ, bool BOTH>
+__device__ inline void store_tile(const TensorMap& out, const TensorMap& other, float (&sums)[HALVES][COLUMNS / 2],
+                                  const Team& team, const float* bias, int m, int n, int parity) {
+    constexpr int COUNT = HALVES * BOXES, AHEAD = BOTH ? SLOTS / 2 : SLOTS;  // boxes; as many have slots of their own
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+#pragma unroll
+    for (int box = 0; box < COUNT; box++) {
+        char* slot = team.slots + box % AHEAD * (BOTH ? 2 : 1) * BOX;
+        if (READ) { mbarrier_wait(&team.loaded[box], parity); }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            char* matrices = swizzled(slot + warp * WARP_STAGING, lane % 16, i * 2 + lane / 16);
+            u32 packed[4], second[4];
+            float beta[4] = {};
+            if (READ) { ldmatrix_x4(second, matrices); }
+            if (OP == FORWARD) {
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    float2 pair = *(const float2*)(bias + box % BOXES * 64 + i * 16 + j * 8 + lane % 4 * 2);
+                    beta[2 * j] = pair.x, beta[2 * j + 1] = pair.y;
+                }
+            }
+            finish<OP, READ, BOTH>(packed, second, &sums[box / BOXES][(box % BOXES * 4 + i) * 8], beta);
+            stmatrix_x4(matrices, packed);
+            if (BOTH) { stmatrix_x4(matrices + BOX, second); }
+        }
+        fence_async();
+        // All but the last copies have left their slots: the next box's, too.
+        if (!READ && box + 1 >= AHEAD && box + 1 < COUNT && team.leader) { tma_store_wait<AHEAD - 2>(); }
+        if (STORE_ROWS == 64) {
+            named_barrier(team.barrier, 128);
+        } else {
+            __syncwarp();
+        }
+        if (team.leader) {
+            int column = n + box % BOXES * 64, row = m + box / BOXES * 64 + team.row;
+            char* from = slot + team.row * 128;
+            tma_store(BOTH ? other : out, column, row, from);
+            if (BOTH) { tma_store(out, column, row, from + BOX); }
+            tma_store_commit();
+            if (READ && box > 0 && box + SLOTS - 1 < COUNT) {
+                tma_store_wait<1>();  // the box before has left its slot
+                load_box(other, team, m, n, box + SLOTS - 1);
+            }
+        }
     }
 }
 
@@ -223,35 +323,60 @@ __device__ inline void write_floats(const Product& p, float* out, bool accumulat
     }
 }
 
+// What the end of a tile needs beside the sums.
+struct End {
+    const TensorMap &out, &other;  // of the result; of gelu_input, gelu_at or grad
+    char* staging;                 // 6 and 7
+    Team team;                     // 8 and 9, the rest too
+    float* bias;
+    int parity;
+};
+
+template <int OP, bool READ, bool BOTH>
+__device__ inline void end_tile(const Product& p, const End& e, float (&sums)[HALVES][COLUMNS / 2], int m, int n) {
+    if constexpr (TMA_STORES) {
+        store_tile<OP, READ, BOTH>(e.out, e.other, sums, e.team, e.bias, m, n, e.parity);
+    } else {
+        write_tile<OP, READ, BOTH>(p, sums, e.staging, m, n);
+    }
+}
+
 template <int OP>
-__device__ inline void write(const Product& p, const Work& w, float (&sums)[HALVES][COLUMNS / 2], char* staging,
-                             int m) {
+__device__ inline void write(const Product& p, const Work& w, const End& e, float (&sums)[HALVES][COLUMNS / 2], int m) {
     if constexpr (OP == FORWARD) {
         if (p.gelu_input) {
-            write_tile<OP, false, true>(p, p.out, p.gelu_input, sums, staging, m, w.n);
+            end_tile<OP, false, true>(p, e, sums, m, w.n);
         } else {
-            write_tile<OP, false, false>(p, p.out, nullptr, sums, staging, m, w.n);
+            end_tile<OP, false, false>(p, e, sums, m, w.n);
         }
     } else if constexpr (OP == DGRAD) {
         if (p.gelu_at) {
-            write_tile<OP, true, false>(p, p.out, (floatX*)p.gelu_at, sums, staging, m, w.n);
+            end_tile<OP, true, false>(p, e, sums, m, w.n);
         } else {
-            write_tile<OP, false, false>(p, p.out, nullptr, sums, staging, m, w.n);
+            end_tile<OP, false, false>(p, e, sums, m, w.n);
         }
     } else if (p.splits > 1) {
         write_floats(p, p.partials + (size_t)w.split * p.M * p.N, false, sums, m, w.n);
     } else if constexpr (sizeof(floatG) == 4) {
         write_floats(p, (float*)p.grad, p.accumulate, sums, m, w.n);
     } else if (p.accumulate) {
-        write_tile<OP, true, false>(p, (floatX*)p.grad, (floatX*)p.grad, sums, staging, m, w.n);
+        end_tile<OP, true, false>(p, e, sums, m, w.n);
     } else {
-        write_tile<OP, false, false>(p, (floatX*)p.grad, nullptr, sums, staging, m, w.n);
+        end_tile<OP, false, false>(p, e, sums, m, w.n);
     }
 }
 
-template <int OP> __device__ inline void consume(const Product& p, Shared& shared, int consumer) {
+template <int OP>
+__device__ inline void consume(const Product& p, const TensorMap& out, const TensorMap& other, Shared& shared,
+                               int consumer) {
     int lane = threadIdx.x % 32, first_row = TURNS ? 0 : consumer * OWN_ROWS;
     char* staging = shared.staging[threadIdx.x / 32 - 4][0];
+    Team team = make_team(shared, consumer);
+#if RUNG >= 8
+    float* bias = shared.bias[consumer];
+#else
+    float* bias = nullptr;
+#endif
     float sums[HALVES][COLUMNS / 2] = {};
     const floatX* read = nullptr;  // what the end of a tile reads
     if constexpr (OP == DGRAD) { read = p.gelu_at; }
@@ -270,7 +395,11 @@ template <int OP> __device__ inline void consume(const Product& p, Shared& share
             continue;
         }
         int m = w.m + first_row;
-        if (read) { read_unit(p, read, staging, m, w.n, 0); }
+        if (TMA_STORES) {
+            prepare_tile(p, read ? &other : nullptr, team, bias, m, w.n);
+        } else if (read) {
+            read_unit(p, read, staging, m, w.n, 0);
+        }
         // Until the other has come to its last stage: before, full[] could still be two phases behind, which looks like
         // the phase that is waited for.
         if (TURNS) { mbarrier_wait(&shared.turns[consumer], (turn / 2 + 1 + consumer) & 1); }
@@ -298,11 +427,14 @@ template <int OP> __device__ inline void consume(const Product& p, Shared& share
 #pragma unroll
         for (int half = 0; half < HALVES; half++) { wgmma_tie(sums[half]); }
         release(stages - 1);
-        write<OP>(p, w, sums, staging, m);
+        write<OP>(p, w, {out, other, staging, team, bias, turn / 2 & 1}, sums, m);
     }
+    if (TMA_STORES && team.leader) { tma_store_wait<0>(); }  // shared memory must outlive the copies
 }
 
-template <int OP> __device__ inline void product(const Product& p, const TensorMap& a, const TensorMap& b) {
+template <int OP>
+__device__ inline void product(const Product& p, const TensorMap& a, const TensorMap& b, const TensorMap& out,
+                               const TensorMap& other) {
     extern __shared__ char dynamic_shared[];
     Shared& shared = *(Shared*)(dynamic_shared + (1024 - shared_address(dynamic_shared) % 1024) % 1024);
     if (threadIdx.x == 0) {
@@ -311,6 +443,9 @@ template <int OP> __device__ inline void product(const Product& p, const TensorM
             mbarrier_init(&shared.empty[i], TURNS ? 4 : 8);  // an arrival from every warp that reads the stage
         }
         for (int i = 0; i < 2; i++) { mbarrier_init(&shared.turns[i], 4); }
+#if RUNG >= 8
+        for (int i = 0; i < 8 * HALVES * BOXES; i++) { mbarrier_init(&shared.loaded[0][i], 1); }
+#endif
         mbarrier_init_done();
     }
     __syncthreads();
@@ -320,28 +455,32 @@ template <int OP> __device__ inline void product(const Product& p, const TensorM
         if (threadIdx.x == 0) { produce<OP>(p, a, b, shared); }
     } else {
         more_registers<CONSUMER_REGISTERS>();
-        consume<OP>(p, shared, warpgroup - 1);
+        consume<OP>(p, out, other, shared, warpgroup - 1);
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // entry points: grid at most one block for each multiprocessor, block 384, dynamic shared memory sizeof(Shared) + 1024.
 // Arguments as those of kernel 5 in matmul.cu, the operands as tensor maps. Boxes of rows x 64 columns: inp 128 and
-// weight 192 in forward, dout 128 and weight 64 in dgrad, dout and inp 64 in wgrad.
+// weight 192 in forward, dout 128 and weight 64 in dgrad, dout and inp 64 in wgrad. 8 and 9 take maps of the results and
+// of what is read with them as well, boxes of STORE_ROWS; `other` is that of pre_gelu if given, in wgrad of dweight.
 // ---------------------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(384, 1) matmul_forward_sm90(
     floatX* out, floatX* pre_gelu, const __grid_constant__ TensorMap inp, const __grid_constant__ TensorMap weight,
-    const floatX* bias, int M, int N, int K) {
-    product<FORWARD>({M, N, K, 1, out, bias, pre_gelu, nullptr, nullptr, 0, nullptr}, inp, weight);
+    const __grid_constant__ TensorMap to, const __grid_constant__ TensorMap other, const floatX* bias, int M, int N,
+    int K) {
+    product<FORWARD>({M, N, K, 1, out, bias, pre_gelu, nullptr, nullptr, 0, nullptr}, inp, weight, to, other);
 }
 extern "C" __global__ void __launch_bounds__(384, 1) matmul_dgrad_sm90(
     floatX* dinp, const __grid_constant__ TensorMap dout, const __grid_constant__ TensorMap weight,
-    const floatX* pre_gelu, int M, int N, int K) {
-    product<DGRAD>({M, N, K, 1, dinp, nullptr, nullptr, pre_gelu, nullptr, 0, nullptr}, dout, weight);
+    const __grid_constant__ TensorMap to, const __grid_constant__ TensorMap other, const floatX* pre_gelu, int M, int N,
+    int K) {
+    product<DGRAD>({M, N, K, 1, dinp, nullptr, nullptr, pre_gelu, nullptr, 0, nullptr}, dout, weight, to, other);
 }
 extern "C" __global__ void __launch_bounds__(384, 1) matmul_wgrad_sm90(
     floatG* dweight, float* partials, const __grid_constant__ TensorMap dout, const __grid_constant__ TensorMap inp,
-    int M, int N, int K, int splits, int accumulate) {
-    product<WGRAD>({M, N, K, splits, nullptr, nullptr, nullptr, nullptr, dweight, accumulate, partials}, dout, inp);
+    const __grid_constant__ TensorMap to, int M, int N, int K, int splits, int accumulate) {
+    product<WGRAD>({M, N, K, splits, nullptr, nullptr, nullptr, nullptr, dweight, accumulate, partials}, dout, inp, to,
+                   to);
 }

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 SHAPES = [(1, 1, 8, 8), (2, 3, 16, 24), (1, 7, 40, 72), (3, 65, 24, 136), (1, 130, 72, 264)]
 # 17 tiles of 128 rows: more than a band. 4 tiles on 3 multiprocessors, more of k than a ring holds: turns
 ROWS = [(1, 2100, 8, 136), (1, 390, 520, 8)]
+# Input or weight gradient of 13 tiles: on 3 multiprocessors each half of a block has several that read what they change
+TILES = [(1, 1600, 24, 16), (1, 33, 24, 1600)]
 TOKENS = [(3, 257, 16, 24)]  # the weight gradient is summed in three ranges
 BIG = [(1, 3, 8, 8456), (1, 257, 768, 2304), (3, 257, 96, 384), (2, 130, 3072, 768)]
 FLAGS = list(itertools.product((False, True), repeat=3))  # with_bias, with_gelu, accumulate
@@ -80,7 +82,7 @@ def test_matmul_forward(op, shape, with_bias, with_gelu):
 
 
 @pytest.mark.parametrize("with_gelu", (False, True), ids=("plain", "dgelu"))
-@pytest.mark.op("matmul_backward", shapes=SHAPES + TOKENS, big=BIG, cpu=CPU)
+@pytest.mark.op("matmul_backward", shapes=SHAPES + TILES + TOKENS, big=BIG, cpu=CPU)
 def test_matmul_backward(op, shape, with_gelu):
     check_backward(op, shape, with_gelu=with_gelu)
 

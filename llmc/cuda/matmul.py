@@ -1,6 +1,6 @@
 """The linear layers: kernels/matmul.cu has the math, the layouts and the table of versions.
 
-matmul_forward1 .. 7 and matmul_backward1 .. 7 have the whole contract of the public functions, which choose the version
+matmul_forward1 .. 9 and matmul_backward1 .. 9 have the whole contract of the public functions, which choose the version
 for dtype and GPU: for bf16 and fp16 7 (kernels/matmul_sm90.cu) at compute capability 9.0 and 5 elsewhere, 3 for fp32.
 """
 
@@ -12,8 +12,9 @@ from . import module
 
 TILE = 128  # kernels 3, 4, 5: outputs of a block, in both directions
 STAGES = {4: 1, 5: 3}  # kernels 4, 5: tiles in flight
-SIXTEEN_BIT = (4, 5, 6, 7)  # versions for bf16 and fp16 alone
-HOPPER = (6, 7)  # versions for compute capability 9.0 alone: kernels/matmul_sm90.cu
+SIXTEEN_BIT = (4, 5, 6, 7, 8, 9)  # versions for bf16 and fp16 alone
+HOPPER = (6, 7, 8, 9)  # versions for compute capability 9.0 alone: kernels/matmul_sm90.cu
+STORE_ROWS = {6: 64, 7: 64, 8: 64, 9: 16}  # of the boxes that Hopper's versions store results in; 6 and 7 use none
 BIAS_PARTS = 128  # most row ranges of the bias gradient
 # Weight gradient: as many token ranges as bring output tiles x ranges near this number, of 128 tokens or more each. It
 # fills GPUs of 108 to 132 SMs with two blocks each three times over; a constant, so that results do not depend on the
@@ -49,7 +50,7 @@ def matmul_scratch_size(B, T, C, OC):
 
 
 def wgrad_splits_sm90(BT, C, OC):
-    """The same for kernels 6 and 7: the number of ranges that leaves 132 multiprocessors idle least; writing and adding
+    """The same for Hopper's kernels: the number of ranges that leaves 132 multiprocessors idle least; writing and adding
     one set of partial sums takes as long as 1000 tokens. A constant too."""
     tiles = ceil_div(OC, 128) * ceil_div(C, 192)
 
@@ -60,9 +61,10 @@ def wgrad_splits_sm90(BT, C, OC):
 
 
 def launch_sm90(name, version, dtype, M, N, args, splits=1, defines=()):
-    """Kernels 6 and 7: each block takes every so many'th tile."""
+    """Kernels 6 to 9: each block takes every so many'th tile."""
     tiles = ceil_div(M, 128) * ceil_div(N, 192) * splits
-    defines, smem = (f"RUNG={version}", *defines), 4 * 40960 + 32768 + 80 + 1024
+    smem = 4 * 40960 + 80 + 1024 + (32768 if version < 8 else 65536 + 384 + 1536)  # sizeof(Shared) and to align it
+    defines = (f"RUNG={version}", *defines)
     kernel = module.kernel("matmul_sm90.cu", f"matmul_{name}_sm90", dtype, defines, smem, "sm_90a")
     kernel((min(tiles, module.multiprocessors()),), (384,), args, shared_mem=smem)
 
@@ -95,7 +97,9 @@ def forward(version, out, inp, weight, bias, pre_gelu):
     sizes = i32(BT), i32(OC), i32(C)
     if version in HOPPER:
         operands = module.tensor_map(inp, BT, C, 128), module.tensor_map(weight, OC, C, 192)
-        launch_sm90("forward", version, out.dtype, BT, OC, (out, pre_gelu, *operands, bias, *sizes))
+        rows, other = STORE_ROWS[version], out if pre_gelu is None else pre_gelu
+        results = module.tensor_map(out, BT, OC, rows), module.tensor_map(other, BT, OC, rows)
+        launch_sm90("forward", version, out.dtype, BT, OC, (out, pre_gelu, *operands, *results, bias, *sizes))
     else:
         launch("forward", version, out.dtype, BT, OC, (out, pre_gelu, inp, weight, bias, *sizes))
 
@@ -117,9 +121,12 @@ def backward(version, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu
     if version in HOPPER:
         map_dout, map_inp = module.tensor_map(dout, BT, OC, 64), module.tensor_map(inp, BT, C, 64)
         operands = module.tensor_map(dout, BT, OC, 128), module.tensor_map(weight, OC, C, 64)
-        launch_sm90("dgrad", version, dtype, BT, C, (dinp, *operands, pre_gelu, *sizes))
+        rows, other = STORE_ROWS[version], dinp if pre_gelu is None else pre_gelu
+        results = module.tensor_map(dinp, BT, C, rows), module.tensor_map(other, BT, C, rows)
+        launch_sm90("dgrad", version, dtype, BT, C, (dinp, *operands, *results, pre_gelu, *sizes))
         splits = wgrad_splits_sm90(BT, C, OC)
-        args = (dweight, scratch, map_dout, map_inp, *wgrad_sizes, i32(splits), accumulate)
+        to = module.tensor_map(dweight, OC, C, rows) if dweight.dtype == dtype else map_inp  # f32: not through the map
+        args = (dweight, scratch, map_dout, map_inp, to, *wgrad_sizes, i32(splits), accumulate)
         launch_sm90("wgrad", version, dtype, OC, C, args, splits, defines)
     else:
         launch("dgrad", version, dtype, BT, C, (dinp, dout, weight, pre_gelu, *sizes))
@@ -174,6 +181,14 @@ def matmul_forward7(out, inp, weight, bias=None, pre_gelu=None):
     forward(7, out, inp, weight, bias, pre_gelu)
 
 
+def matmul_forward8(out, inp, weight, bias=None, pre_gelu=None):
+    forward(8, out, inp, weight, bias, pre_gelu)
+
+
+def matmul_forward9(out, inp, weight, bias=None, pre_gelu=None):
+    forward(9, out, inp, weight, bias, pre_gelu)
+
+
 def matmul_backward1(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
     backward(1, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
 
@@ -200,6 +215,14 @@ def matmul_backward6(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=
 
 def matmul_backward7(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
     backward(7, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
+
+
+def matmul_backward8(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
+    backward(8, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
+
+
+def matmul_backward9(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
+    backward(9, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
 
 
 def matmul_forward(out, inp, weight, bias=None, pre_gelu=None):
