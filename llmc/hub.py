@@ -21,6 +21,7 @@ BEAT = 2.0  # seconds between signs of life
 SILENCE = 20.0  # seconds without one after which a rank counts as dead
 CONNECT = 120.0  # seconds for all ranks to find the hub
 REPORT = 5.0  # seconds for the other ranks to report an error too
+LEAVE = 5.0  # seconds for mpirun to end the ranks
 AGAIN = "-y 1 continues from the last checkpoint in -o, with any number of processes"
 
 
@@ -28,8 +29,7 @@ def hub(fd, size, token, connect=CONNECT, silence=SILENCE):
     """Serve the `size` ranks on the listening socket fd until all have said bye or one has failed.
 
     A message is a JSON object in a line. From a rank: its rank, size and token; value, error, beat, bye. To the ranks:
-    welcome; values, once every rank has sent its own; stop, an exit code, with all, whether each waits for an answer:
-    it has failed, or has sent its value; beat. What has another token is dropped.
+    welcome; values, once every rank has sent its own; stop, an exit code; beat. What has another token is dropped.
     stdin is a pipe that nothing is written to: its end tells that rank 0 is gone before it could connect.
     """
     listener = socket.socket(fileno=fd)
@@ -41,14 +41,11 @@ def hub(fd, size, token, connect=CONNECT, silence=SILENCE):
             with contextlib.suppress(OSError):
                 sock.sendall(json.dumps(message).encode() + b"\n")
 
-    def waiting():
-        return len(errors.keys() | values.keys()) == size
-
-    def stop(texts, code, all=False):
+    def stop(texts, code):
         for text in [texts] if isinstance(texts, str) else texts[:8]:
             with contextlib.suppress(OSError):
                 print(f"llmc.train: error: {text}", file=sys.stderr, flush=True)
-        send({"stop": code, "all": all})
+        send({"stop": code})
         sys.exit(0)
 
     def receive(sock, message):
@@ -105,11 +102,12 @@ def hub(fd, size, token, connect=CONNECT, silence=SILENCE):
                 if rank is not None and rank not in left and rank not in errors:
                     stop(f"rank {rank} died, the other ranks stop. HINT: {AGAIN}", 1)
         now = time.monotonic()
-        if errors and (waiting() or now - min(errors.values())[0] > REPORT):  # others may be about to report
+        busy = size - len(errors.keys() | values.keys())  # ranks that may be about to report an error too
+        if errors and (not busy or now - min(errors.values())[0] > REPORT):
             texts = {}  # what all say is said once
             for rank in sorted(errors):
                 texts.setdefault(errors[rank][1], f"rank {rank}: " * (rank > 0))
-            stop([prefix + text for text, prefix in texts.items()], errors[min(errors)][2], waiting())
+            stop([prefix + text for text, prefix in texts.items()], errors[min(errors)][2])
         missing = sorted(set(range(size)) - set(ranks.values()) - left)
         if missing and now - start > connect:
             who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:8]))}"
@@ -172,12 +170,10 @@ class Ranks:
     def _listen(self):
         with contextlib.suppress(OSError, ValueError):
             for message in map(json.loads, self.lines):
-                if "values" in message or message.get("all"):
-                    self.replies.put(message)
+                if "values" in message:
+                    self.replies.put(message["values"])
                 elif "stop" in message:
                     leave(message["stop"])
-                if "stop" in message:  # its main thread waits for this, as all of them do
-                    return
         if not self.closed.is_set():
             text = f"rank {self.rank} lost its connection to the machine of rank 0"
             print(f"llmc.train: error: {text}. HINT: {AGAIN}", file=sys.stderr, flush=True)
@@ -186,8 +182,7 @@ class Ranks:
     def exchange(self, value):
         """[the value of every rank], which JSON must be able to hold. All ranks call it; it waits for them."""
         self._send({"value": value})
-        reply = self.replies.get()
-        return reply["values"] if "values" in reply else end_all(reply["stop"])
+        return self.replies.get()
 
     def barrier(self):
         """Returns when every rank has called it."""
@@ -195,11 +190,9 @@ class Ranks:
 
     def fail(self, text, code):
         """End this process and the others; the hub prints the text, once if it is the same on all ranks."""
-        with contextlib.suppress(OSError, queue.Empty):
+        with contextlib.suppress(OSError):
             self._send({"error": text, "code": code})
-            while "stop" not in self.replies.get(timeout=2 * REPORT):  # or the answer ends this process
-                pass
-            end_all(code)
+            time.sleep(2 * REPORT)  # the hub's answer ends this process
         leave(code)
 
     def close(self):
@@ -212,24 +205,21 @@ class Ranks:
             self._send({"bye": 1})
 
 
-def end_all(code, patience=5.0):
-    """End this process, as every other rank does now, leaving MPI as at the end of a run that went well.
-
-    When a rank leaves without that, mpirun kills those that are left, and their death becomes the exit code of the run.
-    """
-    MPI = getattr(sys.modules.get("mpi4py"), "MPI", None)
-    if MPI and MPI.Is_initialized() and not MPI.Is_finalized():
-        watch = threading.Timer(patience, leave, [code])  # sums that were under way could make it wait for ever
-        watch.daemon = True
-        watch.start()
-        MPI.Finalize()
-    leave(code)
-
-
 def leave(code):
-    """End this process now: its main thread may be waiting in MPI or NCCL for a rank that is no more."""
+    """End this process now: its main thread may be waiting in MPI or NCCL for a rank that is no more.
+
+    Where mpirun waits for the ranks, rank 0 has it end them all with this code. Were they to leave by themselves, it
+    would kill those that come second, and that would be the exit code of the run.
+    """
     with contextlib.suppress(Exception):
         sys.stdout.flush()
+    MPI = getattr(sys.modules.get("mpi4py"), "MPI", None)
+    if MPI and MPI.Is_initialized() and not MPI.Is_finalized():
+        threading.Timer(LEAVE, os._exit, [code]).start()
+        if MPI.COMM_WORLD.rank == 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the hub has said why, MPI need not say that
+            MPI.COMM_WORLD.Abort(code)
+        time.sleep(LEAVE)
     os._exit(code)
 
 

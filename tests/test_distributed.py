@@ -149,6 +149,7 @@ def test_errors_are_one_line(shards, tmp_path):
         (start(2, *both, "-pn", "4"), "-pn 4 contradicts PMI_SIZE=2. HINT: leave -pn out."),
         (start(1, *different), "rank 1 was started with --seed 43, rank 0 with --seed 42. HINT: the flags"),
         (start(3, *both), "-d 512 is not a multiple of -b 2 x -t 32 x 3 processes = 192. HINT: -d 192."),
+        (start(3, *both, "-d", "192", "-o", str(shards / "val.bin" / "x")), "-o "),  # rank 0 alone finds out
         (start(0, *both, RANK="0", WORLD_SIZE="2"), "this process is one of 2, but MPI sees 1. HINT: the CPU op set"),
         (start(0, *both, "-pn", "2"), "-pn 2 needs -pr, the rank of this process. HINT: mpirun -n 2 tells both."),
     ]
@@ -241,13 +242,13 @@ ranks.close()
 
 def meet(where, does="nothing", started=3, size=3, connect=60, silence=60, late=0):
     """[(exit code, stdout, stderr)] of the ranks; `late` seconds pass before rank 0 is started."""
-    arguments = [str(x) for x in (size, where, does, connect, silence)]
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     processes = {}
     for rank in reversed(range(started)):
         if rank == 0 and late:
             threading.Event().wait(late)
-        command = [sys.executable, "-c", RANK, str(rank), *arguments]
+        settings = (rank, size, where, does, connect if rank == 0 else 60, silence)  # of rank 0: the hub's patience
+        command = [sys.executable, "-c", RANK, *map(str, settings)]
         processes[rank] = subprocess.Popen(
             command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -317,9 +318,9 @@ def test_strangers_are_dropped():
 
 
 def test_missing_rank(tmp_path):
-    results = meet(("fs", str(tmp_path / "llmc-run-3.json")), started=2, connect=2)
+    results = meet(("fs", str(tmp_path / "llmc-run-3.json")), started=2, connect=3, late=1)
     assert [code for code, *_ in results] == [2, 2]
-    text = "llmc.train: error: rank 2 of 3 did not connect within 2 s. HINT: start 3 processes, see -pn\n"
+    text = "llmc.train: error: rank 2 of 3 did not connect within 3 s. HINT: start 3 processes, see -pn\n"
     assert results[0][2] == text
 
 
