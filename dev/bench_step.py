@@ -256,7 +256,7 @@ def run(args):
     if device == "cuda":
         b.ops.device.stream().use()  # ours, where graphs can be captured; each step ends with a wait
     for text in args.kernel:
-        rungs.use(b.ops, text)
+        rungs.use(b.ops, text, b.dtype_name, b.C // b.NH)
     batches = []
     for _ in range(8):
         tokens = b.draw_tokens((B, T + 1))

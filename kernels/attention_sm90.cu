@@ -295,6 +295,7 @@ __device__ inline void forward_consume(ForwardShared& shared, int consumer, floa
             wgmma_tie(scores);
             release(&shared.empty[key_stage]);
             exponentials(false);
+            hold_until(sum[0] + sum[1]);  // or ptxas moves the exponentials to where they have nothing to run beside
             wgmma_wait<0>();
             wgmma_tie(o), wgmma_tie(p);
             release(&shared.empty[value_stage]);

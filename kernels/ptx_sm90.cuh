@@ -133,6 +133,11 @@ __device__ inline u64 wgmma_operand(const void* smem, u32 panel_bytes) {
     return (shared_address(smem) & 0x3ffffu) >> 4 | (u64)(panel_bytes >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
 }
 
+// Keeps a wait that follows behind the arithmetic that makes `value`, at least 0: by itself ptxas takes waits first.
+__device__ inline void hold_until(float value) {
+    if (value < 0.0f) { asm volatile("nanosleep.u32 1;"); }
+}
+
 #ifdef TENSOR_CORES
 #ifdef ENABLE_BF16
 #define WGMMA_TYPES "bf16.bf16"

@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 import re
+import sys
 
 from llmc import UserError
 
@@ -19,8 +20,9 @@ def rungs(ops):
     return found
 
 
-def use(ops, text):
-    """Replace a public function of the op set by one of its rungs; text is "op=N". UserError names those there are."""
+def use(ops, text, dtype, head_size):
+    """Replace a public function of the op set by one of its rungs; text is "op=N". UserError names those there are, or
+    says why a model of this dtype ("bf16") and head size cannot have it on this GPU."""
     found = rungs(ops)
     op, _, number = text.partition("=")
     if not found:
@@ -30,4 +32,15 @@ def use(ops, text):
     if not number.isdigit() or int(number) not in found[op]:
         numbers = ", ".join(str(n) for n in sorted(found[op]))
         raise UserError(f"--kernel {text}: no such rung. HINT: {op}=N with N one of {numbers}.")
-    setattr(ops, op, found[op][int(number)])
+    number = int(number)
+    function = found[op][number]
+    file = sys.modules[function.__module__]
+    sizes = getattr(file, "HEAD_SIZES", {}).get(number, (head_size,))
+    if number in getattr(file, "SIXTEEN_BIT", ()) and dtype == "fp32":
+        raise UserError(f"--kernel {text}: a rung for bf16 and fp16, not fp32. HINT: --dtype bf16, or another N.")
+    if number in getattr(file, "HOPPER", ()) and (sm := ops.module.capability()) != 90:
+        raise UserError(f"--kernel {text}: a rung for Hopper, sm_90; this is sm_{sm}. HINT: another N.")
+    if head_size not in sizes:
+        sizes = " and ".join(map(str, sizes))
+        raise UserError(f"--kernel {text}: a rung for head sizes {sizes}, not {head_size}. HINT: another N.")
+    setattr(ops, op, function)

@@ -447,8 +447,6 @@ def run(args, notices, ranks, start_time):
 
     schedulers.check(args.lr_scheduler)
     ops, device, device_line, sums = distributed.pick_device(args, ranks)
-    for text in args.kernel:
-        rungs.use(ops, text)
     rank, P = (ranks.rank, ranks.size) if ranks else (0, 1)
     default_job = fill_defaults(args, device)
     args.output_dir = distributed.on_rank0(ranks, lambda: args.output_dir)
@@ -459,6 +457,8 @@ def run(args, notices, ranks, start_time):
     data_line = distributed.rank0_first(ranks, lambda: prepare_data(args, default_job))
     resume_step = distributed.on_rank0(ranks, lambda: check_output_dir(args))
     config, model_path = model_config(args, resume_step)
+    for text in args.kernel:
+        rungs.use(ops, text, args.dtype, config.channels // config.num_heads)
     B, T = args.batch_size, args.sequence_length or min(1024, config.max_seq_len)
     total_batch, micro_steps = total_batch_of(args, B, T, P)
     train_loader, val_loader = open_data(args, config, B, T, rank, P)

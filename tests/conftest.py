@@ -4,8 +4,9 @@
     def test_forward(op, shape): ...
 
 runs once for every op set, dtype, rung (layernorm_forward1, layernorm_forward2, ... in llmc/cuda) and shape: `shapes`
-on every op set, `big` not on the executor, `cpu` on the cpu set alone. dtypes=("bf16",) and sets=("cpu",) restrict it,
-public=True leaves the rungs out, rungs=(4,) all others. A public name that chooses among rungs gets the last shape only: they get them all.
+on every op set, `big` not on the executor, `cpu` on the cpu set alone. dtypes=("bf16",), sets=("cpu",) and rungs=(4,)
+restrict it, public=True leaves the rungs out. A public name that chooses among rungs gets the last shape only: they get
+them all.
 `op` is then called with NumPy arrays, wherever it runs. Each call is a test of its own, see Op.__call__.
 The fixture `ops` is the op set as a module, for tests of more than one op.
 """

@@ -30,7 +30,7 @@ def qkvr_of(shape, dtype, scale=1.0):
     return ref.normal(np.random.default_rng(0), (B, T, 3 * NH * HS), dtype, scale)
 
 
-# several 128-row blocks a head, even and odd numbers of them, and several rounds of the executor's three multiprocessors
+# several 128-row blocks a head, an even and an odd number, and several rounds of the executor's three multiprocessors
 HOPPER = [(1, 385, 2, 64), (1, 300, 2, 64), (2, 140, 2, 128)]
 
 

@@ -223,14 +223,23 @@ def test_roofline_counts_what_the_model_does(recompute, monkeypatch):
 
 def test_rungs(monkeypatch):
     ops = argparse.Namespace(**vars(op_set("executor", monkeypatch)))
-    rungs.use(ops, "gelu_forward=1")
+    rungs.use(ops, "gelu_forward=1", "bf16", 64)
     assert ops.gelu_forward is importlib.import_module("llmc.cuda.gelu").gelu_forward1
     assert cuda.gelu_forward is not ops.gelu_forward
     for text, hint in (("gelu=1", "HINT: one of .*gelu_forward"), ("gelu_forward=9", "N one of 1, 2"), ("x", "HINT")):
         with pytest.raises(UserError, match=hint):
-            rungs.use(ops, text)
+            rungs.use(ops, text, "bf16", 64)
     with pytest.raises(UserError, match="--device cuda"):
-        rungs.use(cpu, "gelu_forward=1")
+        rungs.use(cpu, "gelu_forward=1", "fp32", 64)
+    with pytest.raises(UserError, match="bf16 and fp16, not fp32. HINT"):
+        rungs.use(ops, "matmul_forward=5", "fp32", 64)
+    with pytest.raises(UserError, match="for Hopper, sm_90; this is sm_80. HINT"):
+        rungs.use(ops, "attention_forward=4", "bf16", 64)
+    monkeypatch.setattr(cuda.module, "capability", lambda: 90)
+    with pytest.raises(UserError, match="head sizes 64 and 128, not 80. HINT"):
+        rungs.use(ops, "attention_forward=4", "bf16", 80)
+    rungs.use(ops, "attention_forward=4", "bf16", 128)
+    assert ops.attention_forward.__name__ == "attention_forward4"
 
 
 def test_gpu_check_rungs(capsys, monkeypatch):

@@ -46,7 +46,8 @@ def smem3(HS, columns, own=0):
 
 def launch_sm90(name, dtype, B, T, NH, HS, tiles, args):
     """Kernel 4: each block takes every so many'th pair of 128-row blocks. tiles: bytes in the stages and own tiles."""
-    defines, smem = () if HS == 64 else (f"HEAD_SIZE={HS}",), tiles + 256 * HS + 128 + 1024  # + staging, barriers, alignment
+    defines = () if HS == 64 else (f"HEAD_SIZE={HS}",)
+    smem = tiles + 256 * HS + 128 + 1024  # + staging, barriers, alignment
     kernel = module.kernel("attention_sm90.cu", f"attention_{name}_sm90", dtype, defines, smem, "sm_90a")
     pairs = ceil_div(ceil_div(T, 128), 2) * B * NH
     kernel((min(pairs, module.multiprocessors()),), (384,), args, shared_mem=smem)

@@ -39,6 +39,7 @@ GPT2_FILES = (  # what a GPT-2 training step uses, and compile_all compiles
     "global_norm.cu",
 )
 
+CANDIDATES = ("attention_sm90.cu",)  # in no training step until a GPU has timed them
 HOPPER_FILES = {"matmul_sm90.cu": ("RUNG=7",)}  # with their defines: also, in bf16 and fp16 at compute capability 9.0
 
 compilations = []  # (file, dtype, defines) of each module this process compiled; a warm disk cache leaves it empty

@@ -79,6 +79,8 @@ template <int N> inline void wgmma_wait() {
 template <int SIZE> inline void wgmma_tie(float (&)[SIZE]) {}
 template <int SIZE> inline void wgmma_tie(u32 (&)[SIZE][4]) {}
 
+inline void hold_until(float) {}
+
 inline u64 wgmma_operand(const void* smem, u32 panel_bytes) {
     return (shared_address(smem) & 0x3ffffu) >> 4 | (u64)(panel_bytes >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
 }
