@@ -20,7 +20,11 @@
 //                      | then tokens that span pieces are put together         |                            |
 // encoder_backward 4   | 3 with tokens sorted along, rows of dwte loaded ahead,| same. Predicted 75 to 80   | 102
 //                      | pieces of a token counted before they are added       |                            |
-// 4's kernels timed alone: dwpe 21, sort 39 (each block reads all tokens, from L2), pieces 43, combination 14.
+// encoder_backward 5   | 4, digits of 6, 5 and 5 bits; loads of the sort in    | same; an eighth of the     | not measured,
+//                      | batches; both tables in one launch; 16 sums ahead     | sort's L2 reads            | predicted 70
+// 4's kernels timed alone: dwpe 21, sort 39 (each block reads all tokens, from L2), pieces 43, combination 14. Predicted
+// for 5: sort 17 (2 passes x 256 blocks x 256 KB = 134 MB of L2 become 128 blocks' 34 MB, and in 4 each step of the last
+// sweep waits for the stores of the one before), both tables 45, which is their bytes at half of a copy's speed, 10.
 //
 // Source: llm.c llmc/encoder.cuh (encoder_forward_kernel3, wpe_backward_kernel, wte_backward_kernel).
 #include "common.cuh"
@@ -90,10 +94,8 @@ extern "C" __global__ void wpe_backward_kernel1(floatG* dwpe, const floatX* dout
     accumulate(dwpe, i, sum, noise(WPE, seed[0]));
 }
 
-// One thread per 16 bytes of dwpe. grid ceil(T*C / x128::size / block), block up to 128; C % x128::size == 0.
-extern "C" __global__ void __launch_bounds__(128, 1)
-wpe_backward_kernel2(floatG* dwpe, const floatX* dout, const u32* seed, int B, int T, int C) {
-    i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * x128::size;
+// dwpe[i..] += the sum over the batch, for the 16 bytes at element i of dwpe.
+__device__ inline void add_positions(floatG* dwpe, const floatX* dout, const u32* seed, i64 i, int B, int T, int C) {
     if (i >= (i64)T * C) { return; }
     float sum[x128::size] = {};
 #pragma unroll 8
@@ -102,6 +104,12 @@ wpe_backward_kernel2(floatG* dwpe, const floatX* dout, const u32* seed, int B, i
         for (int k = 0; k < x128::size; k++) { sum[k] += (float)pack[k]; }
     }
     accumulate128(dwpe, i, sum, noise(WPE, seed[0]));
+}
+
+// One thread per 16 bytes of dwpe. grid ceil(T*C / x128::size / block), block up to 128; C % x128::size == 0.
+extern "C" __global__ void __launch_bounds__(128, 1)
+wpe_backward_kernel2(floatG* dwpe, const floatX* dout, const u32* seed, int B, int T, int C) {
+    add_positions(dwpe, dout, seed, ((i64)blockIdx.x * blockDim.x + threadIdx.x) * x128::size, B, T, C);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -312,25 +320,24 @@ sort_by_token_kernel4(int* tokens, int* positions, const int* in_tokens, const i
     }
 }
 
-// wte_backward_kernel3 on sorted tokens and positions. The rows of dwte that a batch of loads will finish are read with it:
-// most tokens of a piece occur once, and each would wait for its row otherwise. Same grid and partials; block 128.
-extern "C" __global__ void __launch_bounds__(128)
-wte_backward_kernel4(floatG* dwte, float* partials, const floatX* dout, const int* sorted_tokens, const int* positions,
-                     const u32* seed, int N, int C) {
+// wte_backward_kernel3 on sorted tokens and positions, for block (piece, y). The rows of dwte that a batch of loads will
+// finish are read with it: most tokens of a piece occur once, and each would wait for its row otherwise.
+__device__ inline void add_piece(floatG* dwte, float* partials, const floatX* dout, const int* sorted_tokens,
+                                 const int* positions, const u32* seed, int piece, int y, int N, int C) {
     constexpr int size = Packed128<floatG>::size, parts = x128::size / size;
     __shared__ int rows_at[PIECE];
     __shared__ int tokens[PIECE + 2];  // with the neighbours on both sides; -1 past the ends of the list
-    int begin = blockIdx.x * PIECE, count = min(PIECE, N - begin);
+    int begin = piece * PIECE, count = min(PIECE, N - begin);
     for (int i = threadIdx.x; i < count + 2; i += blockDim.x) {
         int j = begin + i - 1;
         tokens[i] = j >= 0 && j < N ? sorted_tokens[j] : -1;
         if (i >= 1 && i <= count) { rows_at[i - 1] = positions[j]; }
     }
     __syncthreads();
-    int c = (blockIdx.y * blockDim.x + threadIdx.x) * x128::size;
+    int c = (y * blockDim.x + threadIdx.x) * x128::size;
     if (c >= C) { return; }
 
-    float* partial = partials + (i64)blockIdx.x * 2 * C + c;
+    float* partial = partials + (i64)piece * 2 * C + c;
     int earlier = tokens[0];  // the token of the piece before: what it has here is not finished here
     u32 key = noise(WTE, seed[0]);
     float sum[x128::size] = {};
@@ -372,10 +379,18 @@ wte_backward_kernel4(floatG* dwte, float* partials, const floatX* dout, const in
     }
 }
 
+// Same grid and partials as wte_backward_kernel3; block 128.
+extern "C" __global__ void __launch_bounds__(128)
+wte_backward_kernel4(floatG* dwte, float* partials, const floatX* dout, const int* sorted_tokens, const int* positions,
+                     const u32* seed, int N, int C) {
+    add_piece(dwte, partials, dout, sorted_tokens, positions, seed, blockIdx.x, blockIdx.y, N, C);
+}
+
 // wte_combine_kernel3, which finds out first, all threads at once, how many pieces the token reaches: their sums are then
-// loaded several at a time.
-extern "C" __global__ void __launch_bounds__(128, 1)
-wte_combine_kernel4(floatG* dwte, const float* partials, const int* tokens, const u32* seed, int N, int C) {
+// loaded AT_ONCE at a time.
+template <int AT_ONCE>
+__device__ inline void combine_pieces(floatG* dwte, const float* partials, const int* tokens, const u32* seed, int N,
+                                      int C) {
     int begin = blockIdx.x * PIECE, next = begin + PIECE;
     if (next >= N) { return; }
     int token = tokens[next - 1];
@@ -393,19 +408,102 @@ wte_combine_kernel4(floatG* dwte, const float* partials, const int* tokens, cons
     float sum[x128::size] = {};
     partials += (i64)blockIdx.x * 2 * C + c;
     add_partial(sum, partials + C);
-    for (int piece = 1; piece <= pieces; piece += AHEAD) {
-        f128 values[AHEAD][parts];
+    for (int piece = 1; piece <= pieces; piece += AT_ONCE) {
+        f128 values[AT_ONCE][parts];
 #pragma unroll
-        for (int a = 0; a < AHEAD; a++) {
+        for (int a = 0; a < AT_ONCE; a++) {
             for (int p = 0; p < parts; p++) {
                 bool there = piece + a <= pieces;
                 values[a][p] = there ? load128(partials + (i64)(piece + a) * 2 * C + p * size) : zeros128<float>();
             }
         }
 #pragma unroll
-        for (int a = 0; a < AHEAD; a++) {
+        for (int a = 0; a < AT_ONCE; a++) {
             for (int k = 0; k < x128::size; k++) { sum[k] += values[a][k / size][k % size]; }
         }
     }
     accumulate128(dwte, (i64)token * C + c, sum, noise(WTE, seed[0]));
+}
+
+extern "C" __global__ void __launch_bounds__(128, 1)
+wte_combine_kernel4(floatG* dwte, const float* partials, const int* tokens, const u32* seed, int N, int C) {
+    combine_pieces<AHEAD>(dwte, partials, tokens, seed, N, C);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// rung 5: less to sort, fewer launches in a row
+// ---------------------------------------------------------------------------------------------------------------------
+
+#define BATCH 8  // tokens of a lane that are loaded before any is looked at
+
+// sort_by_token_kernel4 with the loads of a batch before its stores: tokens[] might be in_tokens[] for all the compiler
+// knows, so that otherwise every step waits for the one before. Same grid.
+extern "C" __global__ void __launch_bounds__(1024)
+sort_by_token_kernel5(int* tokens, int* positions, const int* in_tokens, const int* in_positions, int N, int shift,
+                      int mask) {
+    __shared__ int run_matches[32];
+    __shared__ int run_before[32];
+    int digit = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    int run = ceil_div(N, warps), begin = min(warp * run, N), end = min(begin + run, N);
+
+    int matches = 0, before = 0;  // of this warp's run: tokens with our digit, and with a smaller one
+    for (int i = begin + lane; i - lane < end; i += 32 * BATCH) {
+        int token[BATCH];
+#pragma unroll
+        for (int b = 0; b < BATCH; b++) { token[b] = i + 32 * b < end ? in_tokens[i + 32 * b] : 0; }
+#pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+            int found = i + 32 * b < end ? (token[b] >> shift) & mask : digit + 1;
+            matches += __popc(__ballot_sync(0xffffffffu, found == digit));
+            before += __popc(__ballot_sync(0xffffffffu, found < digit));
+        }
+    }
+    if (lane == 0) {
+        run_matches[warp] = matches;
+        run_before[warp] = before;
+    }
+    __syncthreads();
+    int place = 0;  // where this run's first match goes: after all smaller digits and the matches of earlier runs
+    for (int w = 0; w < warps; w++) { place += run_before[w] + (w < warp ? run_matches[w] : 0); }
+
+    for (int i = begin + lane; i - lane < end; i += 32 * BATCH) {
+        int token[BATCH], from[BATCH];  // from: -1 where the digit is another
+#pragma unroll
+        for (int b = 0; b < BATCH; b++) { token[b] = i + 32 * b < end ? in_tokens[i + 32 * b] : 0; }
+#pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+            bool match = i + 32 * b < end && ((token[b] >> shift) & mask) == digit;
+            from[b] = !match ? -1 : in_positions ? in_positions[i + 32 * b] : i + 32 * b;
+        }
+#pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+            u32 votes = __ballot_sync(0xffffffffu, from[b] >= 0);
+            if (from[b] >= 0) {
+                int to = place + __popc(votes & ((1u << lane) - 1));
+                tokens[to] = token[b];
+                positions[to] = from[b];
+            }
+            place += __popc(votes);
+        }
+    }
+}
+
+// wte_backward_kernel4 and wpe_backward_kernel2 in one launch: the first `pieces * columns` blocks, which wait a lot, are
+// the former's, and the others fill the memory's idle time. dout comes from memory once more or less, for both.
+// grid pieces * columns + ceil(T*C / x128::size / block), columns = ceil(C / x128::size / block); block up to 128.
+extern "C" __global__ void __launch_bounds__(128)
+tables_backward_kernel5(floatG* dwte, float* partials, floatG* dwpe, const floatX* dout, const int* sorted_tokens,
+                        const int* positions, const u32* seed, int pieces, int columns, int B, int T, int C) {
+    int block = blockIdx.x;
+    if (block < pieces * columns) {
+        add_piece(dwte, partials, dout, sorted_tokens, positions, seed, block / columns, block % columns, B * T, C);
+    } else {
+        i64 pack = (i64)(block - pieces * columns) * blockDim.x + threadIdx.x;
+        add_positions(dwpe, dout, seed, pack * x128::size, B, T, C);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(128, 1)
+wte_combine_kernel5(floatG* dwte, const float* partials, const int* tokens, const u32* seed, int N, int C) {
+    combine_pieces<2 * AHEAD>(dwte, partials, tokens, seed, N, C);
 }

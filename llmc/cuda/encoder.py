@@ -155,5 +155,29 @@ def encoder_backward4(dwte, dwpe, scratch, dout, inp, seed):
     combine(grid, (block,), (dwte, partials, tokens, seed, np.int32(N), np.int32(C)))
 
 
+def encoder_backward5(dwte, dwpe, scratch, dout, inp, seed):
+    """encoder_backward4 with a sort in three passes and both tables in one launch: the same bits."""
+    B, T, C = check_backward(dwte, dwpe, scratch, dout, inp, seed)
+    N, size, defines = B * T, list_size(B * T), module.grad_defines(dout.dtype, (dwte, dwpe))
+    lists = [scratch[i * size :][:N] for i in range(4)]
+    bits, shift, tokens, positions = max(3, (dwte.shape[0] - 1).bit_length()), 0, inp, None
+    block = min(1024, -(-N // 64) * 32)  # a warp for every 64 positions
+    sort = module.kernel("encoder.cu", "sort_by_token_kernel5", dout.dtype)
+    for digit, to in zip(((bits + 2) // 3, (bits + 1) // 3, bits // 3), (lists[:2], lists[2:], lists[:2]), strict=True):
+        args = (*to, tokens, positions, np.int32(N), np.int32(shift), np.int32((1 << digit) - 1))
+        sort((1 << digit,), (block,), args)
+        (tokens, positions), shift = to, shift + digit
+
+    partials = scratch[4 * size :].view(np.float32)
+    packs, pieces = C // (16 // dout.itemsize), -(-N // PIECE)
+    block = min(128, -(-packs // 32) * 32)
+    columns = -(-packs // block)
+    tables = module.kernel("encoder.cu", "tables_backward_kernel5", dout.dtype, defines)
+    args = (dwte, partials, dwpe, dout, tokens, positions, seed, *(np.int32(n) for n in (pieces, columns, B, T, C)))
+    tables((pieces * columns + -(-T * packs // block),), (block,), args)
+    combine = module.kernel("encoder.cu", "wte_combine_kernel5", dout.dtype, defines)
+    combine((pieces, columns), (block,), (dwte, partials, tokens, seed, np.int32(N), np.int32(C)))
+
+
 encoder_forward = encoder_forward2  # an eighth of the memory instructions
 encoder_backward = encoder_backward4  # time hardly depends on the most frequent token
