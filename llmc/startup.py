@@ -44,12 +44,13 @@ def model_dtype(name):
 
 
 def prepare_kernels(config, dtype, check=False, grad_dtype=None):
-    """Compile what is not in the cache yet, several files at a time; the first step then has nothing to. -> a line."""
+    """Compile what is not in the cache yet, several files at a time; the first step then has nothing to. Try those of
+    Hopper. -> a line, a second one where these do not work."""
     import time
 
     import numpy as np
 
-    from llmc.cuda import module
+    from llmc.cuda import device, module
 
     module.check_launches = check
     timer = time.perf_counter()
@@ -59,7 +60,9 @@ def prepare_kernels(config, dtype, check=False, grad_dtype=None):
     if grad_dtype not in (None, name):  # what writes gradients, once more; the rest is loaded already
         writers = ("encoder.cu", "layernorm.cu", "matmul.cu", "adamw.cu")
         module.compile_all(name, defines | dict.fromkeys(writers, ("GRADS_FP32",)))
-    return f"kernels ready after {time.perf_counter() - timer:.1f} s, {len(module.compilations)} files compiled"
+    fallback = device.try_hopper(dtype)
+    line = f"kernels ready after {time.perf_counter() - timer:.1f} s, {len(module.compilations)} files compiled"
+    return f"{line}\n{fallback}" if fallback else line
 
 
 def model_file(path):

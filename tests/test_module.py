@@ -193,6 +193,35 @@ def test_a_second_process_compiles_nothing(cupy):
     assert module.compilations == [("attention.cu", "bfloat16", ("HEAD_SIZE=128",))]
 
 
+def test_hopper_kernels_are_tried_before_they_are_trusted(monkeypatch):
+    """One that raises, or is wrong in one of its products, leaves the portable ones in charge, and a line says why."""
+    ops = op_set("executor", monkeypatch)
+    monkeypatch.setattr(module, "capability", lambda: 90)
+    monkeypatch.setattr(module, "no_hopper", None)
+    bf16, matmul = np.dtype(ml_dtypes.bfloat16), ops.matmul
+    hopper, forward, backward = matmul.production(bf16), matmul.forward, matmul.backward
+    assert hopper in matmul.HOPPER and ops.device.try_hopper(np.float32) is None
+    assert ops.device.try_hopper(bf16) is None and matmul.production(bf16) == hopper
+
+    def raises(version, *args):
+        if version == hopper:
+            raise RuntimeError("no such\nunit")
+        forward(version, *args)
+
+    def wrong(version, dinp, dweight, *args):
+        backward(version, dinp, dweight, *args)
+        if version == hopper:
+            dweight[3, 5] += 40.0
+
+    line = "the kernels for Hopper do not work here, portable ones are used: "
+    for name, function, why in (("forward", raises, "no such unit"), ("backward", wrong, "wgrad is off by ")):
+        with monkeypatch.context() as patch:
+            patch.setattr(matmul, name, function)
+            patch.setattr(module, "no_hopper", None)
+            assert ops.device.try_hopper(bf16).startswith(line + why)
+            assert matmul.production(bf16) == 5 and not module.hopper()
+
+
 def test_shared_memory_above_48_kib(cupy):
     """The limit is raised to all there is, so that a later launch with less does not lower it for an earlier one."""
     assert module.kernel("gelu.cu", "a", "float32", smem=48 * 1024).max_dynamic_shared_size_bytes is None

@@ -24,6 +24,38 @@ def start():
         raise UserError("the GPU computes wrong results: the sum of eight ones is not 8. HINT: use --device cpu")
 
 
+def try_hopper(dtype):
+    """Launches Hopper's matmuls once and compares them with the portable ones -> None, or a line that says that these
+    are used from now on, and why. A kernel that breaks the CUDA context itself raises: nothing can follow it."""
+    if not module.hopper() or np.dtype(dtype) == np.float32:
+        return None
+    from . import matmul
+
+    def filled(*shape):
+        array = alloc(int(np.prod(shape)) * np.dtype(dtype).itemsize).view(dtype).reshape(shape)
+        upload(array, rng.standard_normal(shape, np.float32).astype(dtype))
+        return array
+
+    rng, (BT, C, OC) = np.random.default_rng(0), (256, 128, 320)
+    inp, weight, bias, dout = filled(1, BT, C), filled(OC, C), filled(OC), filled(1, BT, OC)
+    scratch = alloc(4 * matmul.matmul_scratch_size(1, BT, C, OC)).view(np.float32)
+    results = []
+    try:
+        for version in (5, matmul.production(np.dtype(dtype))):
+            out, dinp, dweight = filled(1, BT, OC), filled(1, BT, C), filled(OC, C)
+            matmul.forward(version, out, inp, weight, bias, None)
+            matmul.backward(version, dinp, dweight, None, scratch, dout, inp, weight, None, False)
+            results.append([download(array).astype(np.float32) for array in (out, dinp, dweight)])
+        for name, portable, own in zip(("forward", "dgrad", "wgrad"), *results, strict=True):
+            error = float(np.abs(own - portable).max() / np.abs(portable).max())
+            if not error < 2**-6:  # a rounding of bf16 is 2^-8
+                raise ValueError(f"{name} is off by {error:.1g}")
+    except Exception as error:
+        synchronize()
+        module.no_hopper = module.one_line(error)
+        return f"the kernels for Hopper do not work here, portable ones are used: {module.no_hopper}"
+
+
 def alloc(nbytes):
     """A zeroed uint8 array of nbytes on the device, aligned to 256 bytes. MemoryError when it does not fit."""
     module.capability()  # driver and device, checked before the first use of either

@@ -27,7 +27,7 @@ def ceil_div(a, b):
 
 
 def production(dtype):
-    return 3 if dtype == np.float32 else 7 if module.capability() == 90 else 5
+    return 3 if dtype == np.float32 else 7 if module.hopper() else 5
 
 
 def wgrad_splits(BT, C, OC):

@@ -43,6 +43,7 @@ CANDIDATES = ("attention_sm90.cu",)  # in no training step until a GPU has timed
 HOPPER_FILES = {"matmul_sm90.cu": ("RUNG=7",)}  # with their defines: also, in bf16 and fp16 at compute capability 9.0
 
 compilations = []  # (file, dtype, defines) of each module this process compiled; a warm disk cache leaves it empty
+no_hopper = None  # why kernels for compute capability 9.0 alone are not used there, if they are not: device.try_hopper
 check_launches = False  # train --check: synchronise after every launch and name the kernel that failed
 
 
@@ -89,6 +90,11 @@ def capability():
     if found < min(MIN_CAPABILITY.values()):
         raise UserError(f"compute capability {found / 10} is below 7.5 (Turing). HINT: use a newer GPU or --device cpu")
     return found
+
+
+def hopper():
+    """Whether steps are to use the kernels for compute capability 9.0 alone."""
+    return capability() == 90 and no_hopper is None
 
 
 @functools.cache
@@ -254,7 +260,11 @@ def compile_all(dtype, defines=None):
     def compile_one(job):
         file, file_defines, arch = job
         with device:  # a new thread starts on device 0
-            load(file, name, file_defines, arch)
+            try:
+                load(file, name, file_defines, arch)
+            except Exception:
+                if file not in HOPPER_FILES:  # they have a substitute: device.try_hopper tells what is wrong
+                    raise
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         list(pool.map(compile_one, jobs))
