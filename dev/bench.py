@@ -40,6 +40,7 @@ from llmc import UserError, gpt2
 ROOT = Path(__file__).resolve().parents[1]
 OPS = ("encoder", "layernorm", "matmul", "attention", "gelu", "fused_classifier", "adamw", "global_norm")
 BUDGET = 150.0  # ms of calls that a time is the median of
+MODE = "in a row"  # how calls are timed, in result files; rows without it are of single calls with events around them
 
 
 class Row(NamedTuple):
@@ -543,7 +544,11 @@ def run_case(b, case):
     if b.device == "cuda" and not case.flops:
         rows.append(Row("copy of as many bytes", b.copy(case.bytes // 2), case.bytes, 0))
     if case.peers is not None:
-        peers = case.peers() if b.torch is not None else {"torch": None, "torch.compile": None}
+        peers = {"torch": None, "torch.compile": None}
+        try:
+            peers = case.peers() if b.torch is not None else peers
+        except Exception as error:  # some compile, or run their forward pass, here
+            print(f"{case.op}: no peers: {' '.join(str(error).split())[:80]}")
         rows += [Row(name, call, case.bytes, case.flops, "torch") for name, call in peers.items()]
     floor = b.limit_us(case.bytes, case.flops)
     for row in rows:
@@ -633,7 +638,7 @@ def software(b):
 
 def csv_rows(b, results):
     """A row for each timed version."""
-    common = {"bench": "op", "date": datetime.date.today().isoformat(), "commit": commit()}
+    common = {"bench": "op", "date": datetime.date.today().isoformat(), "commit": commit(), "mode": MODE}
     common |= {"device": b.description.split(",")[0], "software": software(b)} | b.ceilings
     names = {q: f"us_{q}" for q in ("p50", "p20", "p80")} | {"calls": None, "graph": None}
     rows = [common | {names.get(k, k): v for k, v in r.items() if names.get(k, k)} for r in results if "p50" in r]
@@ -672,7 +677,8 @@ def compare(old, results):
             change = f"{float(was['us_p50']):.1f} -> {r['p50']:.1f} us"
             ratio = float(was["us_p50"]) / r["p50"]
             name = f"{r['op']} {r['version']} ({r['shape']})"
-            print(f"  {'faster' if faster else 'SLOWER'}  {name:<70} {change}, x {ratio:.2f}, was {was['commit']}")
+            how = was["commit"] + ("" if was.get("mode") == MODE else ", timed otherwise")
+            print(f"  {'faster' if faster else 'SLOWER'}  {name:<70} {change}, x {ratio:.2f}, was {how}")
     print(f"  {moved} moved, the rest is within the noise")
 
 

@@ -7,7 +7,8 @@
 FLOPs are those of the matmuls and of causal attention (half of T x T); bytes are each operand read once and each
 result written once. floor = max(FLOPs / matmul rate, bytes / copy bandwidth): no op runs faster, whatever its kernel;
 the floor of the step is their sum, as ops run one after another. The rates are measured ones: from the result file, or
---matmul and --copy. The plot has each op under its roof: filled, the newest commit in the file, and hollow, the oldest.
+--matmul and --copy. The plot has the matmuls under their roof, and every op's share of its limit: filled, the newest
+commit in the file, and hollow, the oldest.
 """
 
 import argparse
@@ -115,45 +116,67 @@ def table(work, matmul, copy, times=None):
     return total
 
 
-def plot(path, work, matmul, copy, runs):
-    """A PNG: ops with matmuls under the roof, the others below the bandwidth; before (hollow) and after (filled)."""
+def plot(path, title, work, matmul, copy, runs):
+    """A PNG: matmuls and attention under the roof, and every op's share of its own roof. Hollow: the oldest commit."""
     try:
         import matplotlib
     except ImportError as error:
         raise UserError('--plot needs matplotlib. HINT: pip install "llmc[plot]"') from error
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 6))
-    of_bytes, of_flops = ([w for w in work if (w.flops > 0) == flops] for flops in (False, True))
-    left.axhline(copy / 1e3, color="k", lw=1.5)
-    left.set_title(f"ops without matmuls, below a copy's {copy / 1e3:.2f} TB/s")
-    left.set_ylabel("TB/s")
-    left.set_xticks(range(len(of_bytes)), [w.label for w in of_bytes], rotation=45, ha="right", fontsize=8)
-    left.set(xlim=(-0.5, len(of_bytes) - 0.5), ylim=(0, 1.1 * copy / 1e3))
-    intensities = [20.0, matmul * 1e3 / copy, 3e3]
-    right.loglog(intensities, [min(matmul, i * copy / 1e3) for i in intensities], "k-", lw=1.5)
-    right.set_title(f"matmuls and attention, below {matmul:.0f} TFLOP/s")
-    right.set_xlabel("FLOP per byte")
-    right.set_ylabel("TFLOP/s")
-    for (_, times, *_), filled in zip(runs[:1] + runs[-1:], (False, True), strict=True):
-        if not filled and len(runs) == 1:
-            continue
-        for number, w in enumerate(of_bytes):
-            if w.label in times:
-                left.plot([number], [w.bytes / times[w.label] / 1e9], "oC0", markerfacecolor="C0" if filled else "none")
-        for number, w in enumerate(of_flops):
-            if w.label in times:
-                color, marker = f"C{number % 10}", "os^v"[number // 10]
-                label = f"{w.label} {times[w.label]:.2f} ms" if filled else None
-                point = [w.flops / w.bytes], [w.flops / times[w.label] / 1e9]
-                right.loglog(*point, marker, color=color, markerfacecolor=color if filled else "none", label=label)
-    right.set_ylim(matmul / 40, matmul * 1.3)  # room for the legend
-    right.legend(fontsize=7, ncols=2, loc="lower right")
+    colors = {"flops": "#c2510a", "bytes": "#1f5fa8"}  # by what bounds an op
+    (first, before, *_), (last, after, *_) = runs[0], runs[-1]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(15, 7), width_ratios=(1, 1.15))
+    figure.suptitle(title, fontsize=12)
+
+    under = [w for w in work if w.flops and w.label in after]
+    ends = (min(100.0, matmul * 500 / copy), matmul * 1e3 / copy, 3e3)  # FLOP per byte: the roof's ends and its corner
+    left.loglog(ends, [min(matmul, i * copy / 1e3) for i in ends], "k-", lw=1.5)
+    left.text(ends[1] * 1.1, matmul * 1.03, f"{matmul:.3g} TFLOP/s, measured", fontsize=8)
+    left.text(ends[0] * 1.12, ends[0] * copy / 1e3, f"a copy's {copy / 1e3:.3g} TB/s", fontsize=8)
+    for w in under:
+        at, points = (
+            w.flops / w.bytes,
+            [w.flops / times[w.label] / 1e9 for times in (before, after) if w.label in times],
+        )
+        left.plot([at] * len(points), points, "-", color=colors["flops"], lw=0.8, alpha=0.6)
+        left.plot(at, points[0], "o", color=colors["flops"], markerfacecolor="white", ms=5)
+        left.plot(at, points[-1], "o", color=colors["flops"], ms=6)
+        name = w.label.replace("matmul_", "").replace("forward", "fwd").replace("backward", "bwd")
+        left.annotate(name, (at, points[-1]), (5, -3), textcoords="offset points", fontsize=7)
+    for axis in (left.xaxis, left.yaxis):
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 4, 6)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(ticker.NullLocator())
+    left.set_xlim(ends[0] * 0.9, 4e3)
+    left.set(xlabel="FLOP per byte", ylabel="TFLOP/s", title="matmuls and attention under the roof")
+
+    timed = sorted((w for w in work if w.label in after), key=lambda w: after[w.label])
+    for row, w in enumerate(timed):
+        floor, bound = floor_ms(w, matmul, copy)
+        shares = [100 * floor / times[w.label] for times in (before, after) if w.label in times]
+        right.plot(shares, [row] * len(shares), "-", color=colors[bound], lw=1.2, alpha=0.6)
+        right.plot(shares[0], row, "o", color=colors[bound], markerfacecolor="white", ms=5)
+        right.plot(shares[-1], row, "o", color=colors[bound], ms=6)
+        right.text(103, row, f"{shares[-1]:.0f} %", fontsize=8, va="center", ha="left")
+        right.text(121, row, f"{after[w.label]:.2f} ms", fontsize=8, va="center", ha="right")
+    right.axvline(100, color="k", lw=1.5)
+    right.set_yticks(range(len(timed)), [w.label for w in timed], fontsize=8)
+    right.set(
+        xlim=(0, 122), ylim=(-0.7, len(timed) - 0.3), xlabel="% of the limit", title="each op of a step, slowest on top"
+    )
+    right.set_xticks(range(0, 101, 20))
+    marks = [("o", "white", "k", f"commit {first}")] * (len(runs) > 1) + [("o", "k", "k", f"commit {last}")]
+    marks += [("s", color, color, f"bound by {name}") for name, color in colors.items()]
+    lines = [pyplot.Line2D([], [], ls="", marker=m, markerfacecolor=f, color=c, label=t) for m, f, c, t in marks]
+    left.legend(handles=lines, fontsize=8, loc="lower right")
     for axes in (left, right):
-        axes.grid(True, which="both", alpha=0.2)
+        axes.grid(True, which="major", alpha=0.25)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=130)
 
 
 def main(argv=None):
@@ -175,14 +198,15 @@ def main(argv=None):
         if args.results:
             runs = measured(args.results, B, T, args.model)
             commit, times, copy, matmul = runs[-1]
-        print(f"GPT-2 {args.model} {args.dtype} B={B} T={T} recompute {args.recompute}")
+        title = f"GPT-2 {args.model} {args.dtype} B={B} T={T} recompute {args.recompute}"
+        print(title)
         print(f"limits: {matmul:.0f} TFLOP/s, {copy:.0f} GB/s" + (f"; times of commit {commit}" if times else ""))
         floor = table(work, matmul, copy, times)
         print(f"floor of the step: {floor:.2f} ms = {B * T / floor * 1e3:,.0f} tokens/s")
         if args.plot:
             if not runs:
                 raise UserError("--plot needs measured times. HINT: --results FILE")
-            plot(args.plot, work, matmul, copy, runs)
+            plot(args.plot, title, work, matmul, copy, runs)
             print(f"wrote {args.plot}")
     except UserError as error:
         sys.exit(f"roofline: {error}")
