@@ -217,6 +217,7 @@ def leave(code):
     if MPI and MPI.Is_initialized() and not MPI.Is_finalized():
         threading.Timer(LEAVE, os._exit, [code]).start()
         if MPI.COMM_WORLD.rank == 0:
+            time.sleep(0.2)  # mpirun may end before it has passed on what was printed
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the hub has said why, MPI need not say that
             MPI.COMM_WORLD.Abort(code)
         time.sleep(LEAVE)
