@@ -20,7 +20,8 @@
 // adamw_update 2  | thread per 16 bytes of params: 2 x 16 bytes of each fp32 array | 28    | 2514 (33 %)
 // adamw_update 3  | thread per 16 bytes of fp32, twice; all loads first; hardware  | 28    | 867 (96 %), goal 88 %
 //                 | division and root                                              |       |
-// init_from_master| thread per element; runs once per start                        | 6     | 499 (36 %)
+// init_from_master 1| thread per element; runs once per start                      | 6     | 499 (36 %)
+// init_from_master 2| 4 elements a thread, two such groups; a look-up per block    | 6     | not yet, predicted 205
 // Why 2 is slower than 1 was not measured. Suspects: neighbours 32 bytes apart in the fp32 arrays, which fill half of each
 // sector per access; three exact divisions and a root for each of 8 elements; a search that diverges among them.
 //
@@ -258,12 +259,51 @@ adamw_update_kernel3(floatX* params, float* master, const floatG* grads, float* 
     }
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// parameters from the master weights
+// ---------------------------------------------------------------------------------------------------------------------
+
 // params = stochastic_round(master), with the noise of adamw_update. grid ceil(N / block), any block.
-extern "C" __global__ void init_from_master_kernel(floatX* params, const float* master, const i64* ends,
-                                                   const u32* seeds, i64 N) {
+extern "C" __global__ void init_from_master_kernel1(floatX* params, const float* master, const i64* ends,
+                                                    const u32* seeds, i64 N) {
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= N) { return; }
     int tensor = find_tensor(ends, i);
     i64 index = i - (tensor > 0 ? ends[tensor - 1] : 0);
     params[i] = stochastic_round(master[i], noise(index, seeds[tensor]));
+}
+
+// The same in adamw_update_kernel3's groups of 4, and its look-up. Same grid.
+extern "C" __global__ void __launch_bounds__(256)
+init_from_master_kernel2(floatX* params, const float* master, const i64* ends, const u32* seeds, i64 N) {
+    i64 first = (i64)blockIdx.x * blockDim.x * (4 * QUADS), stride = 4 * blockDim.x;
+    Quad<float> values[QUADS];
+#pragma unroll
+    for (int q = 0; q < QUADS; q++) {
+        i64 i = first + q * stride + 4 * threadIdx.x;
+        if (i + 4 <= N) { values[q] = load4(master + i); }
+    }
+    int tensor = find_tensor(ends, first);
+    i64 begin = tensor > 0 ? ends[tensor - 1] : 0, end = ends[tensor];
+    u32 seed = seeds[tensor];
+#pragma unroll
+    for (int q = 0; q < QUADS; q++) {
+        i64 i = first + q * stride + 4 * threadIdx.x;
+        if (i >= N) { break; }
+        if (i >= end) {
+            tensor = find_tensor(ends, i);
+            begin = ends[tensor - 1], end = ends[tensor];
+            seed = seeds[tensor];
+        }
+        if (i + 4 > end) {
+            for (i64 j = i; j < min(i + 4, N); j++) {
+                int at = find_tensor(ends, j);
+                params[j] = stochastic_round(master[j], noise(j - (at > 0 ? ends[at - 1] : 0), seeds[at]));
+            }
+            continue;
+        }
+        Quad<floatX> rounded;
+        for (int k = 0; k < 4; k++) { rounded.e[k] = stochastic_round(values[q].e[k], noise(i + k - begin, seed)); }
+        store4(params + i, rounded);
+    }
 }

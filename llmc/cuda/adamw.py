@@ -61,15 +61,23 @@ def adamw_update3(params, master, grads, m, v, ends, decays, seeds, hyper, norm_
     launch(3, 4 * QUADS, *args)
 
 
-def init_from_master(params, master, ends, seeds):
+def init_from_master1(params, master, ends, seeds):
     """params = stochastic_round(master), with the noise of adamw_update.
 
     params (N,) floatX written (=);  master (N,) f32;  ends (16,) i64, seeds (16,) u32 on the device.
     Cost: (4 + itemsize) bytes per parameter.   Source: llm.c llmc/adamw.cuh init_from_master.
     """
     check(params, master, ends, seeds)
-    kernel = module.kernel("adamw.cu", "init_from_master_kernel", params.dtype)
+    kernel = module.kernel("adamw.cu", "init_from_master_kernel1", params.dtype)
     kernel((-(-params.size // 256),), (256,), (params, master, ends, seeds, np.int64(params.size)))
 
 
+def init_from_master2(params, master, ends, seeds):
+    """init_from_master1 with 4 elements of a thread at once, two times."""
+    check(params, master, ends, seeds)
+    kernel = module.kernel("adamw.cu", "init_from_master_kernel2", params.dtype)
+    kernel((-(-params.size // (256 * 4 * QUADS)),), (256,), (params, master, ends, seeds, np.int64(params.size)))
+
+
 adamw_update = adamw_update3  # whole sectors, and arithmetic that fits under the memory time
+init_from_master = init_from_master1  # runs once; 2 is not measured yet
