@@ -12,9 +12,18 @@
 //         |                                                     |          | (.76-.93)  | (.94-1.07)   | (.58, .72)
 //       7 | they take turns at tiles: one multiplies, the other | 670-700  | 645-699    | 666-766      | 484, 464
 //         | rounds, adds, stores. Production at capability 9.0  |          | (.91-1.15) | (.95-1.20)   | (.74, .78)
+//       8 | TMA stores results from shared memory and brings    | 680-760  | not yet    | not yet      | not yet
+//         | what is read with them while the other multiplies   | GELU 620 |            |              |
+//       9 | the same, each warp its own 16 rows: no barrier     | as 8     | not yet    | not yet      | not yet
 // Less than expected forward and with GELU: the loads of bias and pre_gelu at the end of a tile seem to queue behind
 // its stores. A first form of 7 that stored by TMA had 679-753 forward (1.04-1.17), 550 and 494 with GELU (.92, .82),
 // in another run. Clusters of two blocks that share the tiles of b by multicast gave nothing (0.94 to 1.02 of 7).
+//
+// Expected of 8: at the full rate, 4096 FLOP a clock, the products of a tile with K = 768 take 9216 clocks, and its end
+// may take as long, while the other multiplies. With GELU that is 192 elements a lane, some 12 instructions each
+// (gelu' was 19), two of them MUFU, one of which a scheduler starts every 8 clocks: 3072 clocks. 2700 instructions of a
+// warp alone on its scheduler take 5400 at half its rate. So the end is hidden if nothing in it waits for memory, and
+// GELU costs no more than its 98 KB a tile beside 480 KB of operands: 0.95 to 1.0 of the rate without.
 //
 // Source: the structure is that of CUTLASS's warp-specialised kernels; P. Bansal, "Outperforming cuBLAS on H100".
 #include "ptx_sm90.cuh"
@@ -34,7 +43,7 @@ constexpr int BOX = 64 * DEPTH * 2;                    // bytes of 64 x 64 value
 constexpr int A_BYTES = ROWS * DEPTH * 2, STAGE_BYTES = A_BYTES + COLUMNS * DEPTH * 2;
 constexpr int WARP_STAGING = 16 * 64 * 2;              // bytes of 16 rows of a box
 constexpr int SLOTS = 4;                               // with TMA stores: boxes of staging that a consumer has
-constexpr int STORE_ROWS = RUNG == 9 ? 16 : 64;        // of a box of the output: the team that makes it is a warp or all
+constexpr int STORE_ROWS = RUNG == 9 ? 16 : 64;        // of a box of results: a warp makes it, or a warpgroup
 constexpr int CONSUMER_REGISTERS = 240, PRODUCER_REGISTERS = 24;  // 2 * 240 + 24 = 3 * 168, what 384 threads can have
 constexpr int BAND = 16;
 
@@ -111,6 +120,13 @@ __device__ inline void produce(const Product& p, const TensorMap& a, const Tenso
     }
 }
 
+// gelu_grad in 9 instructions beside exp2 and division instead of 16: the same terms, collected by powers of x.
+__device__ inline float short_gelu_grad(float x) {
+    float square = x * x;
+    float s = __fdividef(1.0f, 1.0f + exp2f(x * (GELU_EXPONENT + GELU_EXPONENT * GELU_CUBIC * square)));
+    return s + (s - s * s) * x * (2 * GELU_SCALE + 6 * GELU_SCALE * GELU_CUBIC * square);
+}
+
 // What becomes of a 16 x 16 part of the sum, as a lane has it: packed results.
 //   READ   the sum is added to (WGRAD) or multiplied by gelu' of (DGRAD) what is in `second`
 //   BOTH   FORWARD: also its gelu, in `second`
@@ -123,6 +139,8 @@ __device__ inline void finish(u32 (&packed)[4], u32 (&second)[4], const float* s
             unpack2(y, second[j]);
             if (OP == WGRAD) {
                 x[0] += y[0], x[1] += y[1];
+            } else if (TMA_STORES) {
+                x[0] *= short_gelu_grad(y[0]), x[1] *= short_gelu_grad(y[1]);
             } else {
                 x[0] *= gelu_grad(y[0]), x[1] *= gelu_grad(y[1]);
             }
@@ -136,8 +154,8 @@ __device__ inline void finish(u32 (&packed)[4], u32 (&second)[4], const float* s
     }
 }
 
-// The end of a tile with 16-bit results, 6 and 7. A warp passes a unit of 16 rows x 64 columns at a time through shared memory
-// of its own, so that a row of it is one 128-byte line of global memory; 16-byte pieces are swizzled there as TMA's.
+// The end of a tile with 16-bit results, 6 and 7. A warp passes a unit of 16 rows x 64 columns at a time through shared
+// memory of its own, so that a row of it is one 128-byte line of global memory; 16-byte pieces swizzled as TMA's.
 
 // f(place, offset in the output, inside) for the pieces of a unit that this lane copies, four rows by four.
 template <class F> __device__ inline void pieces(const Product& p, char* staging, int m, int n, int unit, F f) {
@@ -209,9 +227,9 @@ __device__ inline void write_tile(const Product& p, float (&sums)[HALVES][COLUMN
     }
 }
 
-// The end of a tile with 16-bit results, 8 and 9. A box at a time is made in a slot of the team's, and TMA copies it from
-// there; what the tile reads has come into the same slots, the first ones while others multiplied. One thread of the
-// team, its leader, asks for all copies, so that it alone has to know when a slot may be overwritten.
+// The end of a tile with 16-bit results, 8 and 9. A box at a time is made in a slot of the team's, and TMA copies it
+// from there; what the tile reads has come into the same slots, the first ones while the other consumer multiplied. One
+// thread of the team, its leader, asks for all copies, so that it alone has to know when a slot may be overwritten.
 struct Team {
     char* slots;  // from one to the next BOX bytes
     u64* loaded;  // a barrier for each box of a tile
@@ -232,8 +250,8 @@ __device__ inline Team make_team(Shared& shared, int consumer) {
 
 __device__ inline void load_box(const TensorMap& from, const Team& team, int m, int n, int box) {
     mbarrier_expect(&team.loaded[box], STORE_ROWS * 128);
-    tma_load(team.slots + box % SLOTS * BOX + team.row * 128, from, n + box % BOXES * 64, m + box / BOXES * 64 + team.row,
-             &team.loaded[box]);
+    tma_load(team.slots + box % SLOTS * BOX + team.row * 128, from, n + box % BOXES * 64,
+             m + box / BOXES * 64 + team.row, &team.loaded[box]);
 }
 
 // Before the products of a tile, while it is the other consumer's turn: the slots are free again, the first boxes to be
@@ -462,8 +480,8 @@ __device__ inline void product(const Product& p, const TensorMap& a, const Tenso
 // ---------------------------------------------------------------------------------------------------------------------
 // entry points: grid at most one block for each multiprocessor, block 384, dynamic shared memory sizeof(Shared) + 1024.
 // Arguments as those of kernel 5 in matmul.cu, the operands as tensor maps. Boxes of rows x 64 columns: inp 128 and
-// weight 192 in forward, dout 128 and weight 64 in dgrad, dout and inp 64 in wgrad. 8 and 9 take maps of the results and
-// of what is read with them as well, boxes of STORE_ROWS; `other` is that of pre_gelu if given, in wgrad of dweight.
+// weight 192 in forward, dout 128 and weight 64 in dgrad, dout and inp 64 in wgrad. 8 and 9 use maps of the 16-bit
+// results and of what is read with them, boxes of STORE_ROWS; `other` is that of pre_gelu.
 // ---------------------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(384, 1) matmul_forward_sm90(

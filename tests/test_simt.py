@@ -213,6 +213,52 @@ def test_correct_twin(file, name, args, options, expected, fast):
     np.testing.assert_array_equal(args[0], expected)
 
 
+# kernel, its fault's kind, the mark of its line if it has one
+HOPPER_FAULTS = [
+    ("unfilled_bad", "timing-dependent result", None),
+    ("fence_bad", "missing fence", "store"),
+    ("barrier_bad", "missing fence", "store"),
+    ("exit_bad", "TMA store in flight", "store"),
+    ("reuse_bad", "timing-dependent result", None),
+    ("sums_bad", "timing-dependent result", None),
+    ("refill_bad", "timing-dependent result", None),
+    ("load_bad", "TMA load in flight", "load"),
+    ("phase_bad", "deadlock", None),
+    ("few_bad", "deadlock", "few_bad"),
+    ("outside_bad", "out of bounds, shared", "load"),
+]
+
+
+def launch_hopper(name, out, inp):
+    maps = simt.tensor_map(out, len(out), 64, 64), simt.tensor_map(inp, 64, 64, 64)
+    smem = 1024 + 16384 + 16
+    kernel = simt.kernel(HERE / "faults" / "hopper.cu", name, FP16, smem=smem, arch="sm_90a")
+    kernel((1,), (128,), maps, shared_mem=smem)
+
+
+@pytest.mark.parametrize("name,kind,mark", HOPPER_FAULTS, ids=[f[0] for f in HOPPER_FAULTS])
+def test_planted_fault_of_hopper(name, kind, mark):
+    inp, out = np.random.default_rng(0).integers(-2, 3, (64, 64)).astype(FP16), np.full((128, 64), 7, FP16)
+    with pytest.raises(simt.KernelFault) as caught:
+        launch_hopper(name, out, inp)
+    assert (caught.value.kernel, caught.value.kind) == (name, kind), str(caught.value)
+    assert mark is None or caught.value.line == line_of("hopper.cu", mark), str(caught.value)
+    assert (out == 7).all()
+
+
+def test_correct_twins_of_hopper():
+    inp, out = np.random.default_rng(0).integers(-2, 3, (64, 64)).astype(FP16), np.full((128, 64), 7, FP16)
+    launch_hopper("copy_good", out, inp)
+    np.testing.assert_array_equal(out, np.r_[2 * inp, np.full((64, 64), 7, FP16)])
+    launch_hopper("reuse_good", out, inp)
+    np.testing.assert_array_equal(out, np.r_[2 * inp, 4 * inp])
+    launch_hopper("square_good", out, inp)
+    np.testing.assert_array_equal(out[:64], inp @ inp.T)
+    with simt.mode(fast=True):
+        launch_hopper("copy_good", out, inp)
+    np.testing.assert_array_equal(out[:64], 2 * inp)
+
+
 def test_order_dependent_result():
     out = np.zeros(32, i32)
     fault = caught("blocks.cu", "order_bad", (out, np.zeros(1, np.uint32)), orders=simt.ALL_ORDERS)

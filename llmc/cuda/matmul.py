@@ -50,8 +50,8 @@ def matmul_scratch_size(B, T, C, OC):
 
 
 def wgrad_splits_sm90(BT, C, OC):
-    """The same for Hopper's kernels: the number of ranges that leaves 132 multiprocessors idle least; writing and adding
-    one set of partial sums takes as long as 1000 tokens. A constant too."""
+    """The same for Hopper's kernels: the number of ranges that leaves 132 multiprocessors idle least; writing and
+    adding one set of partial sums takes as long as 1000 tokens. A constant too."""
     tiles = ceil_div(OC, 128) * ceil_div(C, 192)
 
     def wasted(splits):

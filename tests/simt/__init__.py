@@ -710,8 +710,8 @@ class Kernel:
             group.written()
 
     def run_timings(self, code, launch, values, arrays):
-        """A kernel of Hopper's units, on the arrays themselves: everything at once in the first thread order, as late as
-        the waits allow in the others. The bits must agree; after a fault the arrays are as they were."""
+        """A kernel of Hopper's units, on the arrays themselves: everything at once in the first thread order, as late
+        as the waits allow in the others. The bits must agree; after a fault the arrays are as they were."""
         spans = {np.lib.array_utils.byte_bounds(a) for a in arrays if a.size}
         for address, rows, columns, *_ in (v.view(np.uint64) for v in values if v.dtype.kind == "V"):  # tensor maps
             spans.add((int(address), int(address + rows * columns * 2)))

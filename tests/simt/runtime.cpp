@@ -1355,8 +1355,8 @@ static void copy_box(const Box& box, bool out) {
 static void check_box(const Box& box, const void* shared) {
     size_t begin = (const char*)shared - memory, end = launch.dynamic_align + launch.dynamic_bytes;
     if (begin + box.bytes > end) {
-        fail("out of bounds, shared", box.at, "TMA copy of %d bytes at byte %zu of %zu of dynamic shared memory", box.bytes,
-             begin - (size_t)launch.dynamic_align, (size_t)launch.dynamic_bytes);
+        fail("out of bounds, shared", box.at, "TMA copy of %d bytes at byte %zu of %zu of dynamic shared memory",
+             box.bytes, begin - (size_t)launch.dynamic_align, (size_t)launch.dynamic_bytes);
     }
     if (begin % (box.box_rows ? 128 : 16)) {
         fail("misaligned access", box.at, "TMA copy at byte %zu of shared memory", begin);

@@ -1,6 +1,6 @@
-// The executor's definitions of what kernels/ptx_sm90.cuh wraps: mbarriers, TMA, wgmma, named barriers. Kernels that use
-// them run unchecked, but under two timings: everything happens at once, or as late as the waits allow (runtime.cpp,
-// "Hopper's units"). What is used before it was waited for, and what is overwritten before it was read, then differs.
+// The executor's definitions of what kernels/ptx_sm90.cuh wraps: mbarriers, TMA, wgmma, named barriers. Kernels that
+// use them run unchecked, but under two timings: everything happens at once, or as late as the waits allow (see
+// runtime.cpp). What is used before it was waited for, or overwritten before it was read, then differs.
 #pragma once
 #include "simt_ptx.h"
 
