@@ -1,0 +1,153 @@
+// TMA, mbarriers, wgmma: used before it was waited for, overwritten before it was read, not fenced, left behind.
+// 128 threads, 17 KiB of dynamic shared memory; `inp` and `out` are tensor maps of 64 columns in boxes of 64 rows.
+#include "ptx_sm90.cuh"
+
+struct Shared {
+    char tile[8192], staging[8192];
+    u64 full, other;
+};
+
+__device__ inline Shared& shared() {
+    extern __shared__ char memory[];
+    Shared& s = *(Shared*)(memory + (1024 - shared_address(memory) % 1024) % 1024);
+    if (threadIdx.x == 0) {
+        mbarrier_init(&s.full, 1), mbarrier_init(&s.other, 1);
+        mbarrier_init_done();
+    }
+    __syncthreads();
+    return s;
+}
+
+__device__ inline void load(void* to, const TensorMap& inp, u64* barrier) {
+    if (threadIdx.x == 0) {
+        mbarrier_expect(barrier, 8192);
+        tma_load(to, inp, 0, 0, barrier);  // load
+    }
+}
+
+// A warp's 16 rows of `tile`, times two, to `to`.
+__device__ inline void twice(const char* tile, char* to) {
+    int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
+    for (int i = 0; i < 4; i++) {
+        u32 r[4];
+        ldmatrix_x4(r, swizzled((char*)tile, row, i * 2 + lane / 16));
+        for (int j = 0; j < 4; j++) {
+            float x[2];
+            unpack2(x, r[j]);
+            r[j] = pack2(2 * x[0], 2 * x[1]);
+        }
+        stmatrix_x4(swizzled(to, row, i * 2 + lane / 16), r);
+    }
+}
+
+template <bool WAIT, bool FENCE, bool BARRIER, bool READ>
+__device__ inline void copy(const TensorMap& out, const TensorMap& inp) {
+    Shared& s = shared();
+    load(s.tile, inp, &s.full);
+    if (WAIT) { mbarrier_wait(&s.full, 0); }
+    twice(s.tile, s.staging);
+    if (FENCE) { fence_async(); }
+    if (BARRIER) { named_barrier(1, 128); }
+    if (threadIdx.x == 0) {
+        tma_store(out, 0, 0, s.staging);  // store
+        tma_store_commit();
+        if (READ) { tma_store_wait<0>(); }
+    }
+    if (!WAIT) { mbarrier_wait(&s.full, 0); }
+}
+#define COPY(name, ...)                                                                                           \
+    extern "C" __global__ void name(const __grid_constant__ TensorMap out, const __grid_constant__ TensorMap inp) { \
+        copy<__VA_ARGS__>(out, inp);                                                                              \
+    }
+COPY(copy_good, true, true, true, true)
+COPY(unfilled_bad, false, true, true, true)
+COPY(fence_bad, true, false, true, true)
+COPY(barrier_bad, true, true, false, true)
+COPY(exit_bad, true, true, true, false)
+
+// The staging buffer is written again while TMA may still read it.
+template <int PENDING> __device__ inline void reuse(const TensorMap& out, const TensorMap& inp) {
+    Shared& s = shared();
+    load(s.tile, inp, &s.full);
+    mbarrier_wait(&s.full, 0);
+    for (int round = 0; round < 2; round++) {
+        twice(round ? s.staging : s.tile, s.staging);
+        fence_async();
+        named_barrier(1, 128);
+        if (threadIdx.x == 0) {
+            tma_store(out, 0, round * 64, s.staging);
+            tma_store_commit();
+            tma_store_wait<PENDING>();
+        }
+        named_barrier(1, 128);
+    }
+    if (threadIdx.x == 0) { tma_store_wait<0>(); }
+}
+extern "C" __global__ void reuse_good(const __grid_constant__ TensorMap out, const __grid_constant__ TensorMap inp) {
+    reuse<0>(out, inp);
+}
+extern "C" __global__ void reuse_bad(const __grid_constant__ TensorMap out, const __grid_constant__ TensorMap inp) {
+    reuse<1>(out, inp);
+}
+
+// inp times itself, transposed; then its tile is filled with zeros from outside of the array.
+template <bool WAIT_FIRST, int PENDING> __device__ inline void square(const TensorMap& out, const TensorMap& inp) {
+    Shared& s = shared();
+    load(s.tile, inp, &s.full);
+    mbarrier_wait(&s.full, 0);
+    float d[32] = {};
+    wgmma_begin();
+    for (int k = 0; k < 4; k++) {
+        u64 operand = wgmma_operand(s.tile + k * 32, 8192);
+        wgmma<false, false>(d, operand, operand, k > 0);
+    }
+    wgmma_commit();
+    wgmma_wait<WAIT_FIRST ? PENDING : 1>();
+    named_barrier(1, 128);
+    if (threadIdx.x == 0) {
+        mbarrier_expect(&s.other, 8192);
+        tma_load(s.tile, inp, 0, 64, &s.other);
+    }
+    if (!WAIT_FIRST) { wgmma_wait<0>(); }
+    int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
+    for (int i = 0; i < 4; i++) {
+        u32 r[4];
+        for (int j = 0; j < 4; j++) { r[j] = pack2(d[i * 8 + 2 * j], d[i * 8 + 2 * j + 1]); }
+        stmatrix_x4(swizzled(s.staging, row, i * 2 + lane / 16), r);
+    }
+    wgmma_wait<0>();
+    fence_async();
+    named_barrier(1, 128);
+    if (threadIdx.x == 0) {
+        tma_store(out, 0, 0, s.staging);
+        tma_store_commit();
+        tma_store_wait<0>();
+    }
+    mbarrier_wait(&s.other, 0);
+}
+#define SQUARE(name, ...)                                                                                         \
+    extern "C" __global__ void name(const __grid_constant__ TensorMap out, const __grid_constant__ TensorMap inp) { \
+        square<__VA_ARGS__>(out, inp);                                                                            \
+    }
+SQUARE(square_good, true, 0)
+SQUARE(sums_bad, true, 1)
+SQUARE(refill_bad, false, 0)
+
+extern "C" __global__ void load_bad(const __grid_constant__ TensorMap out, const __grid_constant__ TensorMap inp) {
+    Shared& s = shared();
+    load(s.tile, inp, &s.full);
+}
+extern "C" __global__ void phase_bad(const __grid_constant__ TensorMap out, const __grid_constant__ TensorMap inp) {
+    Shared& s = shared();
+    load(s.tile, inp, &s.full);
+    mbarrier_wait(&s.full, 0);
+    mbarrier_wait(&s.other, 0);  // nobody arrives
+}
+extern "C" __global__ void few_bad(const __grid_constant__ TensorMap out, const __grid_constant__ TensorMap inp) {
+    if (threadIdx.x < 96) { named_barrier(1, 128); }  // few_bad
+}
+extern "C" __global__ void outside_bad(const __grid_constant__ TensorMap out, const __grid_constant__ TensorMap inp) {
+    Shared& s = shared();
+    load(s.staging + 4096, inp, &s.full);
+    mbarrier_wait(&s.full, 0);
+}
