@@ -599,26 +599,26 @@ def print_table(case, results, floor):
         print(f"{name:<24}{times}{r['GBs']:>11.0f}{r['TFLOPs']:>11.2f}{r['limit']:>11.1f}{ratios}")
 
 
-BRIEF_HEAD = f"{'op':<24}{'shape':<36}{'rung':<14}{'us p50':>9}{'% limit':>9}{'% of copy':>11}"
+BRIEF_HEAD = f"{'op':<24}{'shape':<29}{'rung':<13}{'us p50':>9}{'% limit':>9}{'% copy':>8}"
 
 
 def print_brief(case, results, floor):
     """The production rung and those that take up to 1.3 times as long as the fastest; what failed; what to change.
-    % of copy: of the speed of a copy of as many bytes."""
+    % copy: of the speed of a copy of as many bytes."""
     ours = [r for r in results if re.fullmatch(r"\d+|(\d+ )?production|llmc.cpu", r["version"]) and "p50" in r]
     fastest, copy = min(ours, key=lambda r: r["p50"], default=None), find(results, "copy of as many bytes")
     production = next((r for r in ours if not r["version"].isdigit()), None)
-    name = f"{case.op:<24}{case.shape[:35]:<36}"
+    name = f"{case.op:<24}{case.shape[:28]:<29}"
     for r in ours:
         if r is not production and r["p50"] > 1.3 * fastest["p50"]:
             continue
-        same = f"{100 * copy['p50'] / r['p50']:>11.1f}" if copy else f"{'-':>11}"
+        same = f"{100 * copy['p50'] / r['p50']:>8.1f}" if copy else f"{'-':>8}"
         note = ""
         if r is fastest and production and r["p80"] < production["p20"]:  # by more than the spread of both
             gain = 100 * (production["p50"] / r["p50"] - 1)
-            note = f"  <- change production: +{gain:.0f} %"
-        print(f"{name}{r['version']:<14}{r['p50']:>9.1f}{r['limit']:>9.1f}{same}{note}", flush=True)
-        name = f"{'':<60}"
+            note = f"  <- production to {r['version']}: +{gain:.0f} %"
+        print(f"{name}{r['version']:<13}{r['p50']:>9.1f}{r['limit']:>9.1f}{same}{note}", flush=True)
+        name = f"{'':<53}"
     for r in results:
         if "failed" in r:
             print(f"FAILED  {r['failed']}", flush=True)

@@ -3,6 +3,10 @@
 FLOPs: 2 B T C OC forward, 4 backward. Fewest bytes: every operand read once, every result written once.
 cuBLAS is the bare products (torch.mm into a given output), without bias, GELU and bias gradient: ours have them.
 The whole ladder runs on fc; the other layers run the tensor-core rungs.
+
+python -m dev.bench_matmul --products [VERSION ...]    compute capability 9.0 only: each of the products of a step alone
+B=64, T=1024, GPT-2 124M, bf16: TFLOP/s of cuBLAS and of Hopper's versions (7+EVICT_FIRST: with that -D option), in turn,
+medians of 20, L2 overwritten before each; bias and GELU as in training, the weight gradient with its reduction.
 """
 
 import sys
@@ -116,5 +120,72 @@ def layer_cases(b, layer, C, OC):
     yield case._replace(rungs=rungs)
 
 
+def products(versions):
+    import cupy as cp
+    import ml_dtypes
+    import torch
+
+    from llmc.cuda import matmul, module
+
+    B, T, C, Vp = 64, 1024, 768, 50304
+    flush, i32, bf16 = cp.empty(256 << 20, np.uint8), np.int32, np.dtype(ml_dtypes.bfloat16)
+
+    def normal(*shape):
+        return cp.asarray(torch.randn(shape, device="cuda").to(torch.bfloat16).view(torch.int16)).view(bf16)
+
+    def tensor(array):
+        return torch.as_tensor(array.view(np.int16), device="cuda").view(torch.bfloat16)
+
+    def milliseconds(function):
+        begin, end = cp.cuda.Event(), cp.cuda.Event()
+        flush.fill(0)
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        return cp.cuda.get_elapsed_time(begin, end)
+
+    def measure(name, flops, blas, ours):
+        def run(version):
+            number, *defines = version.split("+")
+            matmul.TO_TRY = tuple(defines)
+            ours(int(number))
+
+        jobs = {"cuBLAS": blas} | {v: lambda v=v: run(v) for v in versions}
+        times = [[milliseconds(job) for job in jobs.values()] for _ in range(23)][3:]
+        rates = flops / np.median(times, axis=0) / 1e9
+        cells = (f"{v} {r:.0f} ({r / rates[0]:.2f})" for v, r in zip(jobs, rates, strict=True))
+        print(f"{name:16}", "  ".join(cells), flush=True)
+
+    for layer, (width, outputs) in LAYERS.items():
+        M, K, N = B * T, C * width, Vp if outputs is None else C * outputs
+        inp, weight, dout, scale = normal(M, K), normal(N, K), normal(M, N), 2 * M * N * K
+        x, w, d = tensor(inp), tensor(weight), tensor(dout)
+        out, dinp, dweight = cp.empty_like(dout), cp.empty_like(inp), cp.empty_like(weight)
+        o, dx, dw = tensor(out), tensor(dinp), tensor(dweight)
+        bias, pre = None if outputs is None else normal(N), cp.empty_like(dout) if layer == "fc" else None
+        before = normal(M, K) if layer == "fcproj" else None
+        scratch = cp.empty(matmul.matmul_scratch_size(B, T, K, N), np.float32)
+        splits = matmul.wgrad_splits_sm90(M, K, N)
+
+        def dweight_of(version):
+            matmul.wgrad_sm90(version, dweight, scratch, dout, inp, splits, i32(0), ())  # noqa: B023
+            if splits > 1:  # noqa: B023
+                args = (dweight, scratch, np.int64(weight.size), i32(splits), i32(0))  # noqa: B023
+                reduce = module.kernel("matmul.cu", "matmul_wgrad_reduce", bf16)
+                reduce((-(-weight.size // 2048),), (256,), args)  # noqa: B023
+
+        kinds = [
+            ("forward", lambda: torch.mm(x, w.T, out=o), lambda v: matmul.forward(v, out, inp, weight, bias, pre)),
+            ("dgrad", lambda: torch.mm(d, w, out=dx), lambda v: matmul.dgrad_sm90(v, dinp, dout, weight, before)),
+            ("wgrad", lambda: torch.mm(d.T, x, out=dw), dweight_of),
+        ]  # fmt: skip
+        for kind, blas, ours in kinds:
+            measure(f"{layer} {kind}", scale, blas, ours)
+
+
 if __name__ == "__main__":
+    if "--products" in sys.argv:
+        products([v for v in sys.argv[1:] if v != "--products"] or ["7", "8", "9", "8+EVICT_FIRST"])
+        sys.exit()
     bench.finish(*bench.main(sys.modules[__name__]))

@@ -119,8 +119,8 @@ def test_brief_names_a_faster_rung(capsys):
     copy = result("copy of as many bytes", 90.0)
     bench.print_brief(case, [result("1", 300.0), result("2 production", 110.0), result("3", 100.0), copy], 80.0)
     text = capsys.readouterr().out.splitlines()
-    assert [line.split()[-1] for line in text] == ["81.8", "%"] and "<- change production: +10 %" in text[1], text
-    assert "90.0" in text[1]
+    assert [line.split()[-1] for line in text] == ["81.8", "%"] and "<- production to 3: +10 %" in text[1], text
+    assert "90.0" in text[1] and max(len(line) for line in text) <= 120
     bench.print_brief(case, [result("production", 101.0), result("3", 100.0)], 80.0)
     assert "<-" not in capsys.readouterr().out
 
