@@ -4,9 +4,9 @@ FLOPs: 2 B T C OC forward, 4 backward. Fewest bytes: every operand read once, ev
 cuBLAS is the bare products (torch.mm into a given output), without bias, GELU and bias gradient: ours have them.
 The whole ladder runs on fc; the other layers run the tensor-core rungs.
 
-python -m dev.bench_matmul --products [VERSION ...]    compute capability 9.0 only: each of the products of a step alone
-B=64, T=1024, GPT-2 124M, bf16: TFLOP/s of cuBLAS and of Hopper's versions (7+EVICT_FIRST: with that -D option), in turn,
-medians of 20, L2 overwritten before each; bias and GELU as in training, the weight gradient with its reduction.
+python -m dev.bench_matmul --products [VERSION ...]    compute capability 9.0 only: each product of a step alone
+B=64, T=1024, GPT-2 124M, bf16: TFLOP/s of cuBLAS and of Hopper's versions (8+EVICT_FIRST: with that -D option), taking
+turns, medians of 20, L2 overwritten before each; bias and GELU as in training, weight gradients with their reduction.
 """
 
 import sys
@@ -15,6 +15,7 @@ import numpy as np
 
 from dev import bench
 from dev.bench import Case, spread
+from llmc.cuda import matmul
 
 LAYERS = {"qkv": (1, 3), "attproj": (1, 1), "fc": (1, 4), "fcproj": (4, 1), "lmhead": (1, None)}  # C, OC in units of C
 
@@ -121,67 +122,46 @@ def layer_cases(b, layer, C, OC):
 
 
 def products(versions):
-    import cupy as cp
-    import ml_dtypes
-    import torch
-
-    from llmc.cuda import matmul, module
-
-    B, T, C, Vp = 64, 1024, 768, 50304
-    flush, i32, bf16 = cp.empty(256 << 20, np.uint8), np.int32, np.dtype(ml_dtypes.bfloat16)
-
-    def normal(*shape):
-        return cp.asarray(torch.randn(shape, device="cuda").to(torch.bfloat16).view(torch.int16)).view(bf16)
-
-    def tensor(array):
-        return torch.as_tensor(array.view(np.int16), device="cuda").view(torch.bfloat16)
-
-    def milliseconds(function):
-        begin, end = cp.cuda.Event(), cp.cuda.Event()
-        flush.fill(0)
-        begin.record()
-        function()
-        end.record()
-        end.synchronize()
-        return cp.cuda.get_elapsed_time(begin, end)
-
-    def measure(name, flops, blas, ours):
-        def run(version):
-            number, *defines = version.split("+")
-            matmul.TO_TRY = tuple(defines)
-            ours(int(number))
-
-        jobs = {"cuBLAS": blas} | {v: lambda v=v: run(v) for v in versions}
-        times = [[milliseconds(job) for job in jobs.values()] for _ in range(23)][3:]
-        rates = flops / np.median(times, axis=0) / 1e9
-        cells = (f"{v} {r:.0f} ({r / rates[0]:.2f})" for v, r in zip(jobs, rates, strict=True))
-        print(f"{name:16}", "  ".join(cells), flush=True)
-
+    b = bench.Bench("cuda", B=64, T=1024, dtype="bf16")
+    print(f"{b.description} | {bench.software(b)} | commit {bench.commit()}")
+    alone = np.median(b.overwritten_ms(lambda: None, 10, 1))
     for layer, (width, outputs) in LAYERS.items():
-        M, K, N = B * T, C * width, Vp if outputs is None else C * outputs
-        inp, weight, dout, scale = normal(M, K), normal(N, K), normal(M, N), 2 * M * N * K
-        x, w, d = tensor(inp), tensor(weight), tensor(dout)
-        out, dinp, dweight = cp.empty_like(dout), cp.empty_like(inp), cp.empty_like(weight)
-        o, dx, dw = tensor(out), tensor(dinp), tensor(dweight)
-        bias, pre = None if outputs is None else normal(N), cp.empty_like(dout) if layer == "fc" else None
-        before = normal(M, K) if layer == "fcproj" else None
-        scratch = cp.empty(matmul.matmul_scratch_size(B, T, K, N), np.float32)
-        splits = matmul.wgrad_splits_sm90(M, K, N)
+        for product, flops, blas, ours in layer_products(b, layer, b.C * width, outputs and b.C * outputs):
 
-        def dweight_of(version):
-            matmul.wgrad_sm90(version, dweight, scratch, dout, inp, splits, i32(0), ())  # noqa: B023
-            if splits > 1:  # noqa: B023
-                args = (dweight, scratch, np.int64(weight.size), i32(splits), i32(0))  # noqa: B023
-                reduce = module.kernel("matmul.cu", "matmul_wgrad_reduce", bf16)
-                reduce((-(-weight.size // 2048),), (256,), args)  # noqa: B023
+            def run(version, ours=ours):
+                number, *matmul.TO_TRY = version.split("+")
+                ours(int(number))
 
-        kinds = [
-            ("forward", lambda: torch.mm(x, w.T, out=o), lambda v: matmul.forward(v, out, inp, weight, bias, pre)),
-            ("dgrad", lambda: torch.mm(d, w, out=dx), lambda v: matmul.dgrad_sm90(v, dinp, dout, weight, before)),
-            ("wgrad", lambda: torch.mm(d.T, x, out=dw), dweight_of),
-        ]  # fmt: skip
-        for kind, blas, ours in kinds:
-            measure(f"{layer} {kind}", scale, blas, ours)
+            jobs = {"cuBLAS": blas} | {v: lambda v=v, run=run: run(v) for v in versions}
+            ms = [[b.overwritten_ms(job, 1, 1)[0] - alone for job in jobs.values()] for _ in range(23)][3:]
+            rates = flops / np.median(ms, axis=0) / 1e9
+            cells = (f"{name} {rate:.0f} ({rate / rates[0]:.2f})" for name, rate in zip(jobs, rates, strict=True))
+            print(f"{layer + ' ' + product:16}", "   ".join(cells), flush=True)
+
+
+def layer_products(b, layer, K, N):
+    """(name, FLOPs, what cuBLAS does, what one of Hopper's versions does) of the three products of a layer."""
+    M, has_bias, N = b.B * b.T, N is not None, N or b.Vp
+    inp, weight, dout = b.normal((M, K)), b.normal((N, K), scale=0.02), b.normal((M, N))
+    out, dinp, dweight = b.empty((M, N)), b.empty((M, K)), b.empty((N, K))
+    bias, pre_gelu = b.normal((N,)) if has_bias else None, b.empty((M, N)) if layer == "fc" else None
+    before_gelu = b.normal((M, K)) if layer == "fcproj" else None
+    scratch = b.empty((matmul.matmul_scratch_size(b.B, b.T, K, N),), np.float32)
+    x, w, d, o, dx, dw = (b.t(array) for array in (inp, weight, dout, out, dinp, dweight))
+    flops, mm = 2 * M * N * K, b.torch.mm
+
+    def forward(version):
+        matmul.forward(version, out, inp, weight, bias, pre_gelu)
+
+    def dgrad(version):
+        matmul.dgrad_sm90(version, dinp, dout, weight, before_gelu)
+
+    def wgrad(version):
+        matmul.wgrad_sm90(version, dweight, scratch, dout, inp, np.int32(0))
+
+    yield "forward", flops, lambda: mm(x, w.T, out=o), forward
+    yield "dgrad", flops, lambda: mm(d, w, out=dx), dgrad
+    yield "wgrad", flops, lambda: mm(d.T, x, out=dw), wgrad
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ STAGES = {4: 1, 5: 3}  # kernels 4, 5: tiles in flight
 SIXTEEN_BIT = (4, 5, 6, 7, 8, 9)  # versions for bf16 and fp16 alone
 HOPPER = (6, 7, 8, 9)  # versions for compute capability 9.0 alone: kernels/matmul_sm90.cu
 STORE_ROWS = {6: 64, 7: 64, 8: 64, 9: 16}  # of the boxes that Hopper's versions store results in; 6 and 7 use none
+TO_TRY = ()  # further -D options of Hopper's versions, for experiments: EVICT_FIRST
 BIAS_PARTS = 128  # most row ranges of the bias gradient
 # Weight gradient: as many token ranges as bring output tiles x ranges near this number, of 128 tokens or more each. It
 # fills GPUs of 108 to 132 SMs with two blocks each three times over; a constant, so that results do not depend on the
@@ -64,9 +65,28 @@ def launch_sm90(name, version, dtype, M, N, args, splits=1, defines=()):
     """Kernels 6 to 9: each block takes every so many'th tile."""
     tiles = ceil_div(M, 128) * ceil_div(N, 192) * splits
     smem = 4 * 40960 + 80 + 1024 + (32768 if version < 8 else 65536 + 384 + 1536)  # sizeof(Shared) and to align it
-    defines = (f"RUNG={version}", *defines)
+    defines = (f"RUNG={version}", *defines, *TO_TRY)
     kernel = module.kernel("matmul_sm90.cu", f"matmul_{name}_sm90", dtype, defines, smem, "sm_90a")
     kernel((min(tiles, module.multiprocessors()),), (384,), args, shared_mem=smem)
+
+
+def dgrad_sm90(version, dinp, dout, weight, pre_gelu):
+    (OC, C), rows, BT = weight.shape, STORE_ROWS[version], dinp.size // weight.shape[1]
+    operands = module.tensor_map(dout, BT, OC, 128), module.tensor_map(weight, OC, C, 64)
+    other = dinp if pre_gelu is None else pre_gelu
+    results = module.tensor_map(dinp, BT, C, rows), module.tensor_map(other, BT, C, rows)
+    args = (dinp, *operands, *results, pre_gelu, i32(BT), i32(C), i32(OC))
+    launch_sm90("dgrad", version, dinp.dtype, BT, C, args)
+
+
+def wgrad_sm90(version, dweight, scratch, dout, inp, accumulate, defines=()):
+    (OC, C), rows, BT = dweight.shape, STORE_ROWS[version], inp.size // dweight.shape[1]
+    splits = wgrad_splits_sm90(BT, C, OC)
+    operands = module.tensor_map(dout, BT, OC, 64), module.tensor_map(inp, BT, C, 64)
+    to = operands[0] if defines else module.tensor_map(dweight, OC, C, rows)  # f32 gradients are not stored by TMA
+    args = (dweight, scratch, *operands, to, i32(OC), i32(C), i32(BT), i32(splits), accumulate)
+    launch_sm90("wgrad", version, inp.dtype, OC, C, args, splits, defines)
+    wgrad_reduce(dweight, scratch, splits, inp.dtype, accumulate, defines)
 
 
 def launch(name, version, dtype, M, N, args, repeat=1, defines=()):
@@ -117,27 +137,24 @@ def backward(version, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu
     assert scratch.size >= matmul_scratch_size(1, BT, C, OC), (scratch.size, BT, C, OC)
     if dbias is not None:
         bias_grad(1 if version == 1 else 2, dbias, scratch, dout, BT, OC, accumulate, defines)
-    sizes, wgrad_sizes = (i32(BT), i32(C), i32(OC)), (i32(OC), i32(C), i32(BT))
     if version in HOPPER:
-        map_dout, map_inp = module.tensor_map(dout, BT, OC, 64), module.tensor_map(inp, BT, C, 64)
-        operands = module.tensor_map(dout, BT, OC, 128), module.tensor_map(weight, OC, C, 64)
-        rows, other = STORE_ROWS[version], dinp if pre_gelu is None else pre_gelu
-        results = module.tensor_map(dinp, BT, C, rows), module.tensor_map(other, BT, C, rows)
-        launch_sm90("dgrad", version, dtype, BT, C, (dinp, *operands, *results, pre_gelu, *sizes))
-        splits = wgrad_splits_sm90(BT, C, OC)
-        to = module.tensor_map(dweight, OC, C, rows) if dweight.dtype == dtype else map_inp  # f32: not through the map
-        args = (dweight, scratch, map_dout, map_inp, to, *wgrad_sizes, i32(splits), accumulate)
-        launch_sm90("wgrad", version, dtype, OC, C, args, splits, defines)
-    else:
-        launch("dgrad", version, dtype, BT, C, (dinp, dout, weight, pre_gelu, *sizes))
-        splits, args = 1, (dweight, dout, inp, *wgrad_sizes, accumulate)
-        if version in (3, 5):
-            splits = wgrad_splits(BT, C, OC)
-            args = (dweight, scratch, dout, inp, *wgrad_sizes, i32(splits), accumulate)
-        launch("wgrad", version, dtype, OC, C, args, splits, defines)
+        dgrad_sm90(version, dinp, dout, weight, pre_gelu)
+        wgrad_sm90(version, dweight, scratch, dout, inp, accumulate, defines)
+        return
+    sizes, wgrad_sizes = (i32(BT), i32(C), i32(OC)), (i32(OC), i32(C), i32(BT))
+    launch("dgrad", version, dtype, BT, C, (dinp, dout, weight, pre_gelu, *sizes))
+    splits, args = 1, (dweight, dout, inp, *wgrad_sizes, accumulate)
+    if version in (3, 5):
+        splits = wgrad_splits(BT, C, OC)
+        args = (dweight, scratch, dout, inp, *wgrad_sizes, i32(splits), accumulate)
+    launch("wgrad", version, dtype, OC, C, args, splits, defines)
+    wgrad_reduce(dweight, scratch, splits, dtype, accumulate, defines)
+
+
+def wgrad_reduce(dweight, scratch, splits, dtype, accumulate, defines):
     if splits > 1:
-        args = (dweight, scratch, i64(OC * C), i32(splits), accumulate)
-        module.kernel("matmul.cu", "matmul_wgrad_reduce", dtype, defines)((ceil_div(OC * C, 2048),), (256,), args)
+        args = (dweight, scratch, i64(dweight.size), i32(splits), accumulate)
+        module.kernel("matmul.cu", "matmul_wgrad_reduce", dtype, defines)((ceil_div(dweight.size, 2048),), (256,), args)
 
 
 def bias_grad(version, dbias, scratch, dout, BT, OC, accumulate, defines):
