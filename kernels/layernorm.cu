@@ -22,12 +22,15 @@
 //                           | wait until the pack before is stored; no divisions          |             |
 // layernorm_forward 6       | 5 with two rows at once: weights converted once for both, a | 2 NC        | (-2 us)
 //                           | sixth fewer instructions a row, reductions overlap          |             |
+// layernorm_forward 7       | blocks that stay: 3 rows on their way by cp.async without   | 2 NC        | (-2 us)
+//                           | end, weights in registers as fp32                           |             |
 // fused_residual_forward 1  | residual_forward, then layernorm_forward: two launches      | 5 NC        | 73.4 (66 %)
 // fused_residual_forward 2  | warp per row, residual written and read back                | 6 NC        | 98.0 (49 %)
 // fused_residual_forward 3  | as layernorm_forward 3, sum of both inputs in registers     | 4 NC        | 59.5 (81 %)
 // fused_residual_forward 4  | as layernorm_forward 4                                      | 4 NC        | 57.0 (84 %)
 // fused_residual_forward 5  | as layernorm_forward 5                                      | 4 NC        | (-1 us)
 // fused_residual_forward 6  | as layernorm_forward 6                                      | 4 NC        | (-2 us)
+// fused_residual_forward 7  | as layernorm_forward 7                                      | 4 NC        | (-2 us)
 // layernorm_backward 1      | warp per row for dx; thread per channel for dw, db          | 7 NC        | 7912 (0.6 %)
 // layernorm_backward 2      | the same dx; dw, db by many blocks, a slice of rows each,   | 7 NC        | 768 (6 %)
 //                           | fp32 partial sums to scratch, added by a second kernel      |             |
@@ -38,8 +41,10 @@
 // layernorm_backward 5      | 4 in 256 slices: 32 rounds for every warp; in 264 most have | 4 NC        | (-1 us)
 //                           | 31 and wait for a few that have one more                    |             |
 // (-1 us): not measured yet; the prediction against rung 4 in the same run. Times are those of single calls with events
-// around them; dev/bench.py now times them in a row, which should take 2 us off each, and off a copy. Forward rungs 5 and
-// 6 have each other's bits, not those of 4: layernorm_forward and fused_residual_forward change together.
+// around them; dev/bench.py now times them in a row, which should take 2 us off each, and off a copy. Forward rungs 5 to
+// 7 have each other's bits, not those of 4: layernorm_forward and fused_residual_forward change together.
+// Blocks that stay were tried with the next row in registers: slower than 4. There one row of a warp was under way, or
+// none while it was normalised; in 7 it is three, 16 warps x 3 x 1.5 KB = 72 KB of a multiprocessor (fused 144).
 // In a CUDA graph of 24 calls (one run): backward 4 54 us, fused 4 54 us, a copy 51 us; at B=64 101, 104 and 98 us.
 //
 // llm.c's kernels 6 and 10 keep the row or the partial sums in shared memory, which caps C at some 10,000 and 4096. With
@@ -456,6 +461,113 @@ extern "C" __global__ void __launch_bounds__(256)
 fused_residual_forward_kernel6(floatX* residual, floatX* normed, float* mean, float* rstd, const floatX* inp1,
                                const floatX* inp2, const floatX* weight, const floatX* bias, int N, int C) {
     normalize_rows<true, 2>(residual, normed, mean, rstd, inp1, inp2, weight, bias, N, C);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// blocks that stay: rows on their way into shared memory without end, weights in registers as fp32
+// ---------------------------------------------------------------------------------------------------------------------
+
+#define FORWARD_STAGES 4  // rows: one that is worked on, three on their way; llmc/cuda/layernorm.py has the same number
+
+// blockDim.x threads per row, blockDim.y rows at a time; block b takes rows b * blockDim.y + y, then those gridDim.x *
+// blockDim.y further on. A thread copies the packs that it will itself read, so the copies need no barrier. Any grid;
+// blockDim.x a multiple of 32 with blockDim.x * ROW_PACKS >= C / x128::size; block of up to 256 threads; dynamic shared
+// memory threads * FORWARD_STAGES * (FUSED ? 2 : 1) * ROW_PACKS * 16.
+template <bool FUSED>
+__device__ inline void normalize_ring(floatX* residual, floatX* out, float* mean, float* rstd, const floatX* inp1,
+                                      const floatX* inp2, const floatX* weight, const floatX* bias, int N, int C) {
+    extern __shared__ __align__(16) char memory[];
+    constexpr int arrays = FUSED ? 2 : 1;
+    int threads = blockDim.x * blockDim.y, rows = gridDim.x * blockDim.y;
+    int first = blockIdx.x * blockDim.y + threadIdx.y;
+    x128* ring = reinterpret_cast<x128*>(memory) + threadIdx.y * blockDim.x + threadIdx.x;
+    auto slot = [&](int stage, int array, int i) -> x128& {
+        return ring[((stage * arrays + array) * ROW_PACKS + i) * threads];
+    };
+    auto fetch = [&](int row, int stage) {
+#pragma unroll
+        for (int i = 0; i < ROW_PACKS; i++) {
+            int c = (i * blockDim.x + threadIdx.x) * x128::size;
+            if (row < N && c < C) {
+                cp_async_16(&slot(stage, 0, i), inp1 + (i64)row * C + c, true);
+                if (FUSED) { cp_async_16(&slot(stage, 1, i), inp2 + (i64)row * C + c, true); }
+            }
+        }
+        cp_async_commit();
+    };
+#pragma unroll
+    for (int ahead = 0; ahead < FORWARD_STAGES - 1; ahead++) { fetch(first + ahead * rows, ahead); }
+    float weights[ROW_PACKS][x128::size] = {}, shifts[ROW_PACKS][x128::size] = {}, per_channel = 1.0f / C;
+#pragma unroll
+    for (int i = 0; i < ROW_PACKS; i++) {
+        int c = (i * blockDim.x + threadIdx.x) * x128::size;
+        if (c < C) {
+            to_floats(weights[i], load128(weight + c));
+            to_floats(shifts[i], load128(bias + c));
+        }
+    }
+    int stage = 0;
+    for (int row = first; row - (int)threadIdx.y < N; row += rows) {  // the same number of rounds in all threads
+        fetch(row + (FORWARD_STAGES - 1) * rows, stage == 0 ? FORWARD_STAGES - 1 : stage - 1);
+        cp_async_wait<FORWARD_STAGES - 1>();
+        float x[ROW_PACKS][x128::size] = {}, sum[1] = {}, squares[1] = {};
+#pragma unroll
+        for (int i = 0; i < ROW_PACKS; i++) {
+            int c = (i * blockDim.x + threadIdx.x) * x128::size;
+            if (row < N && c < C) {
+                to_floats(x[i], slot(stage, 0, i));
+                if (FUSED) {
+                    float other[x128::size];
+                    to_floats(other, slot(stage, 1, i));
+                    for (int k = 0; k < x128::size; k++) { x[i][k] += other[k]; }
+                    x128 rounded = to_pack(x[i]);
+                    store128cs(residual + (i64)row * C + c, rounded);
+                    to_floats(x[i], rounded);
+                }
+                for (int k = 0; k < x128::size; k++) { sum[0] += x[i][k]; }
+            }
+        }
+        rowReduceSums(sum);
+        float m = sum[0] * per_channel;
+#pragma unroll
+        for (int i = 0; i < ROW_PACKS; i++) {
+            if ((i * blockDim.x + threadIdx.x) * x128::size < C) {
+                for (int k = 0; k < x128::size; k++) {
+                    x[i][k] -= m;
+                    squares[0] = fmaf(x[i][k], x[i][k], squares[0]);
+                }
+            }
+        }
+        rowReduceSums(squares);
+        float s = rsqrtf(squares[0] * per_channel + EPS);
+        if (row < N) {
+#pragma unroll
+            for (int i = 0; i < ROW_PACKS; i++) {
+                int c = (i * blockDim.x + threadIdx.x) * x128::size;
+                if (c < C) {
+                    for (int k = 0; k < x128::size; k++) { x[i][k] = fmaf(x[i][k] * s, weights[i][k], shifts[i][k]); }
+                    store128(out + (i64)row * C + c, to_pack(x[i]));
+                }
+            }
+            if (threadIdx.x == 0) {
+                mean[row] = m;
+                rstd[row] = s;
+            }
+        }
+        stage = stage == FORWARD_STAGES - 1 ? 0 : stage + 1;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+layernorm_forward_kernel7(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
+                          const floatX* bias, int N, int C) {
+    normalize_ring<false>(NULL, out, mean, rstd, inp, NULL, weight, bias, N, C);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+fused_residual_forward_kernel7(floatX* residual, floatX* normed, float* mean, float* rstd, const floatX* inp1,
+                               const floatX* inp2, const floatX* weight, const floatX* bias, int N, int C) {
+    normalize_ring<true>(residual, normed, mean, rstd, inp1, inp2, weight, bias, N, C);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

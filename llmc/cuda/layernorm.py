@@ -7,6 +7,8 @@ from . import module
 FORWARD_PACKS = 4  # kernels/layernorm.cu has the same number
 BACKWARD_ELEMENTS = 24  # elements of a row that a thread of the one-pass backward kernel holds
 ROW_PACKS, ROW_THREADS = 3, 64  # of the forward kernels 4, and the same in kernels/layernorm.cu; threads of a block
+FORWARD_STAGES = 4  # of the forward kernels 7, and the same in kernels/layernorm.cu
+FORWARD_BLOCKS = 1024  # their grid: of 32768 rows each of its 2048 warps has 16, and all stay on 132 multiprocessors
 RING_PACKS, RING_STAGES = 3, 2  # kernels/layernorm.cu has the same numbers
 RING_THREADS = 128  # of a block of layernorm_backward4
 RING_SLICES = 264  # its blocks, on every GPU the same: two on each of 132 multiprocessors
@@ -97,6 +99,24 @@ def layernorm_forward6(out, mean, rstd, inp, weight, bias):
     forward_rows(2, "layernorm_forward_kernel6", layernorm_forward4, args, N, C)
 
 
+def forward_ring(rung, arrays, wider, args, N, C):
+    """Launches a forward kernel of rung 7, which reads so many arrays; `wider` is for rows of more than 128 threads."""
+    threads, rows = row_block(C * args[0].itemsize // 16, ROW_PACKS, ROW_THREADS)
+    if threads > 128:  # shared memory above 48 KiB, which not every GPU has
+        return wider(*args)
+    smem = threads * rows * FORWARD_STAGES * arrays * ROW_PACKS * 16
+    kernel = module.kernel("layernorm.cu", rung, args[0].dtype, smem=smem)
+    blocks = min(FORWARD_BLOCKS, -(-N // rows))
+    kernel((blocks,), (threads, rows), (*args, np.int32(N), np.int32(C)), shared_mem=smem)
+
+
+def layernorm_forward7(out, mean, rstd, inp, weight, bias):
+    """layernorm_forward4 in blocks that stay, the next rows on their way. C > 3072 (fp32: 1536): layernorm_forward4."""
+    N, C = check_forward(out, mean, rstd, inp, weight, bias)
+    args = (out, mean, rstd, inp, weight, bias)
+    forward_ring("layernorm_forward_kernel7", 1, layernorm_forward4, args, N, C)
+
+
 def residual_forward1(out, inp1, inp2):
     """out = inp1 + inp2.
 
@@ -176,6 +196,13 @@ def fused_residual_forward6(residual, normed, mean, rstd, inp1, inp2, weight, bi
     N, C = check_fused(residual, normed, mean, rstd, inp1, inp2, weight, bias)
     args = (residual, normed, mean, rstd, inp1, inp2, weight, bias)
     forward_rows(2, "fused_residual_forward_kernel6", fused_residual_forward4, args, N, C)
+
+
+def fused_residual_forward7(residual, normed, mean, rstd, inp1, inp2, weight, bias):
+    """fused_residual_forward4 in blocks that stay, the next rows on their way; wider rows as layernorm_forward7."""
+    N, C = check_fused(residual, normed, mean, rstd, inp1, inp2, weight, bias)
+    args = (residual, normed, mean, rstd, inp1, inp2, weight, bias)
+    forward_ring("fused_residual_forward_kernel7", 2, fused_residual_forward4, args, N, C)
 
 
 def layernorm_scratch_size(B, T, C):
