@@ -352,7 +352,7 @@ template <bool KEYS> __device__ inline int end_tile(int block, int T) {
 
 // What dq leaves for dkv: att * log2(e) and D of 64 queries each. From T on inf and 0, with which p and ds are 0.
 __device__ inline i64 statistics_of(int head, int tile, int T) {
-    return ((i64)head * (2 * ceil_div(T, ROWS)) + tile) * (2 * COLUMNS);
+    return ((i64)head * ceil_div(T, COLUMNS) + tile) * (2 * COLUMNS);
 }
 
 // One thread.
@@ -449,7 +449,7 @@ __device__ inline void backward_consume(BackwardShared<KEYS>& shared, int consum
                 D_row[half] = sum_of_row(D_row[half]);
                 int row = warp * 16 + lane / 4 + half * 8;
                 float* to = statistics + statistics_of(head, 2 * block + consumer, T) + row;
-                if (lane % 4 == 0) {
+                if (lane % 4 == 0 && (2 * block + consumer) * COLUMNS < T) {
                     to[0] = lse[half];
                     to[COLUMNS] = t0 + lane / 4 + half * 8 < T ? D_row[half] : 0.0f;
                 }
@@ -523,7 +523,7 @@ __device__ inline void backward_consume(BackwardShared<KEYS>& shared, int consum
 // ---------------------------------------------------------------------------------------------------------------------
 // entry points: grid at most one block for each multiprocessor, block 384, dynamic shared memory sizeof(Shared) + 1024.
 // qkvr (B*T, 3C), dout and out (B*T, C) as tensor maps with boxes of 128 rows forward, 64 backward. dq before dkv.
-// statistics: 2 * 128 * ceil(T / 128) floats for each of the B * NH heads.
+// statistics: 2 * 64 * ceil(T / 64) floats for each of the B * NH heads.
 // ---------------------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(384, 1) attention_forward_sm90(

@@ -105,6 +105,23 @@ def parameter_specs(config):
     ]
 
 
+# Positions whose logits are in memory at once. A larger micro-batch goes through the classifier in pieces, forward and
+# backward, one after another: the logits would be the largest tensor by far (6.6 GB at 64 x 1024 in bf16). A number of
+# rows that Hopper's matmul makes dlnf of in whole rounds: 66 x 4 tiles are two for each of 132 multiprocessors.
+HEAD_ROWS = 66 * 128
+
+
+def pieces(positions):
+    """Slices of up to HEAD_ROWS positions."""
+    return [slice(i, min(i + HEAD_ROWS, positions)) for i in range(0, positions, HEAD_ROWS)]
+
+
+def rows(array, piece):
+    """A slice of the positions of a (b, t, ...) array, as (1, rows, ...); of all of them, the array."""
+    flat = array.reshape(1, -1, *array.shape[2:])
+    return array if flat.shape[1] == piece.stop - piece.start else flat[:, piece]
+
+
 def activation_specs(config, B, T, recompute):
     """The activations of a micro-batch. recompute 0 keeps all, 1 recomputes GELU in backward, 2 also the layernorms."""
     Vp, L, NH, C = config.padded_vocab_size, config.num_layers, config.num_heads, config.channels
@@ -131,7 +148,7 @@ def activation_specs(config, B, T, recompute):
         TensorSpec("lnf_mean", (B, T), "f32"),
         TensorSpec("lnf_rstd", (B, T), "f32"),
         TensorSpec("losses", (B, T), "f32"),
-        TensorSpec("output", (B, T, Vp)),  # logits, then dlogits
+        TensorSpec("output", (B, T, Vp) if B * T <= HEAD_ROWS else (1, HEAD_ROWS, Vp)),  # logits, then dlogits
         TensorSpec("scratch_btc", (B, T, C)),  # forward: input of a residual add; backward: dresidual
         TensorSpec("scratch_bt4c", (B, T, 4 * C)),  # backward: dlnf, dfch, dqkvr
     ]
@@ -309,7 +326,10 @@ class GPT2:
         self.graphs[key]()
 
     def forward(self, inputs):
-        """Logits acts.output (b, t, Vp) for token ids inputs (b, t) i32 on the host. Returns the activations used."""
+        """Logits acts.output (b, t, Vp) for token ids inputs (b, t) i32 on the host. Returns the activations used.
+
+        For more than HEAD_ROWS positions there are no logits yet: what reads them makes them piece by piece.
+        """
         acts = self.activations(*inputs.shape)
         self.ops.device.upload(acts.inputs, inputs)
         self.run(self.forward_pass, inputs.shape, *inputs.shape)
@@ -336,7 +356,15 @@ class GPT2:
                 n = (acts.lnf, acts.lnf_mean, acts.lnf_rstd)
                 ops.fused_residual_forward(a.residual3, *n, a.residual2, x, params.lnfw, params.lnfb)
             residual = a.residual3
-        ops.matmul_forward(acts.output, acts.lnf, params.wte)
+        if b * t <= HEAD_ROWS:
+            ops.matmul_forward(acts.output, acts.lnf, params.wte)
+
+    def logits(self, acts, piece):
+        """The logits of a piece of the positions, made here where there is no room for those of all."""
+        output = rows(acts.output, slice(0, piece.stop - piece.start))
+        if acts.losses.size > HEAD_ROWS:
+            self.ops.matmul_forward(output, rows(acts.lnf, piece), self.params.wte)
+        return output
 
     def validate(self, inputs, targets):
         """Mean loss in nats over a batch. No gradient is computed or written."""
@@ -347,7 +375,9 @@ class GPT2:
         ops, acts = self.ops, self.forward(inputs)
         ops.device.upload(acts.targets, targets)
         ops.device.zero(acts.losses)
-        ops.fused_classifier(acts.output, acts.losses, 1.0, acts.targets, self.config.vocab_size, write_dlogits=False)
+        for piece in pieces(inputs.size):
+            logits, losses, targets = self.logits(acts, piece), rows(acts.losses, piece), rows(acts.targets, piece)
+            ops.fused_classifier(logits, losses, 1.0, targets, self.config.vocab_size, write_dlogits=False)
         return ops.device.download(acts.losses)
 
     def backward(self, inputs, targets, grad_accum_steps=1, micro_step=0):
@@ -377,14 +407,17 @@ class GPT2:
             ops.device.zero(acts.losses)
             for name in ("wpe", "ln1w", "ln1b", "ln2w", "ln2b", "lnfw", "lnfb"):
                 ops.device.zero(getattr(grads, name))
-        ops.fused_classifier(acts.output, acts.losses, dloss, acts.targets, self.config.vocab_size)
 
         dresidual = acts.scratch_btc
         dl_btc, dl_bt4c = acts.h[-1].residual3, acts.scratch_bt4c  # lnf is the last to need the last residual3
         dlnf, dqkvr = dl_bt4c.reshape(-1)[: b * t * C].reshape(b, t, C), dl_bt4c.reshape(-1)[: b * t * 3 * C]
         dqkvr = dqkvr.reshape(b, t, 3 * C)
         ops.device.zero(dresidual)
-        ops.matmul_backward(dlnf, grads.wte, None, scratch.f32, acts.output, acts.lnf, params.wte, accumulate=more)
+        for piece in pieces(b * t):
+            logits, losses, targets = self.logits(acts, piece), rows(acts.losses, piece), rows(acts.targets, piece)
+            ops.fused_classifier(logits, losses, dloss, targets, self.config.vocab_size)
+            x, dx, again = rows(acts.lnf, piece), rows(dlnf, piece), more or piece.start > 0
+            ops.matmul_backward(dx, grads.wte, None, scratch.f32, logits, x, params.wte, accumulate=again)
         n = (params.lnfw, acts.lnf_mean, acts.lnf_rstd)
         ops.layernorm_backward(dresidual, grads.lnfw, grads.lnfb, scratch.f32, dlnf, acts.h[-1].residual3, *n)
 

@@ -21,7 +21,7 @@ import numpy as np
 from llmc import UserError
 from llmc.buffers import carve
 from llmc.checkpoint import atomic_write
-from llmc.gpt2 import GPT2, GPT2Config, parameter_specs
+from llmc.gpt2 import GPT2, GPT2Config, parameter_specs, pieces, rows
 
 WRITES = {  # op -> its arguments that it writes; scratch may hold anything
     "encoder_forward": ("out",),
@@ -47,17 +47,25 @@ def address(array):
 
 
 def names_of(model):
-    """{address: (name, layer or None)} of every tensor. Rows that layers share under recomputation have no layer."""
+    """{address: (name, layer or None)} of every tensor. Rows that layers share under recomputation have no layer.
+
+    Of what a large batch does in pieces, the later ones are named after the position they begin with.
+    """
     names, L = {}, model.config.num_layers
     for prefix, views in (("", model.acts), ("params.", model.params), ("grads.", model.grads)):
         for name in vars(views.h[0]):
-            rows = [getattr(h, name) for h in views.h]
-            shared = L > 1 and address(rows[0]) == address(rows[-1])
-            for layer, row in enumerate(rows[:1] if shared else rows):
+            layers = [getattr(h, name) for h in views.h]
+            shared = L > 1 and address(layers[0]) == address(layers[-1])
+            for layer, row in enumerate(layers[:1] if shared else layers):
                 names[address(row)] = (prefix + name, None) if shared else (f"{prefix}h[{layer}].{name}", layer)
         for name, array in vars(views).items():
             if name != "h":
                 names.setdefault(address(array), (prefix + name, None))
+    acts = model.acts
+    dlnf = acts.scratch_bt4c.reshape(-1)[: acts.lnf.size].reshape(acts.lnf.shape)
+    for piece in pieces(acts.losses.size)[1:]:
+        for name, array in (("losses", acts.losses), ("scratch_bt4c", dlnf)):
+            names[address(rows(array, piece))] = (f"{name} from position {piece.start} on", None)
     names[address(model.scratch.norm_squared)] = ("norm_squared of the gradients", None)
     names[address(model.scratch.norm_squared[1:])] = ("norm_squared of the losses", None)
     return names

@@ -729,6 +729,24 @@ def test_smaller_batches_live_in_the_same_memory():
     assert again == training
 
 
+def test_logits_in_pieces_change_nothing_else(monkeypatch):
+    """Two micro-steps whose logits are never all in memory: the same losses and gradients but for the order of sums."""
+    config, B, T = GPT2Config(16, 200, 256, 2, 3, 24), 3, 13
+    params, pairs, ((x, y),) = weights(config), batches(config, B, T, 2), batches(config, B, T, 1, seed=5)
+    whole, results = build(config, B, T, params=params), []
+    monkeypatch.setattr(gpt2, "HEAD_ROWS", 16)  # of 39
+    parts = build(config, B, T, params=params)
+    for rows, model in ((B * T, whole), (16, parts)):
+        monkeypatch.setattr(gpt2, "HEAD_ROWS", rows)
+        losses = model.token_losses(x, y).copy()
+        loss, norm = step(model, pairs, 1, **LLMC)
+        results.append((losses, loss, norm, model.grads_flat.copy()))
+    for name, one, other in zip(("validation", "loss", "norm", "gradients"), *results, strict=True):
+        np.testing.assert_allclose(other, one, rtol=2e-5, atol=1e-7, err_msg=name)
+    assert whole.acts_flat.nbytes - parts.acts_flat.nbytes == (B * T - 16) * 256 * 4
+    assert parts.forward(x[:1]).output.shape == (1, T, 256)  # few enough: all at once
+
+
 def test_later_tokens_do_not_reach_earlier_logits():
     config = GPT2Config(16, 200, 256, 2, 3, 24)
     model = build(config, 2, 16)

@@ -19,7 +19,7 @@ from reference import OPS, assert_bits
 from test_gpt2 import LLMC, batches, weights
 from test_gpt2_cuda import CONFIG, B, T, build
 
-from llmc import checkpoint, cpu, nonfinite, train
+from llmc import checkpoint, cpu, gpt2, nonfinite, train
 from llmc.data import DataLoader, write_shard
 
 PLACE = 37  # element that is poisoned, of arrays that have as many
@@ -129,6 +129,23 @@ def test_the_first_bad_value_is_named(monkeypatch, recompute, case):
     with np.errstate(all="ignore"), monkeypatch.context() as patch:
         poison(patch, cpu, op, argument, nth, value)
         assert traced(model) == expected(name, op, argument, where, value, shape)
+    assert traced(model) is None
+
+
+def test_pieces_of_a_large_batch_are_named(monkeypatch):
+    """34 positions, the logits of 15 at a time: three pieces."""
+    monkeypatch.setattr(gpt2, "HEAD_ROWS", 15)
+    model = build(cpu)
+    cases = [
+        ("fused_classifier", 4, "losses", "losses from position 15 on", BACKWARD.format("", 1), (1, 15)),
+        ("matmul_backward", 2, "dinp", "scratch_bt4c from position 30 on", BACKWARD.format("", 0), (1, 4, C)),
+        ("matmul_forward", 10, "out", "output", BACKWARD.format("", 0), (1, 4, V)),
+        ("matmul_backward", 1, "dweight", "grads.wte", BACKWARD.format("", 0), (V, C)),
+    ]
+    for op, nth, argument, name, where, shape in cases:
+        with np.errstate(all="ignore"), monkeypatch.context() as patch:
+            poison(patch, cpu, op, argument, nth)
+            assert traced(model) == expected(name, op, argument, where, np.nan, shape)
     assert traced(model) is None
 
 

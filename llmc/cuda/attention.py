@@ -24,8 +24,8 @@ def ceil_div(a, b):
 
 def attention_scratch_size(B, T, C, NH):
     """f32 elements of scratch that attention_backward wants: D (B, NH, T) = rowsum(dout * out), and in version 4 as
-    many of att, with T rounded up to a multiple of 128."""
-    return B * NH * ceil_div(T, 128) * 256
+    many of att, with T rounded up to a multiple of 64."""
+    return B * NH * ceil_div(T, 64) * 128
 
 
 def rows2(HS, backward):
