@@ -158,12 +158,14 @@ def scratch_specs(config, ops, B, T):
     """What the ops want as scratch, and the small arrays that a step reads its scalars from."""
     Vp, NH, C = config.padded_vocab_size, config.num_heads, config.channels
     N = num_parameters(config)
-    shapes = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C), (C, Vp)]
+    shapes = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)]
+    last = B * T % HEAD_ROWS or min(B * T, HEAD_ROWS)  # positions of the classifier's last piece, and of the others
     scratch = max(
         ops.layernorm_scratch_size(B, T, C),
         ops.attention_scratch_size(B, T, C, NH),
         ops.global_norm_scratch_size(max(N, B * T)),  # of the gradients, of the losses
         *(ops.matmul_scratch_size(B, T, c, oc) for c, oc in shapes),
+        *(ops.matmul_scratch_size(1, positions, C, Vp) for positions in (last, min(B * T, HEAD_ROWS))),
     )
     return [
         TensorSpec("f32", (scratch,), "f32"),
