@@ -55,10 +55,10 @@ extern "C" __global__ void global_norm_squared_kernel3(float* partials, const fl
     if (threadIdx.x == 0) { partials[blockIdx.x] = sum; }
 }
 
-#define AHEAD 4  // packs of a thread under way: 16 of the 48 registers with which five blocks stay on a multiprocessor
+#define AHEAD 4  // packs of a thread under way: 16 of its 32 registers (sm_90)
 
-// The same with AHEAD loads before the first sum. grid up to 640 blocks of 256 threads, which 132 multiprocessors hold.
-extern "C" __global__ void __launch_bounds__(256, 5)
+// The same with AHEAD loads before the first sum. grid up to 1024 blocks of 256 threads: 132 multiprocessors hold 1056.
+extern "C" __global__ void __launch_bounds__(256)
 global_norm_squared_kernel4(float* partials, const floatX* values, i64 N) {
     i64 first = (i64)blockIdx.x * blockDim.x + threadIdx.x, stride = (i64)gridDim.x * blockDim.x;
     i64 packs = N / x128::size, ragged = packs * x128::size + first;

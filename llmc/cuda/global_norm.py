@@ -56,7 +56,7 @@ def global_norm_squared3(out, scratch, values):
 def global_norm_squared4(out, scratch, values):
     """global_norm_squared3 with four loads of each thread under way."""
     check(out, scratch, values)
-    blocks = max(1, min(640, values.size // (256 * 16 // values.itemsize)))  # all at once on 132 multiprocessors
+    blocks = max(1, min(MAX_BLOCKS, values.size // (256 * 16 // values.itemsize)))
     kernel = module.kernel("global_norm.cu", "global_norm_squared_kernel4", values.dtype)
     kernel((blocks,), (256,), (scratch, values, np.int64(values.size)))
     combine(out, scratch, blocks, values.dtype, threads=1024)
