@@ -58,7 +58,10 @@ def world(args, environ=os.environ):
             raise UserError(f"-pn {args.process_count} contradicts {names[1]}={size}. HINT: leave -pn out.")
         if args.process_rank not in (None, rank):
             raise UserError(f"-pr {args.process_rank} contradicts {names[0]}={rank}. HINT: leave -pr out.")
-        seen.append((rank, size, environ.get(names[2]), launcher, f"{names[0]}={rank}, {names[1]}={size}"))
+        local = environ.get(names[2])
+        if local is None and environ.get("SLURM_PROCID") == str(rank):  # srun --mpi=pmi2
+            local = environ.get("SLURM_LOCALID")
+        seen.append((rank, size, local, launcher, f"{names[0]}={rank}, {names[1]}={size}"))
     if len(seen) == 2 and seen[0][:2] != seen[1][:2]:
         raise UserError(f"{seen[0][4]} contradicts {seen[1][4]}. HINT: one launcher only; unset what another one left.")
     if seen:
@@ -86,7 +89,10 @@ def meeting_place(args, rank, size, launcher, environ=os.environ):
     method = args.nccl_init_method or {"mpi": "mpi", "torchrun": "tcp", "srun": "tcp"}.get(launcher)
     method = method or ("tcp" if args.server_ip else "fs" if args.fs_path else None)
     if method == "fs":
-        return "fs", os.path.join(args.fs_path, f"llmc-{environ.get('SLURM_JOB_ID', 'run')}-{size}.json")
+        job = environ.get("SLURM_JOB_ID", "run")
+        if launcher == "srun":  # else the ranks may have been started in steps of their own
+            job += f".{environ.get('SLURM_STEP_ID', 0)}"
+        return "fs", os.path.join(args.fs_path, f"llmc-{job}-{size}.json")
     if method == "tcp" and args.server_ip:
         return "tcp", args.server_ip, PORT
     if method == "tcp" and launcher == "torchrun" and "MASTER_ADDR" in environ:
@@ -116,6 +122,7 @@ def import_mpi(size):
     if MPI.COMM_WORLD.size != size:
         text = f"this process is one of {size}, but MPI sees {MPI.COMM_WORLD.size}"
         hint = f"the CPU op set needs mpirun -n {size} python -m llmc.train ..., of the MPI that mpi4py uses"
+        hint += "; with srun, --mpi=pmi2 for MPICH" if "SLURM_PROCID" in os.environ else ""
         raise UserError(f"{text}. HINT: {hint}.")
     return MPI
 

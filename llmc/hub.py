@@ -29,7 +29,8 @@ def hub(fd, size, token, connect=CONNECT, silence=SILENCE):
     """Serve the `size` ranks on the listening socket fd until all have said bye or one has failed.
 
     A message is a JSON object in a line. From a rank: its rank, size and token; value, error, beat, bye. To the ranks:
-    welcome; values, once every rank has sent its own; stop, an exit code; beat. What has another token is dropped.
+    welcome; values, once every rank has sent its own; stop, an exit code; beat. What has another token is dropped. A
+    token alone is answered too: is_alive asks.
     stdin is a pipe that nothing is written to: its end tells that rank 0 is gone before it could connect.
     """
     listener = socket.socket(fileno=fd)
@@ -53,6 +54,8 @@ def hub(fd, size, token, connect=CONNECT, silence=SILENCE):
         if rank is None:
             if not isinstance(message, dict) or message.get("token") != token:
                 raise OSError("not of this run")
+            if "rank" not in message:
+                send({"welcome": None}, [sock])
             rank, theirs = message["rank"], message["size"]
             if rank in ranks.values():
                 stop(f"two processes say that they are rank {rank}. HINT: give each its own -pr", 2)
@@ -209,13 +212,15 @@ def leave(code):
     """End this process now: its main thread may be waiting in MPI or NCCL for a rank that is no more.
 
     Where mpirun waits for the ranks, rank 0 has it end them all with this code. Were they to leave by themselves, it
-    would kill those that come second, and that would be the exit code of the run.
+    would kill those that come second, and that would be the exit code of the run. srun waits for all of them.
     """
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     MPI = getattr(sys.modules.get("mpi4py"), "MPI", None)
     if MPI and MPI.Is_initialized() and not MPI.Is_finalized():
         threading.Timer(LEAVE, os._exit, [code]).start()
+        if "PMI_JOBID" in os.environ:  # srun --mpi=pmi2
+            os._exit(code)
         if MPI.COMM_WORLD.rank == 0:
             time.sleep(0.2)  # mpirun may end before it has passed on what was printed
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the hub has said why, MPI need not say that
@@ -267,13 +272,31 @@ def find_hub(rank, size, where, connect=CONNECT, silence=SILENCE):
 
 
 def write_place(path, token, hosts, port):
-    """Tell the others where the hub is, in a file that all machines see; what an earlier run left there is replaced."""
-    from llmc.checkpoint import atomic_write
+    """Tell the others where the hub is, in a file that all machines see. One that an earlier run left is replaced.
 
-    if os.path.exists(path) and read_place(path)[0] == "":
-        raise UserError(f"{path} is not a file of a run. HINT: -pf needs a folder for this alone.")
-    with atomic_write(path) as file:
-        file.write(json.dumps({"llmc": [token, hosts, port]}).encode())
+    Errors: UserError if the file is something else, or of a run that goes on: two would take each other's ranks.
+    """
+    while True:
+        with contextlib.suppress(FileExistsError), open(path, "x") as file:  # of two runs one succeeds
+            file.write(json.dumps({"llmc": [token, hosts, port]}))
+            return
+        theirs = read_place(path)
+        if is_alive(*theirs):
+            raise UserError(f"{path} is of another run that starts now. HINT: give each run its own folder -pf.")
+        if theirs[0] == "" and os.path.exists(path):
+            raise UserError(f"{path} is not a file of a run. HINT: -pf needs a folder for this alone.")
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+
+
+def is_alive(token, hosts, port):
+    """Whether a hub that knows this token listens there."""
+    for host in hosts:
+        with contextlib.suppress(OSError, ValueError), socket.create_connection((host, port), timeout=5) as sock:
+            sock.sendall(json.dumps(dict(token=token)).encode() + b"\n")
+            if "welcome" in json.loads(sock.makefile("rb").readline()):
+                return True
+    return False
 
 
 def read_place(path):

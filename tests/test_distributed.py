@@ -181,12 +181,13 @@ SLURM["SLURM_STEP_NODELIST"] = "gpu[07-08,11]"
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, {}, (0, 1, 0, None), None),  # a batch script, not a task of srun
         (MPICH, {}, (1, 4, 1, "mpi"), ("mpi",)),
         ({**OPEN_MPI, **SLURM}, {}, (5, 8, 1, "mpi"), ("mpi",)),  # srun has started mpirun's daemons
+        (dict(PMI_RANK="2", PMI_SIZE="4", **SLURM), {}, (2, 4, 0, "mpi"), ("mpi",)),  # srun --mpi=pmi2
         (OPEN_MPI, dict(gpus_per_node=4), (5, 8, 1, "mpi"), ("mpi",)),
         (OPEN_MPI, dict(nccl_init_method="tcp", server_ip="a"), (5, 8, 1, "mpi"), ("tcp", "a", 12345)),
         (TORCHRUN, {}, (3, 4, 1, "torchrun"), ("tcp", "node7", 29501)),
         (SLURM, {}, (2, 4, 0, "srun"), ("tcp", "gpu07", 20077)),
         ({**SLURM, "SLURM_JOB_NODELIST": "x"}, dict(nccl_init_method="fs", fs_path="d", process_count=4),
-         (2, 4, 0, "srun"), ("fs", "d/llmc-77-4.json")),
+         (2, 4, 0, "srun"), ("fs", "d/llmc-77.0-4.json")),
         ({}, dict(process_count=16, process_rank=9, nccl_init_method="tcp", server_ip="h"), (9, 16, 1, None),
          ("tcp", "h", 12345)),
         ({}, dict(process_count=16, process_rank=9, gpus_per_node=4, fs_path="d"), (9, 16, 1, None),
@@ -330,6 +331,19 @@ def test_foreign_file(tmp_path):
     with pytest.raises(UserError, match="not a file of a run. HINT: "):
         hub.write_place(str(path), "t", ["h"], 1)
     assert path.read_text() == "my notes"
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    """The second to start is told so while the first one's hub is there; what a dead one left is replaced."""
+    path, port = str(tmp_path / "llmc-run-2.json"), hub.start_hub(2, "first", "127.0.0.1")
+    hub.write_place(path, "first", ["127.0.0.1"], port)
+    with pytest.raises(UserError, match="llmc-run-2.json is of another run that starts now. HINT: "):
+        hub.write_place(path, "second", ["127.0.0.1"], 1)
+    assert hub.read_place(path)[0] == "first"
+    hub.start_hub.process.kill()
+    hub.start_hub.process.wait()
+    hub.write_place(path, "second", ["127.0.0.1"], 1)
+    assert hub.read_place(path)[0] == "second"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
