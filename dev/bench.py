@@ -704,6 +704,8 @@ def main(*modules, argv=None, description=None, keep_going=False):
     keep_going: a rung that fails is reported and the rest goes on; finish() then ends with exit code 1.
     """
     args = flags(description or modules[0].__doc__).parse_args(argv)
+    if args.compare and not Path(args.compare).is_file():
+        sys.exit(f"--compare {args.compare}: no such file. HINT: --csv {args.compare} makes one")
     try:
         b = Bench(args.device, args.executor, args.model, args.batch_size, args.sequence_length, args.dtype)
     except UserError as error:

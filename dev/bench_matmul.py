@@ -6,7 +6,8 @@ The whole ladder runs on fc; the other layers run the tensor-core rungs.
 
 python -m dev.bench_matmul --products [VERSION ...]    compute capability 9.0 only: each product of a step alone
 B=64, T=1024, GPT-2 124M, bf16: TFLOP/s of cuBLAS and of Hopper's versions (8+EVICT_FIRST: with that -D option), taking
-turns, medians of 20, L2 overwritten before each; bias and GELU as in training, weight gradients with their reduction.
+turns, medians of 20, L2 overwritten before each; bias and GELU as in training, weight gradients with their reduction,
+and in version 10 with the bias gradient.
 """
 
 import sys
@@ -157,7 +158,8 @@ def layer_products(b, layer, K, N):
         matmul.dgrad_sm90(version, dinp, dout, weight, before_gelu)
 
     def wgrad(version):
-        matmul.wgrad_sm90(version, dweight, scratch, dout, inp, np.int32(0))
+        dbias = bias if version == 10 else None  # overwritten: it is used no more
+        matmul.wgrad_sm90(version, dweight, dbias, scratch, dout, inp, np.int32(0))
 
     yield "forward", flops, lambda: mm(x, w.T, out=o), forward
     yield "dgrad", flops, lambda: mm(d, w, out=dx), dgrad

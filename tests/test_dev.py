@@ -55,6 +55,8 @@ def test_bench_all_on_the_cpu(tmp_path, capsys, monkeypatch):
     assert re.search(f"faster  {rows[0]['op']}", text) and re.search(f"SLOWER  {rows[1]['op']}", text), text
     bench.compare(path, now[2:])
     assert " 0 moved" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no such file. HINT"):  # before anything is measured
+        bench.main(bench_all, argv=["--compare", str(tmp_path / "none.csv")])
 
 
 @pytest.mark.parametrize("op", ("gelu_backward_inplace", "layernorm_backward", "fused_classifier", "adamw_update"))
