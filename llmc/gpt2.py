@@ -122,9 +122,13 @@ def rows(array, piece):
     return array if flat.shape[1] == piece.stop - piece.start else flat[:, piece]
 
 
-def activation_specs(config, B, T, recompute):
-    """The activations of a micro-batch. recompute 0 keeps all, 1 recomputes GELU in backward, 2 also the layernorms."""
-    Vp, L, NH, C = config.padded_vocab_size, config.num_layers, config.num_heads, config.channels
+def activation_specs(config, B, T, recompute, training=True):
+    """The activations of a micro-batch. recompute 0 keeps all, 1 recomputes GELU in backward, 2 also the layernorms.
+
+    Without training there is no backward pass to keep them for: all layers share those of one.
+    """
+    Vp, NH, C = config.padded_vocab_size, config.num_heads, config.channels
+    L = config.num_layers if training else 1
     keep_gelu = L if recompute < 1 else 1
     keep_ln = L if recompute < 2 else 1
     return [
@@ -197,7 +201,7 @@ def memory_plan(
     shards=1,
 ):  # fmt: skip
     """[(title, specs, align, bytes)] for each buffer that GPT2(...) allocates with the same arguments."""
-    parameters, activations = parameter_specs(config), activation_specs(config, B, T, recompute)
+    parameters, activations = parameter_specs(config), activation_specs(config, B, T, recompute, training)
     scratch = scratch_specs(config, ops, B, T)
     gradients = [spec._replace(dtype="f32") for spec in parameters] if grad_dtype == "float32" else parameters
     master = use_master_weights and np.dtype(dtype) != np.float32  # fp32 weights are their own master
@@ -234,8 +238,8 @@ class GPT2:
     dtype is the precision of parameters, activations and gradients: float32, or on a GPU also float16 and bfloat16.
     grad_dtype "float32" is for gradients that micro-steps add to without rounding; None: that of the model.
     use_master_weights=False: AdamW updates the parameters themselves, in bfloat16 by stochastic rounding.
-    training=False leaves out gradients and optimizer state. graphs=True replays the passes over a full batch as CUDA
-    graphs: the same launches, without their cost on the host.
+    training=False leaves out gradients and optimizer state, and keeps the activations of one layer. graphs=True replays
+    the passes over a full batch as CUDA graphs: the same launches, without their cost on the host.
     ranks: distributed.Mpi or Nccl, over which gradients are summed; None for one process. shards: 1, or with ZeRO-1 the
     number of ranks: m, v and master are then this rank's share, see zero.py.
     """
@@ -246,7 +250,7 @@ class GPT2:
     ):  # fmt: skip
         if not 0 < T <= config.max_seq_len:
             raise UserError(f"-t {T}: the model has positions for 1 to {config.max_seq_len} tokens. HINT: lower -t.")
-        self.config, self.ops, self.B, self.T, self.recompute = config, ops, B, T, recompute
+        self.config, self.ops, self.B, self.T, self.recompute, self.training = config, ops, B, T, recompute, training
         self.dtype = np.dtype(dtype)
         L = config.num_layers
         buffers = {}
@@ -282,7 +286,7 @@ class GPT2:
     def activations(self, b, t):
         """Views of the activations for a batch of b rows of t tokens, b*t <= B*T and t <= T."""
         if (b, t) not in self.views:
-            specs = activation_specs(self.config, b, t, self.recompute)
+            specs = activation_specs(self.config, b, t, self.recompute, self.training)
             self.views[b, t] = carve(self.acts_flat, specs, self.config.num_layers, self.dtype, ALIGN)
         return self.views[b, t]
 

@@ -758,10 +758,13 @@ def test_later_tokens_do_not_reach_earlier_logits():
     assert (changed[:, 9:, : config.vocab_size] != logits[:, 9:, : config.vocab_size]).all(axis=2).all()
 
 
-def test_a_model_without_gradients_has_the_same_logits():
-    config = GPT2Config(16, 200, 256, 2, 3, 24)
+@pytest.mark.parametrize("recompute", (0, 2))
+def test_a_model_without_gradients_has_the_same_logits(recompute):
+    """With the activations of one layer alone."""
+    config = GPT2Config(16, 200, 256, 3, 3, 24)
     ((x, y),) = batches(config, 3, 11, 1)
-    trainable, inference = build(config, 3, 11), GPT2(config, ops, 3, 11, recompute=2, training=False)
+    trainable, inference = build(config, 3, 11), GPT2(config, ops, 3, 11, recompute, training=False)
+    assert inference.acts.residual3.shape == (1, 3, 11, 24) and trainable.acts.residual3.shape == (3, 3, 11, 24)
     inference.params_flat[:] = trainable.params_flat
     assert_bits("training=False", "logits", inference.forward(x).output, trainable.forward(x).output)
     assert inference.validate(x, y) == trainable.validate(x, y)

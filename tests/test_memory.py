@@ -1,5 +1,6 @@
 """The memory plan: what is allocated to the byte, the largest batch, --plan anywhere, and running out of memory."""
 
+import importlib
 import re
 import sys
 import threading
@@ -286,7 +287,29 @@ def test_generate_and_evaluate_say_so_too(memory, fail_at, folder, capsys, monke
 # what the kernels can index
 
 
-def launch_all(monkeypatch, B, T, C, NH, V, dtype):
+def hopper(monkeypatch):
+    """The launches are those of capability 9.0, with TMA's limits: sizes of 2^32, but signed coordinates; rows that are
+    2^40 bytes apart. A block goes from tile to tile by adding the number of blocks: the last sum counts too."""
+
+    def tensor_map(array, rows, columns, box_rows):
+        assert 0 < rows < 2**31 - 256 and columns < 2**31 - 256 and columns * 2 < 2**40 and box_rows <= 256
+        assert columns * 2 % 16 == 0 and rows * columns <= array.size, (rows, columns, array.shape)
+        return array
+
+    def launch_sm90(name, version, dtype, M, N, args, splits=1, defines=()):
+        tiles = -(-M // 128) * -(-N // 192) * splits
+        assert tiles + 132 < 2**31 and max(M, N) < 2**31 - 256, (name, M, N, splits)
+        launch(name, version, dtype, M, N, args, splits, defines)
+
+    matmul = importlib.import_module("llmc.cuda.matmul")
+    launch = matmul.launch_sm90
+    monkeypatch.setattr(matmul, "launch_sm90", launch_sm90)
+    monkeypatch.setattr(cuda.module, "tensor_map", tensor_map)
+    monkeypatch.setattr(cuda.module, "multiprocessors", lambda: 132)
+    monkeypatch.setattr(cuda.module, "no_hopper", None)
+
+
+def launch_all(monkeypatch, B, T, C, NH, V, dtype, capability=80):
     """Every launch of a step, on arrays that have the shapes asked for but one element: all numbers are in range."""
 
     def kernel(file, name, dtype, defines=(), smem=0, arch=None, strict=False):
@@ -299,7 +322,7 @@ def launch_all(monkeypatch, B, T, C, NH, V, dtype):
         return np.lib.stride_tricks.as_strided(np.zeros(1, kind or dtype), shape, [0] * len(shape))
 
     monkeypatch.setattr(cuda.module, "kernel", kernel)
-    monkeypatch.setattr(cuda.module, "capability", lambda: 80)
+    monkeypatch.setattr(cuda.module, "capability", lambda: capability)
     Vp, f32, i32 = -(-V // 128) * 128, np.float32, np.int32
     inp, seed, x = array(B, T, kind=i32), array(1, kind=np.uint32), array(B, T, C)
     w, statistic, scratch = array(C), array(B, T, kind=f32), array(10**13, kind=f32)
@@ -333,6 +356,17 @@ def test_launches_at_the_largest_size(C, NH, V, dtype, monkeypatch):
     if most < 2**30:
         with pytest.raises((AssertionError, OverflowError)):
             launch_all(monkeypatch, most + 128, 1, C, NH, V, dtype)
+
+
+@pytest.mark.parametrize("C, NH, V", [(64, 1, 257), (768, 12, 50257), (8, 1, 50257), (12288, 96, 50257)])
+def test_hopper_launches_at_the_largest_size(C, NH, V, monkeypatch):
+    dtype, Vp = DTYPES["bf16"], -(-V // 128) * 128
+    most = cuda.device.max_positions(C, Vp, dtype)
+    hopper(monkeypatch)
+    for T in (1, 1024):
+        launch_all(monkeypatch, most // T, T, C, NH, V, dtype, capability=90)
+    with pytest.raises((AssertionError, OverflowError)):
+        launch_all(monkeypatch, 2**31 - 128, 1, C, NH, V, dtype, capability=90)
 
 
 def test_a_plan_beyond_it_is_refused(capsys, monkeypatch):
