@@ -693,6 +693,8 @@ def flags(description):
     p.add_argument("--only", metavar="TEXT", default="", help="only ops whose name has TEXT in it")
     p.add_argument("--no-peers", action="store_true", help="our rungs alone")
     p.add_argument("--brief", action="store_true", help="no peers, and of the rungs only production and the fastest")
+    text = "another value for a constant of llmc/cuda, e.g. layernorm.ROW_THREADS=128: to try sizes of blocks and grids"
+    p.add_argument("--set", action="append", default=[], metavar="FILE.NAME=N", help=text)
     p.add_argument("--csv", metavar="FILE", help="append the results, e.g. to dev/results/nvidia_h200.csv")
     p.add_argument("--compare", metavar="FILE", help="say what moved against the newest rows in FILE")
     return p
@@ -711,6 +713,8 @@ def main(*modules, argv=None, description=None, keep_going=False):
     except UserError as error:
         sys.exit(f"{error}")
     b.keep_going, b.print = keep_going, print_brief if args.brief else print_table
+    for text in args.set:
+        set_constant(b.ops, text)
     print(f"{b.description} | {software(b)} | commit {commit()}")
     if b.ceilings:
         print(f"measured now: copy {b.ceilings['copy_GBs']:.0f} GB/s, matmul {b.ceilings['matmul_TFLOPs']:.2f} TFLOP/s")
@@ -734,6 +738,15 @@ def main(*modules, argv=None, description=None, keep_going=False):
     if args.csv and not b.executor:
         append_rows(args.csv, csv_rows(b, results))
     return b, results
+
+
+def set_constant(ops, text):
+    """ "layernorm.ROW_THREADS=128": launchers of the op set see the new value."""
+    match = re.fullmatch(r"(\w+)\.([A-Z_]+)=(\d+)", text)
+    module = importlib.import_module(f"{ops.__name__}.{match[1]}") if match and match[1] in OPS else None
+    if not isinstance(getattr(module, match[2] if match else "", None), int):
+        sys.exit(f"--set {text}: no such constant in {ops.__name__}. HINT: layernorm.ROW_THREADS=128")
+    setattr(module, match[2], int(match[3]))
 
 
 def spread(n, count):

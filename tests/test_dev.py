@@ -244,6 +244,17 @@ def test_rungs(monkeypatch):
     assert ops.attention_forward.__name__ == "attention_forward4"
 
 
+def test_set_a_constant(monkeypatch):
+    """Launchers see it, so that a size of block or grid can be tried without an edit."""
+    ops, layernorm = op_set("executor", monkeypatch), importlib.import_module("llmc.cuda.layernorm")
+    monkeypatch.setattr(layernorm, "ROW_THREADS", layernorm.ROW_THREADS)  # and back
+    bench.set_constant(ops, "layernorm.ROW_THREADS=128")
+    assert layernorm.rows_grid(32, 768, 2) == ((8,), (32, 4))
+    for text in ("layernorm.NONE=1", "layernorm.ROW_THREADS=x", "nothing.ROW_THREADS=1", "layernorm.np=1"):
+        with pytest.raises(SystemExit, match="no such constant.*HINT"):
+            bench.set_constant(ops, text)
+
+
 def test_gpu_check_rungs(capsys, monkeypatch):
     """Rows for the CSV file, and whether every rung was right."""
     gelu, argv = importlib.import_module("dev.bench_gelu"), "-e tiny:d1 -b 1 -t 8 --device cpu --brief".split()

@@ -278,18 +278,18 @@ def layernorm_backward3(dinp, dweight, dbias, scratch, dout, inp, weight, mean, 
     combine(dweight, dbias, scratch, slices, inp.dtype)
 
 
-def ring_block(C, itemsize, threads=RING_THREADS):
+def ring_block(C, itemsize):
     """(threads per row, rows per block, bytes of shared memory) of layernorm_backward4."""
-    x, y = row_block(C * itemsize // 16, RING_PACKS, threads)
+    x, y = row_block(C * itemsize // 16, RING_PACKS, RING_THREADS)
     return x, y, x * y * RING_STAGES * 3 * RING_PACKS * 16
 
 
-def layernorm_backward4(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd, slices=RING_SLICES):
+def layernorm_backward4(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd, slices=None):
     """layernorm_backward1 in one pass over memory, the next rows on their way while one is worked on."""
     N, C = check_backward(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd)
     x, y, smem = ring_block(C, inp.itemsize)
     assert x <= 512, C
-    slices = min(slices, -(-N // y))
+    slices = min(slices or RING_SLICES, -(-N // y))
     kernel = module.kernel("layernorm.cu", "layernorm_backward_kernel4", inp.dtype, smem=smem)
     args = (dinp, scratch, dout, inp, weight, mean, rstd, np.int32(N), np.int32(C))
     kernel((slices,), (x, y), args, shared_mem=smem)
