@@ -87,6 +87,19 @@ def model_config(args, resume_step):
     return config_from_descriptor(path, data_vocabulary(args.input_bin), args.sequence_length), None
 
 
+def check_resume(args, step, config, dtype):
+    """UserError for a checkpoint that load() could not continue from, of which it would know with the memory taken."""
+    from llmc import checkpoint
+    from llmc.gpt2 import num_parameters
+
+    model_path = checkpoint.model_path(args.output_dir, step)
+    version = checkpoint.read_model_header(model_path)["version"]
+    states = checkpoint.read_state_headers(args.output_dir, step, num_parameters(config))
+    if args.use_master_weights and not states[0]["use_master_weights"] and dtype != "float32" and version == 5:
+        path = checkpoint.state_path(args.output_dir, step, 0)
+        raise UserError(f"-w 1: {path} has no master weights. HINT: resume with -w 0, as the run that wrote it.")
+
+
 def precision_of(args):
     """What of -w, --grad-dtype and -z the memory plan and GPT2(...) take."""
     grad_dtype = "float32" if args.grad_dtype == "fp32" else None  # None: that of the model
@@ -457,6 +470,8 @@ def run(args, notices, ranks, start_time):
     data_line = distributed.rank0_first(ranks, lambda: prepare_data(args, default_job))
     resume_step = distributed.on_rank0(ranks, lambda: check_output_dir(args))
     config, model_path = model_config(args, resume_step)
+    if resume_step is not None:
+        check_resume(args, resume_step, config, dtype)
     for text in args.kernel:
         rungs.use(ops, text, args.dtype, config.channels // config.num_heads)
     B, T = args.batch_size, args.sequence_length or min(1024, config.max_seq_len)

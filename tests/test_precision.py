@@ -117,6 +117,10 @@ def test_resume_without_masters(ops):
     saved(without, masters=False)
     with pytest.raises(UserError, match="state_00000005_00000.bin has no master weights. HINT: .*-w 0"):
         resumed(ops, "bf16")
+    with pytest.raises(UserError, match="-w 1: .*state_00000005_00000.bin has no master weights. HINT: .*-w 0"):
+        train.check_resume(arguments(), 5, CONFIG, np.dtype(DTYPES["bf16"]))  # before anything is allocated
+    for args, dtype in ((arguments(masters=False), "bf16"), (arguments(), "fp32")):
+        train.check_resume(args, 5, CONFIG, np.dtype(DTYPES[dtype]))
     resumed(ops, "bf16", masters=False)
 
 

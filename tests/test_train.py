@@ -769,6 +769,23 @@ def rounded_to_bf16(folder, step, masters):
     checkpoint.save_checkpoint(folder, step, header, *rounded, state)
 
 
+def test_a_state_that_cannot_be_resumed_is_found_before_memory_is_taken(capsys, monkeypatch):
+    """Here: bf16 weights with a state without masters, which the CPU op set would not make."""
+    assert run("-n", 2, "-x", 2, "-o", "out") == 0
+    header = checkpoint.read_model_header("out/model_00000002.bin")
+    monkeypatch.setattr(checkpoint, "read_model_header", lambda path: {**header, "version": 5})
+    headers = checkpoint.read_state_headers
+    states = lambda *args: [{**state, "use_master_weights": False} for state in headers(*args)]  # noqa: E731
+    monkeypatch.setattr(checkpoint, "read_state_headers", states)
+    monkeypatch.setattr("llmc.startup.model_dtype", lambda name: "bfloat16")
+    monkeypatch.setattr(gpt2, "GPT2", None)
+    capsys.readouterr()
+    assert run("-n", 2, "-x", 4, "-o", "out", "-y", 1) == 2
+    out, err = capsys.readouterr()
+    assert re.search("error: -w 1: .*state_00000002_00000.bin has no master weights. HINT: .*-w 0", err)
+    assert err.count("\n") == 1 and "memory plan" not in out
+
+
 def test_resume_of_a_bf16_run_in_fp32():
     """-w 1 goes on from the masters in the state, so not a bit is lost; -w 0 from the rounded weights, whatever else
     the state holds (llm.c reads the masters for the loader's state then)."""
