@@ -15,6 +15,7 @@
 //       8 | TMA stores results from shared memory and brings    | 680-760  | not yet    | not yet      | not yet
 //         | what is read with them while the other multiplies   | GELU 620 |            |              |
 //       9 | the same, each warp its own 16 rows: no barrier     | as 8     | not yet    | not yet      | not yet
+//      10 | 8; wgrad adds up its tiles of dout for the bias     | wgrad as | not yet    | not yet      | not yet
 // Less than expected forward and with GELU: the loads of bias and pre_gelu at the end of a tile seem to queue behind
 // its stores. A first form of 7 that stored by TMA had 679-753 forward (1.04-1.17), 550 and 494 with GELU (.92, .82),
 // in another run. Clusters of two blocks that share the tiles of b by multicast gave nothing (0.94 to 1.02 of 7).
@@ -24,6 +25,9 @@
 // (gelu' was 19), two of them MUFU, one of which a scheduler starts every 8 clocks: 3072 clocks. 2700 instructions of a
 // warp alone on its scheduler take 5400 at half its rate. So the end is hidden if nothing in it waits for memory, and
 // GELU costs no more than its 98 KB a tile beside 480 KB of operands: 0.95 to 1.0 of the rate without.
+// Expected of 10: kernels of their own for the bias gradient read dout again, 906 MB a layer, 2.5 of 119 ms a step; two
+// warps that have nothing to do read a quarter of the tiles (C = 768) in shared memory instead, 5 of its 128 bytes a
+// clock, 100 instructions each of 768 clocks. wgrad should keep 0.98 of its rate, and the step gains 1.5 to 2 %.
 //
 // Source: the structure is that of CUTLASS's warp-specialised kernels; P. Bansal, "Outperforming cuBLAS on H100".
 #include "ptx_sm90.cuh"
@@ -43,8 +47,10 @@ constexpr int BOX = 64 * DEPTH * 2;                    // bytes of 64 x 64 value
 constexpr int A_BYTES = ROWS * DEPTH * 2, STAGE_BYTES = A_BYTES + COLUMNS * DEPTH * 2;
 constexpr int WARP_STAGING = 16 * 64 * 2;              // bytes of 16 rows of a box
 constexpr int SLOTS = 4;                               // with TMA stores: boxes of staging that a consumer has
+constexpr bool BIAS_SUMS = RUNG == 10;                 // the bias gradient's partial sums, by warps 1 and 2
 constexpr int STORE_ROWS = RUNG == 9 ? 16 : 64;        // of a box of results: a warp makes it, or a warpgroup
-constexpr int CONSUMER_REGISTERS = 240, PRODUCER_REGISTERS = 24;  // 2 * 240 + 24 = 3 * 168, what 384 threads can have
+// 2 * 240 + 24 = 2 * 232 + 40 = 3 * 168, what 384 threads can have
+constexpr int CONSUMER_REGISTERS = BIAS_SUMS ? 232 : 240, PRODUCER_REGISTERS = BIAS_SUMS ? 40 : 24;
 constexpr int BAND = 16;
 
 template <int OP> constexpr bool a_by_k = OP == WGRAD;
@@ -61,6 +67,7 @@ struct Product {
     floatG* grad;            // (M, N) in WGRAD, else null: the sum goes here
     int accumulate;          // grad += instead of =
     float* partials;         // with splits > 1: (splits, M, N), the sums go here instead
+    float* bias_sums;        // (splits * columns of tiles, M) or null: parts of the sums of a over k
 };
 
 struct Shared {  // the block's shared memory, from a multiple of 1024 bytes
@@ -150,6 +157,41 @@ __device__ inline void finish(u32 (&packed)[4], u32 (&second)[4], const float* s
         if (BOTH) {  // gelu of the rounded value, so that recomputing it from gelu_input gives the same bits
             unpack2(y, packed[j]);
             second[j] = pack2(gelu(y[0]), gelu(y[1]));
+        }
+    }
+}
+
+// One warp, 10 in WGRAD: sums over k of 64 columns of a, which is dout. The tiles beside each other have the same tiles
+// of a; each of n adds up every n'th of them. A lane has 4 columns in every second row: its registers are few.
+__device__ inline void add_columns(const Product& p, Shared& shared, int panel) {
+    int lane = threadIdx.x % 32, columns = ceil_div(p.N, COLUMNS);
+    u32 stages = 0;  // that this warp has come by
+    for (int item = blockIdx.x; item < work_items(p); item += gridDim.x) {
+        Work w = work_item(p, item);
+        int part = w.n / COLUMNS, next = part;  // the next one of the tile's blocks to add up
+        float sums[4] = {};
+        for (int block = 0; block < w.end - w.begin; block++, stages++) {
+            mbarrier_wait(&shared.full[stages % STAGES], stages / STAGES & 1);
+            if (block == next) {
+                next += columns;
+                char* box = shared.stages[stages % STAGES] + panel * BOX + lane % 2 * 8;
+#pragma unroll 2
+                for (int row = lane / 16; row < DEPTH; row += 2) {
+                    uint2 values = *(const uint2*)swizzled(box, row, lane % 16 / 2);
+                    float low[2], high[2];
+                    unpack2(low, values.x), unpack2(high, values.y);
+                    sums[0] += low[0], sums[1] += low[1], sums[2] += high[0], sums[3] += high[1];
+                }
+            }
+            __syncwarp();
+            if (lane == 0) { mbarrier_arrive(&shared.empty[stages % STAGES]); }
+        }
+        int m = w.m + panel * 64 + lane % 16 * 4;
+#pragma unroll
+        for (int i = 0; i < 4; i++) { sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], 16); }
+        if (lane < 16 && m < p.M) {
+            float4* to = (float4*)(p.bias_sums + (size_t)(w.split * columns + part) * p.M + m);
+            *to = make_float4(sums[0], sums[1], sums[2], sums[3]);
         }
     }
 }
@@ -455,10 +497,11 @@ __device__ inline void product(const Product& p, const TensorMap& a, const Tenso
                                const TensorMap& other) {
     extern __shared__ char dynamic_shared[];
     Shared& shared = *(Shared*)(dynamic_shared + (1024 - shared_address(dynamic_shared) % 1024) % 1024);
+    bool adds = BIAS_SUMS && OP == WGRAD && p.bias_sums;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             mbarrier_init(&shared.full[i], 1);
-            mbarrier_init(&shared.empty[i], TURNS ? 4 : 8);  // an arrival from every warp that reads the stage
+            mbarrier_init(&shared.empty[i], (TURNS ? 4 : 8) + (adds ? 2 : 0));  // from every warp that reads the stage
         }
         for (int i = 0; i < 2; i++) { mbarrier_init(&shared.turns[i], 4); }
 #if RUNG >= 8
@@ -471,6 +514,10 @@ __device__ inline void product(const Product& p, const TensorMap& a, const Tenso
     if (warpgroup == 0) {
         fewer_registers<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) { produce<OP>(p, a, b, shared); }
+        if constexpr (BIAS_SUMS && OP == WGRAD) {
+            int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+            if (adds && (warp == 1 || warp == 2)) { add_columns(p, shared, warp - 1); }
+        }
     } else {
         more_registers<CONSUMER_REGISTERS>();
         consume<OP>(p, out, other, shared, warpgroup - 1);
@@ -481,24 +528,26 @@ __device__ inline void product(const Product& p, const TensorMap& a, const Tenso
 // entry points: grid at most one block for each multiprocessor, block 384, dynamic shared memory sizeof(Shared) + 1024.
 // Arguments as those of kernel 5 in matmul.cu, the operands as tensor maps. Boxes of rows x 64 columns: inp 128 and
 // weight 192 in forward, dout 128 and weight 64 in dgrad, dout and inp 64 in wgrad. 8 and 9 use maps of the 16-bit
-// results and of what is read with them, boxes of STORE_ROWS; `other` is that of pre_gelu.
+// results and of what is read with them, boxes of STORE_ROWS; `other` is that of pre_gelu. bias_sums: null before 10.
 // ---------------------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(384, 1) matmul_forward_sm90(
     floatX* out, floatX* pre_gelu, const __grid_constant__ TensorMap inp, const __grid_constant__ TensorMap weight,
     const __grid_constant__ TensorMap to, const __grid_constant__ TensorMap other, const floatX* bias, int M, int N,
     int K) {
-    product<FORWARD>({M, N, K, 1, out, bias, pre_gelu, nullptr, nullptr, 0, nullptr}, inp, weight, to, other);
+    product<FORWARD>({M, N, K, 1, out, bias, pre_gelu, nullptr, nullptr, 0, nullptr, nullptr}, inp, weight, to, other);
 }
 extern "C" __global__ void __launch_bounds__(384, 1) matmul_dgrad_sm90(
     floatX* dinp, const __grid_constant__ TensorMap dout, const __grid_constant__ TensorMap weight,
     const __grid_constant__ TensorMap to, const __grid_constant__ TensorMap other, const floatX* pre_gelu, int M, int N,
     int K) {
-    product<DGRAD>({M, N, K, 1, dinp, nullptr, nullptr, pre_gelu, nullptr, 0, nullptr}, dout, weight, to, other);
+    product<DGRAD>({M, N, K, 1, dinp, nullptr, nullptr, pre_gelu, nullptr, 0, nullptr, nullptr}, dout, weight, to,
+                   other);
 }
 extern "C" __global__ void __launch_bounds__(384, 1) matmul_wgrad_sm90(
-    floatG* dweight, float* partials, const __grid_constant__ TensorMap dout, const __grid_constant__ TensorMap inp,
-    const __grid_constant__ TensorMap to, int M, int N, int K, int splits, int accumulate) {
-    product<WGRAD>({M, N, K, splits, nullptr, nullptr, nullptr, nullptr, dweight, accumulate, partials}, dout, inp, to,
-                   to);
+    floatG* dweight, float* partials, float* bias_sums, const __grid_constant__ TensorMap dout,
+    const __grid_constant__ TensorMap inp, const __grid_constant__ TensorMap to, int M, int N, int K, int splits,
+    int accumulate) {
+    product<WGRAD>({M, N, K, splits, nullptr, nullptr, nullptr, nullptr, dweight, accumulate, partials, bias_sums},
+                   dout, inp, to, to);
 }

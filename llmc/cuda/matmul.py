@@ -1,7 +1,8 @@
 """The linear layers: kernels/matmul.cu has the math, the layouts and the table of versions.
 
-matmul_forward1 .. 9 and matmul_backward1 .. 9 have the whole contract of the public functions, which choose the version
-for dtype and GPU: for bf16 and fp16 7 (kernels/matmul_sm90.cu) at compute capability 9.0 and 5 elsewhere, 3 for fp32.
+matmul_forward1 .. 10 and matmul_backward1 .. 10 have the whole contract of the public functions, which choose the
+version for dtype and GPU: for bf16 and fp16 7 (kernels/matmul_sm90.cu) at compute capability 9.0 and 5 elsewhere, 3 for
+fp32.
 """
 
 import numpy as np
@@ -12,9 +13,9 @@ from . import module
 
 TILE = 128  # kernels 3, 4, 5: outputs of a block, in both directions
 STAGES = {4: 1, 5: 3}  # kernels 4, 5: tiles in flight
-SIXTEEN_BIT = (4, 5, 6, 7, 8, 9)  # versions for bf16 and fp16 alone
-HOPPER = (6, 7, 8, 9)  # versions for compute capability 9.0 alone: kernels/matmul_sm90.cu
-STORE_ROWS = {6: 64, 7: 64, 8: 64, 9: 16}  # of the boxes that Hopper's versions store results in; 6 and 7 use none
+SIXTEEN_BIT = (4, 5, 6, 7, 8, 9, 10)  # versions for bf16 and fp16 alone
+HOPPER = (6, 7, 8, 9, 10)  # versions for compute capability 9.0 alone: kernels/matmul_sm90.cu
+STORE_ROWS = {6: 64, 7: 64, 8: 64, 9: 16, 10: 64}  # of the boxes that Hopper's versions store (6 and 7 do not)
 TO_TRY = ()  # further -D options of Hopper's versions, for experiments: EVICT_FIRST
 BIAS_PARTS = 128  # most row ranges of the bias gradient
 # Weight gradient: as many token ranges as bring output tiles x ranges near this number, of 128 tokens or more each. It
@@ -45,9 +46,11 @@ def bias_parts(BT):
 
 
 def matmul_scratch_size(B, T, C, OC):
-    """f32 elements of scratch that matmul_backward wants: partial sums of the weight or the bias gradient."""
-    splits = max(wgrad_splits(B * T, C, OC), wgrad_splits_sm90(B * T, C, OC))
-    return max(splits * OC * C if splits > 1 else 0, bias_parts(B * T) * OC)
+    """f32 elements of scratch that matmul_backward wants: partial sums of the weight or the bias gradient, or of both
+    (kernel 10)."""
+    splits, sm90 = wgrad_splits(B * T, C, OC), wgrad_splits_sm90(B * T, C, OC)
+    both = (sm90 * OC * C if sm90 > 1 else 0) + sm90 * ceil_div(C, 192) * OC
+    return max(splits * OC * C if splits > 1 else 0, bias_parts(B * T) * OC, both)
 
 
 def wgrad_splits_sm90(BT, C, OC):
@@ -62,7 +65,7 @@ def wgrad_splits_sm90(BT, C, OC):
 
 
 def launch_sm90(name, version, dtype, M, N, args, splits=1, defines=()):
-    """Kernels 6 to 9: each block takes every so many'th tile."""
+    """Kernels 6 to 10: each block takes every so many'th tile."""
     tiles = ceil_div(M, 128) * ceil_div(N, 192) * splits
     smem = 4 * 40960 + 80 + 1024 + (32768 if version < 8 else 65536 + 384 + 1536)  # sizeof(Shared) and to align it
     defines = (f"RUNG={version}", *defines, *TO_TRY)
@@ -79,14 +82,18 @@ def dgrad_sm90(version, dinp, dout, weight, pre_gelu):
     launch_sm90("dgrad", version, dinp.dtype, BT, C, args)
 
 
-def wgrad_sm90(version, dweight, scratch, dout, inp, accumulate, defines=()):
+def wgrad_sm90(version, dweight, dbias, scratch, dout, inp, accumulate, defines=()):
+    """dbias: in kernel 10 alone, or None."""
     (OC, C), rows, BT = dweight.shape, STORE_ROWS[version], inp.size // dweight.shape[1]
     splits = wgrad_splits_sm90(BT, C, OC)
     operands = module.tensor_map(dout, BT, OC, 64), module.tensor_map(inp, BT, C, 64)
     to = operands[0] if defines else module.tensor_map(dweight, OC, C, rows)  # f32 gradients are not stored by TMA
-    args = (dweight, scratch, *operands, to, i32(OC), i32(C), i32(BT), i32(splits), accumulate)
+    bias_sums = None if dbias is None else scratch[splits * OC * C if splits > 1 else 0 :]
+    args = (dweight, scratch, bias_sums, *operands, to, i32(OC), i32(C), i32(BT), i32(splits), accumulate)
     launch_sm90("wgrad", version, inp.dtype, OC, C, args, splits, defines)
     wgrad_reduce(dweight, scratch, splits, inp.dtype, accumulate, defines)
+    if dbias is not None:
+        bias_reduce(dbias, bias_sums, splits * ceil_div(C, 192), inp.dtype, accumulate, defines)
 
 
 def launch(name, version, dtype, M, N, args, repeat=1, defines=()):
@@ -135,11 +142,12 @@ def backward(version, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu
     assert all(x is None or x.dtype == dtype for x in (dout, inp, weight, pre_gelu)), dtype
     defines = module.grad_defines(dtype, (dweight, dbias))
     assert scratch.size >= matmul_scratch_size(1, BT, C, OC), (scratch.size, BT, C, OC)
-    if dbias is not None:
+    fused = version == 10  # the bias gradient, with the weight's
+    if dbias is not None and not fused:
         bias_grad(1 if version == 1 else 2, dbias, scratch, dout, BT, OC, accumulate, defines)
     if version in HOPPER:
         dgrad_sm90(version, dinp, dout, weight, pre_gelu)
-        wgrad_sm90(version, dweight, scratch, dout, inp, accumulate, defines)
+        wgrad_sm90(version, dweight, dbias if fused else None, scratch, dout, inp, accumulate, defines)
         return
     sizes, wgrad_sizes = (i32(BT), i32(C), i32(OC)), (i32(OC), i32(C), i32(BT))
     launch("dgrad", version, dtype, BT, C, (dinp, dout, weight, pre_gelu, *sizes))
@@ -166,8 +174,12 @@ def bias_grad(version, dbias, scratch, dout, BT, OC, accumulate, defines):
         return
     parts = bias_parts(BT)
     kernel("matmul_bias_grad_kernel2")((ceil_div(OC, 256), parts), (256,), (scratch, dout, i32(BT), i32(OC)))
-    args = (dbias, scratch, i32(OC), i32(parts), accumulate)
-    kernel("matmul_bias_grad_reduce_kernel2")((ceil_div(OC, 32),), (256,), args)
+    bias_reduce(dbias, scratch, parts, dout.dtype, accumulate, defines)
+
+
+def bias_reduce(dbias, partials, parts, dtype, accumulate, defines):
+    kernel = module.kernel("matmul.cu", "matmul_bias_grad_reduce_kernel2", dtype, defines)
+    kernel((ceil_div(dbias.size, 32),), (256,), (dbias, partials, i32(dbias.size), i32(parts), accumulate))
 
 
 def matmul_forward1(out, inp, weight, bias=None, pre_gelu=None):
@@ -206,6 +218,10 @@ def matmul_forward9(out, inp, weight, bias=None, pre_gelu=None):
     forward(9, out, inp, weight, bias, pre_gelu)
 
 
+def matmul_forward10(out, inp, weight, bias=None, pre_gelu=None):
+    forward(10, out, inp, weight, bias, pre_gelu)
+
+
 def matmul_backward1(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
     backward(1, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
 
@@ -240,6 +256,10 @@ def matmul_backward8(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=
 
 def matmul_backward9(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
     backward(9, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
+
+
+def matmul_backward10(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
+    backward(10, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
 
 
 def matmul_forward(out, inp, weight, bias=None, pre_gelu=None):
