@@ -7,15 +7,17 @@ The peak is that of dense tensor-core matmuls with fp32 sums. Multiprocessors ar
 slice is measured against itself; the rest is known for the product names below. Laptop GPUs, and whatever else is not
 listed to the letter, have no peak and their MFU is n/a.
 
-Sources: NVIDIA's data sheets and whitepapers of the products; llm.c llmc/mfu.h for the GeForce cards.
+Sources: for each product its maker's boost clock and stated tensor rate, which agree; of H100, H200, B200 and B100 the
+rate and multiprocessors alone, from which the clock follows. llm.c llmc/mfu.h for GeForce 30 and 40.
 """
 
 from llmc import UserError
 
 # FLOPs of a multiprocessor in a clock (16-bit, dense), whether it has bf16 and TF32, {name without NVIDIA: MHz}. The
 # clock is the one that the stated tensor rates hold at: H100 SXM runs at up to 1980 MHz, its 989 TFLOP/s are at 1830.
-# GeForce cards sum in fp32 at half the rate of the same chip on a workstation or data-centre board; L40 and A10G too.
-# Left out as their sources disagree: RTX Ada and RTX PRO Blackwell workstation cards, GB200.
+# GeForce cards sum in fp32 at half the rate of the same chip on a workstation or data-centre board; L40 too.
+# Left out, as sources disagree or none was found: NVL and GH200 boards, A800, H800, GB200, B300, A10G, RTX A5500 to
+# A4500, RTX Ada and RTX PRO Blackwell workstation cards, GeForce 20.
 FAMILIES = (
     (8192, True, {"B200": 1856, "B100": 1444}),
     (
@@ -23,14 +25,8 @@ FAMILIES = (
         True,
         {
             "H200": 1830,
-            "H200 NVL": 1545,
             "H100 80GB HBM3": 1830,
             "H100 PCIe": 1620,
-            "H100 NVL": 1545,
-            "H800": 1830,
-            "GH200 480GB": 1830,
-            "GH200 120GB": 1830,
-            "GH200 144G HBM3e": 1830,
         },
     ),
     (
@@ -42,9 +38,6 @@ FAMILIES = (
             "A100-PCIE-40GB": 1410,
             "A100-PCIE-80GB": 1410,
             "A100 80GB PCIe": 1410,
-            "A800-SXM4-40GB": 1410,
-            "A800-SXM4-80GB": 1410,
-            "A800 80GB PCIe": 1410,
             "A30": 1440,
         },
     ),
@@ -58,9 +51,6 @@ FAMILIES = (
             "A10": 1695,
             "A2": 1770,
             "RTX A6000": 1800,
-            "RTX A5500": 1665,
-            "RTX A5000": 1695,
-            "RTX A4500": 1650,
             "RTX A4000": 1560,
             "RTX A2000": 1200,
             "RTX A2000 12GB": 1200,
@@ -71,7 +61,6 @@ FAMILIES = (
         True,
         {
             "L40": 2490,
-            "A10G": 1710,
             "GeForce RTX 5090": 2407,
             "GeForce RTX 5080": 2617,
             "GeForce RTX 5070 Ti": 2452,
@@ -108,17 +97,6 @@ FAMILIES = (
             "TITAN RTX": 1770,
             "Quadro RTX 8000": 1770,
             "Quadro RTX 6000": 1770,
-        },
-    ),
-    (
-        512,
-        False,
-        {
-            "GeForce RTX 2080 Ti": 1545,
-            "GeForce RTX 2080 SUPER": 1815,
-            "GeForce RTX 2080": 1710,
-            "GeForce RTX 2070 SUPER": 1770,
-            "GeForce RTX 2070": 1620,
         },
     ),
 )

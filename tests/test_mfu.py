@@ -11,25 +11,27 @@ from llmc import UserError, mfu
 DATA_SHEETS = [
     ("Tesla V100-SXM2-16GB", 80, 125),
     ("Tesla V100-PCIE-32GB", 80, 112),
+    ("Tesla V100S-PCIE-32GB", 80, 130),
     ("Tesla T4", 40, 65),
+    ("TITAN RTX", 72, 130),
+    ("Quadro RTX 6000", 72, 130.5),
     ("NVIDIA A100-SXM4-80GB", 108, 312),
     ("NVIDIA A100 80GB PCIe", 108, 312),
     ("NVIDIA A30", 56, 165),
     ("NVIDIA A10", 72, 125),
-    ("NVIDIA A10G", 80, 70),
     ("NVIDIA A40", 84, 149.7),
     ("NVIDIA A2", 10, 18),
     ("NVIDIA RTX A6000", 84, 154.8),
+    ("NVIDIA RTX A4000", 48, 76.7),
+    ("NVIDIA RTX A2000", 26, 31.9),
     ("NVIDIA L4", 58, 121),
     ("NVIDIA L40", 142, 181.05),
     ("NVIDIA L40S", 142, 362.05),
     ("NVIDIA H100 PCIe", 114, 756),
     ("NVIDIA H100 80GB HBM3", 132, 989.4),
-    ("NVIDIA H100 NVL", 132, 835),
     ("NVIDIA H200", 132, 989.4),
     ("NVIDIA B100", 148, 1750),
     ("NVIDIA B200", 148, 2250),
-    ("NVIDIA GeForce RTX 2080 Ti", 68, 53.8),
     ("NVIDIA GeForce RTX 5090", 170, 209.5),
     ("NVIDIA GeForce RTX 5070", 48, 61.7),
 ]
@@ -48,7 +50,7 @@ DATA_SHEETS += [(f"NVIDIA GeForce {name}", *rest) for name, rest in LLM_C.items(
 def test_peak(name, multiprocessors, tflops):
     assert mfu.peak_flops(name, multiprocessors, "fp16") == pytest.approx(tflops * 1e12, rel=0.01)
     bf16, fp32 = (mfu.peak_flops(name, multiprocessors, dtype) for dtype in ("bf16", "fp32"))
-    if any(old in name for old in ("V100", "T4", "RTX 20")):
+    if any(old in name for old in ("V100", "T4", "TITAN", "Quadro")):
         assert bf16 is None and fp32 is None  # no such tensor cores
     else:
         assert bf16 == pytest.approx(tflops * 1e12, rel=0.01) and fp32 == bf16 / 2
@@ -56,7 +58,15 @@ def test_peak(name, multiprocessors, tflops):
 
 def test_names_are_exact():
     """A name that merely contains a known one is another product. A slice of a GPU has a slice of its rate."""
-    for name in ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100", "NVIDIA A100", "NVIDIA L40S-48Q", "GPU", ""):
+    for name in (
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA H100",
+        "NVIDIA A100",
+        "NVIDIA L40S-48Q",
+        "NVIDIA GB200",
+        "GPU",
+        "",
+    ):
         assert mfu.peak_flops(name, 100, "bf16") is None, name
     whole, half = mfu.peak_flops("NVIDIA H200", 132, "bf16"), mfu.peak_flops("NVIDIA H200 MIG 3g.71gb", 66, "bf16")
     assert half == whole / 2
