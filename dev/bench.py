@@ -228,8 +228,8 @@ class Bench:
         return [ms - alone for ms in self.overwritten_ms(call, samples, calls)]
 
     def overwrite(self):
-        """Writes four times what the L2 cache holds: in whatever order it replaces, little of what was there is left. In
-        two places in turn, so that the zeros themselves are not there from before."""
+        """Writes four times what the L2 cache holds: little of what was there is left, whatever it replaces first.
+        In two places in turn, so that the zeros themselves are not there from before."""
         self.ops.device.zero(next(self.scrubs))
 
     def overwritten_ms(self, call, samples, calls):
