@@ -36,7 +36,7 @@ BLOCK_NAMES = {  # of a layer: ours -> theirs, and whether it is a Conv1D, whose
 MODEL_NAMES = {"wte": "wte.weight", "wpe": "wpe.weight", "lnfw": "ln_f.weight", "lnfb": "ln_f.bias"}
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}  # bf16 as its 16 bits
 LEGACY = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # their organisation, openai-community, may be left out
-HUB = "https://huggingface.co"
+HUB = "https://huggingface.co"  # HF_ENDPOINT names another one
 SAVE = "HINT: save the model with transformers: model.save_pretrained(DIR)"
 
 
@@ -80,29 +80,44 @@ def weight_files(folder):
 
 def download(repository):
     """Download a model into the hub's cache with huggingface_hub, or without it into llmc's cache -> its folder."""
-    hint = "HINT: connect to the internet, or give a folder: hf:DIR"
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        return _download_plainly(repository, hint)
+        return _download_plainly(repository)
     try:
         return snapshot_download(repository, allow_patterns=["config.json", "model*.safetensors", "model*.json"])
     except Exception as error:  # its errors have no common class, and its messages have many lines
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"cannot download {repository}: {type(error).__name__}: {reason}. {hint}") from error
+        reason, hint = why_not(error)
+        raise UserError(f"cannot download {repository}: {reason}. HINT: {hint}") from error
 
 
-def _download_plainly(repository, hint):
+def why_not(error):
+    """(what went wrong, a hint) for an error of a download; the HTTP status may be that of an error that caused it."""
+    status, at = None, error
+    while at is not None and status is None:
+        status = getattr(at, "code", None) or getattr(getattr(at, "response", None), "status_code", None)
+        at = at.__cause__ or at.__context__
+    if status in (401, 403):  # the hub answers so for what does not exist, too, as it does not tell who may know
+        hint = "check the name; a gated or private model wants HF_TOKEN to be set, of an account that was given access"
+        return f"access denied (HTTP {status})", hint
+    if status == 404:
+        return "there is no such model, or it has no such file (HTTP 404)", "check the name, or give a folder: hf:DIR"
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:160].rstrip(".")
+    return reason, "connect to the internet, or give a folder: hf:DIR"
+
+
+def _download_plainly(repository):
     import http.client
     import shutil
     import urllib.request
 
     from llmc.data import writable_cache_dir
 
+    hub = os.environ.get("HF_ENDPOINT") or HUB
     folder = os.path.join(writable_cache_dir(), "hf", repository.replace("/", "--"))
     os.makedirs(folder, exist_ok=True)
     for name in ("config.json", "model.safetensors"):
-        path, url = os.path.join(folder, name), f"{HUB}/{repository}/resolve/main/{name}"
+        path, url = os.path.join(folder, name), f"{hub}/{repository}/resolve/main/{name}"
         if os.path.exists(path):
             continue
         try:
@@ -112,8 +127,8 @@ def _download_plainly(repository, hint):
                 if file.tell() != expected:
                     raise OSError(f"{file.tell()} of {expected} bytes came")
         except (OSError, UserError, http.client.HTTPException) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(f"cannot download {url}: {reason}. {hint}, or pip install huggingface_hub") from error
+            reason, hint = why_not(error)
+            raise UserError(f"cannot download {url}: {reason}. HINT: {hint}, or pip install huggingface_hub") from error
     return folder
 
 

@@ -1,10 +1,15 @@
 """Hugging Face's GPT-2 read without torch: against transformers' own logits and losses, and what is no such model."""
 
+import http.server
 import json
 import os
 import re
 import struct
+import subprocess
 import sys
+import threading
+import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -214,32 +219,112 @@ def test_no_network_is_one_line(library, tmp_path, monkeypatch):
     assert not [file for _, _, files in os.walk(tmp_path) for file in files]
 
 
-def test_download_without_the_library(folder, tmp_path, monkeypatch):
-    import http.server
-    import threading
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub as a download asks for: the model me/tiny, and me/gated, which is refused. folder is set."""
 
-    monkeypatch.chdir(folder)
-    (tmp_path / "site" / "me" / "tiny" / "resolve").mkdir(parents=True)
-    (tmp_path / "site" / "me" / "tiny" / "resolve" / "main").symlink_to(folder)
+    COMMIT = "0123456789" * 4
 
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=str(tmp_path / "site"))
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        names = sorted(os.listdir(self.folder))
+        if path.startswith(("/api/models/me/gated", "/me/gated")):
+            self.answer(
+                401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to model me/gated is restricted."}
+            )
+        elif path == "/api/models/me/tiny/revision/main":
+            self.answer_json({"id": "me/tiny", "sha": self.COMMIT, "siblings": [{"rfilename": n} for n in names]})
+        elif path == f"/api/models/me/tiny/tree/{self.COMMIT}":
+            sizes = {name: os.path.getsize(self.folder / name) for name in names}
+            self.answer_json([{"type": "file", "path": n, "size": sizes[n], "oid": "1" * 40} for n in names])
+        elif path.startswith("/me/tiny/resolve/") and path.rpartition("/")[2] in names:
+            body = (self.folder / path.rpartition("/")[2]).read_bytes()
+            self.answer(200, {"ETag": f'"{zlib.crc32(body):040x}"', "X-Repo-Commit": self.COMMIT}, body)
+        else:
+            self.answer(404, {"X-Error-Code": "RepoNotFound"})
 
-        def log_message(self, *args):
-            pass
+    do_HEAD = do_GET
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    monkeypatch.setattr(safetensors_io, "HUB", f"http://127.0.0.1:{server.server_port}")
+    def answer_json(self, value):
+        self.answer(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
+
+    def answer(self, status, headers, body=b""):
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": len(body)}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(folder, monkeypatch):
+    """The address of a Hub that runs on this machine."""
+    monkeypatch.setattr(Hub, "folder", folder, raising=False)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_download_without_the_library(folder, hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", hub)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     found = safetensors_io.find("me/tiny")
-    server.shutdown()
-    server.server_close()
     assert found.startswith(str(tmp_path / "cache")) and safetensors_io.read_hf_header(found) == SIZES
     assert np.array_equal(build(found).params_flat, build(folder).params_flat)
+    for name, reason in REFUSALS:
+        with pytest.raises(UserError, match=reason):
+            safetensors_io.find(name)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert safetensors_io.find("me/tiny") == found  # from the cache
+
+
+REFUSALS = (
+    ("me/nothing", r"cannot download \S*me/nothing\S*: there is no such model.* \(HTTP 404\)\. HINT: check the name"),
+    (
+        "me/gated",
+        r"cannot download \S*me/gated\S*: access denied \(HTTP 401\)\. HINT: check the name; a gated .*HF_TOKEN",
+    ),
+)
+
+
+def test_download_with_the_library(folder, hub, tmp_path):
+    """huggingface_hub itself, in processes of their own as it reads its settings when it is imported."""
+    pytest.importorskip("huggingface_hub")
+    write_shard(tmp_path / "val.bin", tokens(3, 2 * B * T + 1).astype(np.uint16))
+    settings = {
+        "NO_PROXY": "127.0.0.1",
+        "HF_HOME": str(tmp_path / "home"),
+        "PYTHONPATH": str(Path(startup.__file__).parents[1]),
+    }
+    flags = "-i val.bin -j val.bin --device cpu --threads 1 -x 1 -o out -n 1 -v 0 -s 0 -l 0".split()
+    flags += ["-b", str(B), "-t", str(T)]
+
+    def run(name, endpoint):
+        environ = (
+            {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | settings | {"HF_ENDPOINT": endpoint}
+        )
+        command = [sys.executable, "-m", "llmc.train", "-e", f"hf:{name}", *flags]
+        return subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
+
+    refused = "http://127.0.0.1:9"
+    for endpoint, name, reason in [
+        *((hub, *r) for r in REFUSALS),
+        (refused, "me/tiny", "me/tiny: .*HINT: connect to the"),
+    ]:
+        done = run(name, endpoint)
+        assert done.returncode == 2 and re.match("llmc.train: error: .*" + reason, done.stderr), done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
+    done = run("me/tiny", hub)
+    assert done.returncode == 0, done.stderr
+    written = np.fromfile(tmp_path / "out" / "model_00000001.bin", "<f4", offset=1024)
+    assert np.array_equal(written, build(folder).params_flat)
+    cached = tmp_path / "home" / "hub" / "models--me--tiny" / "snapshots" / Hub.COMMIT
+    assert sorted(os.listdir(cached)) == ["config.json", "model.safetensors"]
 
 
 # ----------------------------------------------------------------------------
