@@ -40,8 +40,8 @@ What it catches, with kernel, source line, block, thread, array and element
     crash, timeout          without taking the process down
     Floating-point atomics are allowed and reported as FloatAtomicWarning.
     Of kernels for sm_90a (arch="sm_90a"), with kernel and line or array:
-    timing-dependent result     different bits when TMA copies and wgmma happen as late as the waits allow, or with other
-                                garbage in arrays that are marked by `poison`
+    timing-dependent result     different bits when TMA copies and wgmma happen as late as the waits allow, or with
+                                other garbage in arrays that are marked by `poison`
     missing fence               stmatrix, then TMA or wgmma on the same bytes, without fence_async by the writer between
     TMA load, TMA store, wgmma in flight    at the end of the thread or block
     deadlock                    mbarriers, named barriers
