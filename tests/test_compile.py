@@ -67,8 +67,7 @@ def compile_module(file, defines, arch):
             path.read_text(), str(path), [*module.options(dtype, defines), f"-arch={arch}", include_option()]
         )
         for dtype in DTYPES
-        if module.MIN_CAPABILITY[dtype] <= capability_of(arch)
-        and not (dtype == "float32" and "sm90" in file)
+        if module.MIN_CAPABILITY[dtype] <= capability_of(arch) and not (dtype == "float32" and "sm90" in file)
     }
 
 
