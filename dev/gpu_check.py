@@ -1,7 +1,7 @@
 """Everything a GPU can tell about this checkout, in one command: tests, parity, speed, memory, time to the first step.
 
     python dev/gpu_check.py                          all sections; some 9 minutes on an H200 with 16 cores
-    python dev/gpu_check.py tests parity             some of them: tests, parity, speed, ops, start, rungs
+    python dev/gpu_check.py tests parity             some of them: tests, parity, speed, ops, start, rungs, run
     python dev/gpu_check.py --csv results.csv        where the rows go (dev/results/<device>.csv)
 
 tests   every test marked gpu, on several workers; the other op sets need no GPU and run in CI
@@ -10,13 +10,19 @@ speed   GPT-2 124M, bf16, T=1024, B=4, 32, 64, CUDA graphs: ms, tokens/s, MFU, m
 ops     the same step at B=32 op by op, in ms and in % of the copy bandwidth and matmul rate measured beside it
 start   seconds from starting `python -m llmc.train` to its first and tenth step, with an empty and a full kernel cache
 rungs   every rung of every op at B=32, checked and timed without peers: production, the fastest, what to change
+run     GPT-2 124M end to end with the commands: trained, killed by SIGKILL halfway, resumed to the bits of a run that
+        was not, evaluated, exported to Hugging Face's format, logits compared with transformers' where it is there
 
-Exit code 1 when a test or a rung fails, or a loss is off by more than 0.5 % (fp32: 0.05 %).
+Exit code 1 when a test or a rung fails, a loss is off by more than 0.5 % (fp32: 0.05 %), a resumed run has other bits,
+its evaluation another loss than its training had, or its export other logits.
 """
 
 import argparse
+import json
 import os
 import re
+import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,10 +35,11 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from dev import bench, bench_all, bench_step
-from llmc import UserError, cpu, gpt2
+from llmc import UserError, cpu, data, gpt2, startup
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, ALLOWED = 10, {"bf16": 0.005, "fp16": 0.005, "fp32": 0.0005}  # relative difference of a loss
+LOGITS = 0.001  # difference of a logit in fp32, as a share of the largest
 
 
 def tests(args, rows):
@@ -173,7 +180,103 @@ def rungs(args, rows):
     return not any("failed" in r for r in results)
 
 
-SECTIONS = dict(tests=tests, parity=parity, speed=speed, ops=ops, start=start, rungs=rungs)
+def shards(folder, count, vocab_size):
+    """(train path, val path, tokenizer, what it is): Tiny Shakespeare in GPT-2's tokens, else tokens drawn."""
+    try:
+        train, val, _ = data.prepare_default("gpt2", allow_fallback=False)
+        return train, val, "gpt2", "Tiny Shakespeare"
+    except UserError:
+        paths = [os.path.join(folder, f"drawn_{split}.bin") for split in ("train", "val")]
+        for seed, path in enumerate(paths):
+            ((tokens, _),) = draw(argparse.Namespace(vocab_size=vocab_size), 1, 1, count, seed)
+            data.write_shard(path, tokens[0].astype(np.uint16), vocab_size)
+        return *paths, "none", "tokens drawn at random"
+
+
+def command(name, *flags):
+    """What runs a command of the package, its output unbuffered."""
+    return [sys.executable, "-u", "-m", f"llmc.{name}", *map(str, flags)]
+
+
+def call(name, *flags):
+    """Run a command of the package to its end -> (its output, seconds)."""
+    begun = time.perf_counter()
+    done = subprocess.run(command(name, *flags), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        raise UserError(f"llmc.{name} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
+    return done.stdout, time.perf_counter() - begun
+
+
+def killed(step, *flags):
+    """Run the trainer and kill it once it has said that it has done this step -> its exit code."""
+    with subprocess.Popen(command("train", *flags), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if re.match(rf"step +{step}/", line):
+                process.send_signal(signal.SIGKILL)
+                break
+        return process.wait(timeout=600)
+
+
+def logit_difference(checkpoint, folder, B, T, device):
+    """Largest difference of a logit between llmc, in fp32, and transformers, as a share of the largest; or None."""
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        return None
+    path = startup.model_file(checkpoint)
+    model, _ = startup.open_model(path, argparse.Namespace(device=device, dtype="fp32", threads=None), B, T)
+    x = np.random.default_rng(0).integers(0, model.config.vocab_size, (B, T), np.int32)
+    ours = model.ops.device.download(model.forward(x).output)[..., : model.config.vocab_size]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).float()
+    with torch.no_grad():
+        theirs = theirs(torch.from_numpy(x).long()).logits.numpy()
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def run(args, rows, model="d12", B=16, T=1024, steps=20, every=5, device="cuda", vocab_size=50257):
+    """Train, kill, resume, evaluate, export -> whether bits, loss and logits are as they should be."""
+    with tempfile.TemporaryDirectory() as folder:
+        train, val, tokenizer, what = shards(folder, 2 * B * T + 1, vocab_size)
+        whole, parts, hf = (os.path.join(folder, name) for name in ("whole", "parts", "hf"))
+        flags = ["-i", train, "-j", val, "-e", model, "-b", B, "-t", T, "-d", B * T, "-x", steps, "-n", every, "-nk", 2]
+        flags += ["-v", steps, "-m", -1, "-s", 0, "-l", 3e-4, "-u", steps // 4, "--device", device]
+        print(f"{model} on {what}: {steps} steps of {B} x {T} tokens, a checkpoint every {every}")
+        out, seconds = call("train", *flags, "-o", whole)
+        losses = [float(x) for x in re.findall(r"^val loss ([\d.]+)", out, re.M)]
+        log = [json.loads(line) for line in Path(whole, "metrics.jsonl").read_text().splitlines()]
+        rates = [row["tokens_per_second"] for row in log if "tokens_per_second" in row][1:]
+        print(
+            f"trained in {seconds:.1f} s, {statistics.median(rates):.0f} tokens/s; val loss {losses[0]} to {losses[-1]}"
+        )
+
+        code = killed(steps // 2 + 2, *flags, "-o", parts)
+        out, resumed = call("train", *flags, "-o", parts, "-y", 1)
+        start = re.search(r"resuming from step (\d+)", out)
+        names = [f"model_{steps:08d}.bin", f"state_{steps:08d}_00000.bin"]
+        equal = all(Path(whole, name).read_bytes() == Path(parts, name).read_bytes() for name in names)
+        ok = equal and code == -signal.SIGKILL and start is not None
+        print(f"killed after step {steps // 2 + 2} (exit code {code}), resumed from step {start and start[1]} in"
+              f" {resumed:.1f} s: model and state are {'bit-equal' if equal else 'NOT EQUAL'}")  # fmt: skip
+
+        out, _ = call("evaluate", parts, "-j", val, "-b", B, "-t", T, "--device", device)
+        loss = float(re.search(r"^val loss ([\d.]+)", out, re.M)[1])
+        ok &= abs(loss - losses[-1]) <= 1e-5 * loss
+        call("export", parts, hf, "--tokenizer", tokenizer)
+        worst = logit_difference(parts, hf, 2, min(T, 256), device)
+        ok &= worst is None or worst <= LOGITS
+        compared = (
+            "transformers is absent" if worst is None else f"largest difference to transformers' {100 * worst:.4f} %"
+        )
+        print(f"evaluated: val loss {loss:.6f}, in training {losses[-1]:.6f}; exported: logits, {compared}")
+    row = dict(bench="run", version="llmc", model=model, dtype="bf16" if device == "cuda" else "fp32", B=B, T=T)
+    row |= dict(steps=steps, seconds=round(seconds, 1), resumed_s=round(resumed, 1), val_loss=loss)
+    row |= dict(tokens_per_second=round(statistics.median(rates)), bit_equal="yes" if equal else "no")
+    rows.append(row | dict(difference="absent" if worst is None else round(worst, 7)))
+    return ok
+
+
+SECTIONS = dict(tests=tests, parity=parity, speed=speed, ops=ops, start=start, rungs=rungs, run=run)
 
 
 def main(argv=None):

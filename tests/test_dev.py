@@ -162,10 +162,10 @@ def test_bench_step_on_the_cpu(tmp_path, capsys):
     """Ours and PyTorch's losses agree, and every op of the step has its work in the roofline."""
     path = tmp_path / "r.csv"
     argv = ["--device", "cpu", "-e", "tiny:d1", "-b", "2", "-t", "16", "--steps", "2", "--ops", "--csv", str(path)]
-    bench_step.main(argv)
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    bench_step.main([*argv, "--variant", "recompute=0"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=pytest.fail)  # NaN is no JSON
     steps = [r for r in result["rows"] if r["bench"] == "step"]
-    assert [r["version"] for r in steps] == ["llmc", "torch eager"] and all(r["ms_p50"] > 0 for r in steps)
+    assert [r["version"] for r in steps] == ["llmc", "llmc recompute=0", "torch eager"] and all(r["ms_p50"] > 0 for r in steps)
     config = gpt2.config_from_descriptor("tiny:d1")
     calls = {r["op"]: r["calls"] for r in result["rows"] if r["bench"] == "step_op"}
     assert calls == {w.label: w.calls for w in roofline.step_work(config, 2, 16, 4)}
@@ -271,3 +271,24 @@ def test_gpu_check_without_a_gpu(capsys):
     with pytest.raises(SystemExit) as stopped:
         gpu_check.main(["parity"])
     assert stopped.value.code != 0
+
+
+def test_gpu_check_runs_all_of_it_once(capsys, monkeypatch):
+    """The section `run` with a tiny model on the CPU; its commands are those of a GPU. It notices other bits."""
+
+    def no_data(*args, **kwargs):
+        raise UserError("no network")
+
+    monkeypatch.setattr(gpu_check.data, "prepare_default", no_data)
+    rows, size = [], dict(model="tiny:d1", B=2, T=32, steps=100, every=20, device="cpu", vocab_size=257)
+    assert gpu_check.run(None, rows, **size), capsys.readouterr().out
+    (row,) = rows
+    assert row["bit_equal"] == "yes" and row["difference"] < 1e-5 and 4 < row["val_loss"] < 6, row
+    out = capsys.readouterr().out
+    assert "killed after step 52 (exit code -9), resumed from step" in out and max(map(len, out.splitlines())) <= 120
+
+    killed = gpu_check.killed
+    monkeypatch.setattr(gpu_check, "killed", lambda step, *flags: killed(step, *flags, "--seed", 43))
+    monkeypatch.setattr(gpu_check, "logit_difference", lambda *args: None)
+    assert not gpu_check.run(None, rows, **size)
+    assert rows[1]["bit_equal"] == "no" and rows[1]["difference"] == "absent"
