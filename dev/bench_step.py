@@ -5,6 +5,8 @@
     python dev/bench_step.py --start               seconds from process start to the first and the tenth step
     python dev/bench_step.py --device cpu --pace 200        ours alone for 200 steps: does it hold its speed?
     python dev/bench_step.py --kernel matmul_forward=4      any rung in the place of the production one
+    python dev/bench_step.py --no-peers --variant attention_forward=4,attention_backward=4 --variant recompute=0
+                                                   ours against ours with other rungs, or -r: a step each in turn
 
 The peers (dev/torch_gpt2.py) are what a PyTorch user writes: eager, and on a GPU torch.compile; fused attention, bf16
 autocast, fused AdamW. Same weights, batches and threads; a step each in turn, so that a busy machine or a hot chip
@@ -37,10 +39,13 @@ HYPER = dict(learning_rate=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0
 class Ours:
     """llmc's model with the interface of torch_gpt2.Trainer."""
 
-    def __init__(self, b, recompute, graphs):
+    def __init__(self, b, recompute, graphs, ops=None, params=None):
         self.b, self.t = b, 0
-        self.model = gpt2.GPT2(b.config, b.ops, b.B, b.T, recompute, dtype=b.dtype, graphs=graphs)
-        self.model.init_weights()
+        self.model = gpt2.GPT2(b.config, ops or b.ops, b.B, b.T, recompute, dtype=b.dtype, graphs=graphs)
+        if params is None:
+            self.model.init_weights()
+        else:
+            self.model.load_parameters(params)
 
     def step(self, x, y):
         self.t += 1
@@ -203,7 +208,17 @@ def pace(ours, batches, steps):
 
 def trainers(b, args):
     """{name: trainer or None where it cannot be had}, ours first."""
-    found = {"llmc": Ours(b, args.recompute, b.device == "cuda" and not args.no_graph)}
+    graphs = b.device == "cuda" and not args.no_graph
+    found = {"llmc": Ours(b, args.recompute, graphs)}
+    for text in args.variant:
+        ops, recompute = argparse.Namespace(**vars(b.ops)), args.recompute
+        for setting in text.split(","):
+            if setting in ("recompute=0", "recompute=1", "recompute=2"):
+                recompute = int(setting[-1])
+            else:
+                rungs.use(ops, setting, b.dtype_name, b.C // b.NH)
+        weights = b.ops.device.download(found["llmc"].model.params_flat)
+        found[text] = Ours(b, recompute, graphs, ops, weights)
     if args.no_peers:
         return found
     names = {"torch eager": False} | ({"torch.compile": True} if b.device == "cuda" or args.compile else {})
@@ -228,6 +243,10 @@ def main(argv=None):
     p.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="ours (GPU bf16, CPU fp32)")
     p.add_argument("--steps", type=int, default=15, help="timed steps of each (15), after 3 to warm up")
     p.add_argument("--kernel", action="append", default=[], metavar="OP=N", help="a rung in the place of production")
+    p.add_argument(
+        "--variant", action="append", default=[], metavar="OP=N,...", help="ours with other rungs, beside it"
+    )
+    p.add_argument("--head-rows", type=int, default=gpt2.HEAD_ROWS, metavar="N", help="ours: gpt2.HEAD_ROWS")
     p.add_argument("--ops", action="store_true", help="time of each op of our step")
     p.add_argument("--start", action="store_true", help="time to the first and tenth step, cold and warm, instead")
     p.add_argument("--pace", type=int, default=0, metavar="N", help="time N steps of ours alone instead")
@@ -256,6 +275,7 @@ def run(args):
         rows = start_table(B, T, args.model, device)
         print(json.dumps(rows))
         return
+    gpt2.HEAD_ROWS = args.head_rows
     b = bench.Bench(device, False, args.model, B, T, args.dtype)
     if device == "cuda":
         b.ops.device.stream().use()  # ours, where graphs can be captured; each step ends with a wait
@@ -289,23 +309,26 @@ def run(args):
 
     peak = peak_flops(b)
     heads = ("ms p50", "p20", "p80", "tokens/s", "MFU %", "% matmul", "GiB", "x")
-    print(f"\n{'':<18}" + "".join(f"{h:>11}" for h in heads))
+    width = max(18, *(len(name) + 1 for name in peers))
+    print(f"\n{'':<{width}}" + "".join(f"{h:>11}" for h in heads))
     common = dict(date=datetime.date.today().isoformat(), commit=bench.commit(), device=b.description.split(",")[0])
     common |= dict(software=bench.software(b), model=args.model, B=B, T=T, recompute=args.recompute, dtype=b.dtype_name)
     common |= {k: round(v, 2) for k, v in b.ceilings.items()}
     rows = []
     for name, trainer in peers.items():
         if trainer is None:
-            print(f"{name:<18}{'absent':>11}")
+            print(f"{name:<{width}}{'absent':>11}")
             continue
         q = quantiles(ms[name][3:])
         rate, share = B * T / q["ms_p50"] * 1e3, flops / q["ms_p50"] / 1e9
         mfu, gib = 100 * share / peak if peak else math.nan, trainer.memory(*batches[0]) / 2**30
         ratio = q["ms_p50"] / rows[0]["ms_p50"] if rows else 1.0
         numbers = f"{rate:>11.0f}{mfu:>11.1f}{100 * share / matmul:>11.1f}{gib:>11.2f}{ratio:>11.2f}"
-        print(f"{name:<18}{q['ms_p50']:>11.2f}{q['ms_p20']:>11.2f}{q['ms_p80']:>11.2f}{numbers}")
-        version = name + "".join(f" {k}" for k in args.kernel) * (name == "llmc")
-        own = dict(version=version, tokens_per_second=round(rate), mfu=round(mfu, 1), GiB=round(gib, 2))
+        print(f"{name:<{width}}{q['ms_p50']:>11.2f}{q['ms_p20']:>11.2f}{q['ms_p80']:>11.2f}{numbers}")
+        version = f"llmc {name}" if name in args.variant else name
+        version += "".join(f" {k}" for k in args.kernel) * (name == "llmc")
+        mfu, gib = (None if math.isnan(x) else x for x in (round(mfu, 1), round(gib, 2)))  # JSON has no NaN
+        own = dict(version=version, tokens_per_second=round(rate), mfu=mfu, GiB=gib)
         rows.append(dict(bench="step", **common, **own, **q))
     count = launches(peers["llmc"], batches[0])
     print("x: how many times longer than llmc" + (f" | llmc: {count} launches a step" if count else ""))
