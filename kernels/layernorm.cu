@@ -476,11 +476,11 @@ fused_residual_forward_kernel6(floatX* residual, floatX* normed, float* mean, fl
 template <bool FUSED>
 __device__ inline void normalize_ring(floatX* residual, floatX* out, float* mean, float* rstd, const floatX* inp1,
                                       const floatX* inp2, const floatX* weight, const floatX* bias, int N, int C) {
-    extern __shared__ __align__(16) char memory[];
+    extern __shared__ __align__(16) char forward_ring[];
     constexpr int arrays = FUSED ? 2 : 1;
     int threads = blockDim.x * blockDim.y, rows = gridDim.x * blockDim.y;
     int first = blockIdx.x * blockDim.y + threadIdx.y;
-    x128* ring = reinterpret_cast<x128*>(memory) + threadIdx.y * blockDim.x + threadIdx.x;
+    x128* ring = reinterpret_cast<x128*>(forward_ring) + threadIdx.y * blockDim.x + threadIdx.x;
     auto slot = [&](int stage, int array, int i) -> x128& {
         return ring[((stage * arrays + array) * ROW_PACKS + i) * threads];
     };
