@@ -594,10 +594,8 @@ def print_table(case, results, floor):
     eager, comp = find(results, "torch"), find(results, "torch.compile")
     for r in results:
         if "p50" not in r:
-            print(
-                f"{r['version']:<24}"
-                + (f"FAILED  {r['failed']}" if "failed" in r else f"{'absent':>11}  {r.get('why', '')}")
-            )
+            why = f"FAILED  {r['failed']}" if "failed" in r else f"{'absent':>11}  {r.get('why', '')}"
+            print(f"{r['version']:<24}{why}")
             continue
         ratios = "".join(f"{peer['p50'] / r['p50']:>11.2f}" if peer else f"{'-':>11}" for peer in (eager, comp))
         name = r["version"] + "*" * r["graph"]

@@ -136,10 +136,8 @@ def plot(path, title, work, matmul, copy, runs):
     left.text(ends[1] * 1.1, matmul * 1.03, f"{matmul:.3g} TFLOP/s, measured", fontsize=8)
     left.text(ends[0] * 1.12, ends[0] * copy / 1e3, f"a copy's {copy / 1e3:.3g} TB/s", fontsize=8)
     for w in under:
-        at, points = (
-            w.flops / w.bytes,
-            [w.flops / times[w.label] / 1e9 for times in (before, after) if w.label in times],
-        )
+        at = w.flops / w.bytes
+        points = [w.flops / times[w.label] / 1e9 for times in (before, after) if w.label in times]
         left.plot([at] * len(points), points, "-", color=colors["flops"], lw=0.8, alpha=0.6)
         left.plot(at, points[0], "o", color=colors["flops"], markerfacecolor="white", ms=5)
         left.plot(at, points[-1], "o", color=colors["flops"], ms=6)

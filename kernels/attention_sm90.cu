@@ -57,7 +57,7 @@ template <class F> __device__ inline void each_block(int T, int heads, F f) {
     }
 }
 
-// A tile of ROWS_ rows x HS columns, from a row and column on: a box of 64 columns after the other, as wgmma wants it.
+// A tile of TILE_ROWS rows x HS columns, from a row and column on: a box of 64 columns after the other, as wgmma wants it.
 template <int BOX_ROWS, int TILE_ROWS>
 __device__ inline void load_tile(char* tile, const TensorMap& map, int column, int row, u64* full) {
 #pragma unroll
@@ -159,8 +159,8 @@ template <class Shared> __device__ inline Shared& shared_memory() {
     return *(Shared*)(dynamic_shared + (1024 - shared_address(dynamic_shared) % 1024) % 1024);
 }
 
-// Every thread, before the roles part.
-template <class Shared> __device__ inline void init_barriers(Shared& shared) {
+// The kernel: one thread calls produce(), two warpgroups call consume(0) and consume(1).
+template <class Shared, class P, class C> __device__ inline void divide_roles(Shared& shared, P produce, C consume) {
     if (threadIdx.x == 0) {
         for (int i = 0; i < Shared::STAGES; i++) {
             mbarrier_init(&shared.full[i], 1);
@@ -171,10 +171,14 @@ template <class Shared> __device__ inline void init_barriers(Shared& shared) {
         mbarrier_init_done();
     }
     __syncthreads();
-}
-
-__device__ inline int warpgroup_index() {
-    return __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // tells the compiler that a warp has one role
+    int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // tells the compiler that a warp has one role
+    if (warpgroup == 0) {
+        fewer_registers<PRODUCER_REGISTERS>();
+        if (threadIdx.x == 0) { produce(); }
+    } else {
+        more_registers<CONSUMER_REGISTERS>();
+        consume(warpgroup - 1);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -344,8 +348,8 @@ template <bool KEYS> struct BackwardShared {
 };
 
 // The tiles of 64 that a block's rows meet: from the block's first query on, or up to the block's last key.
-template <bool KEYS> __device__ inline int first_tile(int block) { return KEYS ? 2 * block : 0; }
-template <bool KEYS> __device__ inline int end_tile(int block, int T) {
+template <bool KEYS> __device__ inline int tiles_begin(int block) { return KEYS ? 2 * block : 0; }
+template <bool KEYS> __device__ inline int tiles_end(int block, int T) {
     int tiles = ceil_div(T, COLUMNS);
     return KEYS ? tiles : min(2 * block + 2, tiles);
 }
@@ -363,21 +367,21 @@ __device__ inline void backward_produce(BackwardShared<KEYS>& shared, const Tens
     int own_phase = 0;
     each_block(T, B * NH, [&](int head, int block) {
         int row = head / NH * T, column = head % NH * HS;
-        auto packed = [&](int which) { return (which * NH + head % NH) * HS; };
+        auto packed = [&](int which) { return which * NH * HS + column; };
         int own_row = row + block * ROWS;
         u64* full = &shared.own_full;
         mbarrier_wait(&shared.own_empty, own_phase ^ 1);
         own_phase ^= 1;
         mbarrier_expect(full, sizeof(shared.own));
-        if (KEYS) {
+        if constexpr (KEYS) {
             load_tile<COLUMNS, ROWS>(shared.own[0], qkvr, packed(K), own_row, full);
             load_tile<COLUMNS, ROWS>(shared.own[1], qkvr, packed(V), own_row, full);
         } else {
             load_tile<COLUMNS, ROWS>(shared.own[0], qkvr, packed(Q), own_row, full);
             load_tile<COLUMNS, ROWS>(shared.own[1], dout, column, own_row, full);
-            load_tile<COLUMNS, ROWS>(shared.own[sizeof(shared.own) / OWN - 1], out, column, own_row, full);
+            load_tile<COLUMNS, ROWS>(shared.own[2], out, column, own_row, full);
         }
-        for (int tile = first_tile<KEYS>(block), end = end_tile<KEYS>(block, T); tile < end; tile++) {
+        for (int tile = tiles_begin<KEYS>(block), end = tiles_end<KEYS>(block, T); tile < end; tile++) {
             auto& stage = shared.stages[ring.stage];
             full = &shared.full[ring.stage];
             mbarrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
@@ -463,7 +467,7 @@ __device__ inline void backward_consume(BackwardShared<KEYS>& shared, int consum
         float d_first[HS / 2] = {}, d_second[HS / 2] = {};  // dk and dv, or dq and nothing
         u32 rounded_p[COLUMNS / 16][4] = {}, rounded_ds[COLUMNS / 16][4] = {};
         int diagonal = 2 * block + consumer, before = -1;   // the stage whose sums are under way
-        for (int tile = first_tile<KEYS>(block), end = end_tile<KEYS>(block, T); tile < end; tile++) {
+        for (int tile = tiles_begin<KEYS>(block), end = tiles_end<KEYS>(block, T); tile < end; tile++) {
             int stage = ring.stage;
             mbarrier_wait(&shared.full[stage], ring.phase);
             ring.next(shared.STAGES);
@@ -529,43 +533,25 @@ __device__ inline void backward_consume(BackwardShared<KEYS>& shared, int consum
 extern "C" __global__ void __launch_bounds__(384, 1) attention_forward_sm90(
     floatX* out, float* att, const __grid_constant__ TensorMap qkvr, float scale, int B, int T, int NH) {
     auto& shared = shared_memory<ForwardShared>();
-    init_barriers(shared);
-    int warpgroup = warpgroup_index();
-    if (warpgroup == 0) {
-        fewer_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x == 0) { forward_produce(shared, qkvr, B, T, NH); }
-    } else {
-        more_registers<CONSUMER_REGISTERS>();
-        forward_consume(shared, warpgroup - 1, out, att, scale, B, T, NH);
-    }
+    divide_roles(
+        shared, [&] { forward_produce(shared, qkvr, B, T, NH); },
+        [&](int consumer) { forward_consume(shared, consumer, out, att, scale, B, T, NH); });
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_dq_sm90(
     floatX* dqkvr, float* statistics, const __grid_constant__ TensorMap qkvr, const __grid_constant__ TensorMap dout,
     const __grid_constant__ TensorMap out, const float* att, float scale, int B, int T, int NH) {
     auto& shared = shared_memory<BackwardShared<false>>();
-    init_barriers(shared);
-    int warpgroup = warpgroup_index();
-    if (warpgroup == 0) {
-        fewer_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x == 0) { backward_produce<false>(shared, qkvr, dout, out, nullptr, B, T, NH); }
-    } else {
-        more_registers<CONSUMER_REGISTERS>();
-        backward_consume<false>(shared, warpgroup - 1, dqkvr, statistics, att, scale, B, T, NH);
-    }
+    divide_roles(
+        shared, [&] { backward_produce<false>(shared, qkvr, dout, out, nullptr, B, T, NH); },
+        [&](int consumer) { backward_consume<false>(shared, consumer, dqkvr, statistics, att, scale, B, T, NH); });
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_dkv_sm90(
     floatX* dqkvr, const float* statistics, const __grid_constant__ TensorMap qkvr,
     const __grid_constant__ TensorMap dout, float scale, int B, int T, int NH) {
     auto& shared = shared_memory<BackwardShared<true>>();
-    init_barriers(shared);
-    int warpgroup = warpgroup_index();
-    if (warpgroup == 0) {
-        fewer_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x == 0) { backward_produce<true>(shared, qkvr, dout, dout, statistics, B, T, NH); }
-    } else {
-        more_registers<CONSUMER_REGISTERS>();
-        backward_consume<true>(shared, warpgroup - 1, dqkvr, nullptr, nullptr, scale, B, T, NH);
-    }
+    divide_roles(
+        shared, [&] { backward_produce<true>(shared, qkvr, dout, dout, statistics, B, T, NH); },
+        [&](int consumer) { backward_consume<true>(shared, consumer, dqkvr, nullptr, nullptr, scale, B, T, NH); });
 }

@@ -73,12 +73,12 @@ def forward(version, out, att, qkvr):
     NH, HS = att.shape[1], C // att.shape[1]
     assert qkvr.shape == (B, T, 3 * C) and att.shape == (B, NH, T) and C == NH * HS, (out.shape, att.shape, qkvr.shape)
     assert HS % 8 == 0 and (version == 1 or HS <= 128), (HS, version)
+    assert HS in HEAD_SIZES.get(version, (HS,)), (HS, version)
     assert qkvr.dtype == out.dtype and att.dtype == np.float32, (qkvr.dtype, out.dtype, att.dtype)
     args = (out, att, qkvr, np.float32(1 / math.sqrt(HS)), i32(B), i32(T), i32(NH))
-    assert HS in HEAD_SIZES.get(version, (HS,)), (HS, version)
     if version == 4:
         maps = (module.tensor_map(qkvr, B * T, 3 * C, 128),)
-        tiles = (7 if HS == 64 else 5) * 256 * HS
+        tiles = (7 if HS == 64 else 5) * 256 * HS  # the stages, and one of the block's own rows
         launch_sm90("forward", out.dtype, B, T, NH, HS, tiles, (out, att, *maps, *args[3:]))
     elif version == 1:
         launch("forward", 1, out.dtype, HS, ceil_div(B * NH * T, 128), 128, args)
@@ -96,6 +96,7 @@ def backward(version, dqkvr, scratch, dout, out, qkvr, att):
     assert att.shape == (B, NH, T) and C == NH * HS, (att.shape, out.shape)
     assert scratch.size >= attention_scratch_size(B, T, C, NH), (scratch.size, B, T, NH)
     assert HS % 8 == 0 and (version == 1 or HS <= 128), (HS, version)
+    assert HS in HEAD_SIZES.get(version, (HS,)), (HS, version)
     assert dqkvr.dtype == qkvr.dtype == dout.dtype == out.dtype, (dqkvr.dtype, qkvr.dtype, dout.dtype, out.dtype)
     assert att.dtype == scratch.dtype == np.float32, (att.dtype, scratch.dtype)
     dtype, dims = out.dtype, (np.float32(1 / math.sqrt(HS)), i32(B), i32(T), i32(NH))
@@ -112,7 +113,6 @@ def backward(version, dqkvr, scratch, dout, out, qkvr, att):
         launch("backward_dq", 2, dtype, HS, blocks, rows * 2, args, smem)
         launch("backward_dkv", 2, dtype, HS, blocks, rows * 2, args, smem)
     elif version == 4:
-        assert HS in HEAD_SIZES[4], (HS, version)
         map_qkvr, map_dout, map_out = (module.tensor_map(a, B * T, a.shape[2], 64) for a in (qkvr, dout, out))
         stage, own = 256 * HS + 512, 256 * HS
         dq_args = (dqkvr, scratch, map_qkvr, map_dout, map_out, att, *dims)

@@ -737,10 +737,8 @@ class Kernel:
         for address, rows, columns, *_ in (v.view(np.uint64) for v in values if v.dtype.kind == "V"):  # tensor maps
             spans.add((int(address), int(address + rows * columns * 2)))
         views = [memory_at(begin, end - begin) for begin, end in sorted(spans)]
-        before, garbage = (
-            [v.copy() for v in views],
-            [poisoned_bytes(v.ctypes.data, v.ctypes.data + v.size) for v in views],
-        )
+        before = [view.copy() for view in views]
+        garbage = [poisoned_bytes(view.ctypes.data, view.ctypes.data + view.size) for view in views]
         unwritten, first = [mask.copy() for mask in garbage], None
         try:
             for n, order in enumerate(orders):

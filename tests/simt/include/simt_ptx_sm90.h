@@ -96,6 +96,20 @@ template <bool BY_K> inline float wgmma_element(u64 operand, int i, int k) {
     return (float)*(const floatX*)(simt::simt_shared_memory() + at);
 }
 
+// This thread's sums, of two rows of a with b.
+template <bool B_BY_K, int SIZE> inline void wgmma_rows(float (&d)[SIZE], const float (&rows)[2][16], u64 b, bool add) {
+    for (int j = 0; j < SIZE; j++) {
+        if (j % 4 > 1) { continue; }  // with j - 2
+        int column = j / 4 * 8 + threadIdx.x % 4 * 2 + j % 2;
+        float sums[2] = {add ? d[j] : 0.0f, add ? d[j + 2] : 0.0f};
+        for (int k = 0; k < 16; k++) {
+            float value = wgmma_element<B_BY_K>(b, column, k);
+            sums[0] += rows[0][k] * value, sums[1] += rows[1][k] * value;
+        }
+        d[j] = sums[0], d[j + 2] = sums[1];
+    }
+}
+
 template <bool A_BY_K, bool B_BY_K, int SIZE> inline void wgmma(float (&d)[SIZE], u64 a, u64 b, bool add) {
     int thread = threadIdx.x % 128, row = thread / 32 * 16 + thread % 32 / 4;
     simt::product([=, &d] {
@@ -103,16 +117,7 @@ template <bool A_BY_K, bool B_BY_K, int SIZE> inline void wgmma(float (&d)[SIZE]
         for (int i = 0; i < 2; i++) {
             for (int k = 0; k < 16; k++) { rows[i][k] = wgmma_element<A_BY_K>(a, row + 8 * i, k); }
         }
-        for (int j = 0; j < SIZE; j++) {
-            if (j % 4 > 1) { continue; }  // with j - 2
-            int column = j / 4 * 8 + thread % 4 * 2 + j % 2;
-            float sums[2] = {add ? d[j] : 0.0f, add ? d[j + 2] : 0.0f};
-            for (int k = 0; k < 16; k++) {
-                float value = wgmma_element<B_BY_K>(b, column, k);
-                sums[0] += rows[0][k] * value, sums[1] += rows[1][k] * value;
-            }
-            d[j] = sums[0], d[j + 2] = sums[1];
-        }
+        wgmma_rows<B_BY_K>(d, rows, b, add);
     });
 }
 
@@ -129,15 +134,6 @@ template <bool B_BY_K, int SIZE> inline void wgmma(float (&d)[SIZE], const u32 (
                 rows[i % 2][i / 2 * 8 + 2 * t] = pair[0], rows[i % 2][i / 2 * 8 + 2 * t + 1] = pair[1];
             }
         }
-        for (int j = 0; j < SIZE; j++) {
-            if (j % 4 > 1) { continue; }
-            int column = j / 4 * 8 + lane % 4 * 2 + j % 2;
-            float sums[2] = {add ? d[j] : 0.0f, add ? d[j + 2] : 0.0f};
-            for (int k = 0; k < 16; k++) {
-                float value = wgmma_element<B_BY_K>(b, column, k);
-                sums[0] += rows[0][k] * value, sums[1] += rows[1][k] * value;
-            }
-            d[j] = sums[0], d[j + 2] = sums[1];
-        }
+        wgmma_rows<B_BY_K>(d, rows, b, add);
     });
 }
