@@ -44,8 +44,11 @@ def model_dtype(name):
 
 
 def prepare_kernels(config, dtype, check=False, grad_dtype=None):
-    """Compile what is not in the cache yet, several files at a time; the first step then has nothing to. Try those of
-    Hopper. -> a line, a second one where these do not work."""
+    """Compile what is not in the cache yet, several files at a time; the first step then has nothing to. -> a line.
+
+    Hopper's kernels are tried. Where they do not work stderr says so, whichever command it is.
+    """
+    import sys
     import time
 
     import numpy as np
@@ -61,8 +64,9 @@ def prepare_kernels(config, dtype, check=False, grad_dtype=None):
         writers = ("encoder.cu", "layernorm.cu", "matmul.cu", "adamw.cu")
         module.compile_all(name, defines | dict.fromkeys(writers, ("GRADS_FP32",)))
     fallback = device.try_hopper(dtype)
-    line = f"kernels ready after {time.perf_counter() - timer:.1f} s, {len(module.compilations)} files compiled"
-    return f"{line}\n{fallback}" if fallback else line
+    if fallback:
+        print(fallback, file=sys.stderr)
+    return f"kernels ready after {time.perf_counter() - timer:.1f} s, {len(module.compilations)} files compiled"
 
 
 def model_file(path):

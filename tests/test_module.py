@@ -16,7 +16,9 @@ from conftest import ROOT, op_set
 
 import llmc
 import llmc.cuda
+from llmc import startup
 from llmc.cuda import module
+from llmc.gpt2 import GPT2Config
 
 LOG = """
 ptxas info    : 0 bytes gmem
@@ -193,7 +195,7 @@ def test_a_second_process_compiles_nothing(cupy):
     assert module.compilations == [("attention.cu", "bfloat16", ("HEAD_SIZE=128",))]
 
 
-def test_hopper_kernels_are_tried_before_they_are_trusted(monkeypatch):
+def test_hopper_kernels_are_tried_before_they_are_trusted(monkeypatch, capsys):
     """One that raises, or is wrong in one of its products, leaves the portable ones in charge, and a line says why."""
     ops = op_set("executor", monkeypatch)
     monkeypatch.setattr(module, "capability", lambda: 90)
@@ -220,6 +222,12 @@ def test_hopper_kernels_are_tried_before_they_are_trusted(monkeypatch):
             patch.setattr(module, "no_hopper", None)
             assert ops.device.try_hopper(bf16).startswith(line + why)
             assert matmul.production(bf16) == 5 and not module.hopper()
+
+    monkeypatch.setattr(module, "compile_all", lambda *_: None)
+    monkeypatch.setattr(ops.device, "try_hopper", lambda dtype: line + why)
+    assert startup.prepare_kernels(GPT2Config(), bf16).startswith("kernels ready after")
+    out, err = capsys.readouterr()
+    assert not out and err == line + why + "\n"  # also of commands that print a text on stdout
 
 
 def test_shared_memory_above_48_kib(cupy):
