@@ -167,7 +167,6 @@ template <class Shared, class P, class C> __device__ inline void divide_roles(Sh
             mbarrier_init(&shared.empty[i], 8);  // an arrival from every warp of the consumers
         }
         mbarrier_init(&shared.own_full, 1), mbarrier_init(&shared.own_empty, 8);
-        for (int i = 0; i < 2; i++) { mbarrier_init(&shared.turns[i], 4); }  // of a consumer's warps
         mbarrier_init_done();
     }
     __syncthreads();
@@ -192,7 +191,6 @@ struct ForwardShared {
     char own[OWN];
     char staging[8][STAGING];
     u64 full[STAGES], empty[STAGES], own_full, own_empty;
-    u64 turns[2];  // consumer i may start products
 };
 
 // One thread.
@@ -223,7 +221,7 @@ __device__ inline void forward_consume(ForwardShared& shared, int consumer, floa
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, own_row = consumer * 64 + warp * 16;
     float to_base2 = scale * LOG2E;
     Ring ring = {0, 0};
-    int own_phase = 0, turn = 0;
+    int own_phase = 0;
     auto take = [&] {  // the number of the next stage, when it is full
         int stage = ring.stage;
         mbarrier_wait(&shared.full[stage], ring.phase);
@@ -233,11 +231,6 @@ __device__ inline void forward_consume(ForwardShared& shared, int consumer, floa
     auto release = [&](u64* empty) {
         if (lane == 0) { mbarrier_arrive(empty); }
     };
-    auto begin_turn = [&] { mbarrier_wait(&shared.turns[consumer], (turn + 1 + consumer) & 1); };
-    auto end_turn = [&] {
-        if (lane == 0) { mbarrier_arrive(&shared.turns[consumer ^ 1]); }
-        turn++;
-    };
     each_block(T, B * NH, [&](int head, int block) {
         u32 q[STEPS][4], p[ROWS / 16][4];
         float scores[ROWS / 2], o[HS / 2], top[2] = {-INFINITY, -INFINITY}, sum[2] = {}, keep[2];
@@ -245,6 +238,7 @@ __device__ inline void forward_consume(ForwardShared& shared, int consumer, floa
         own_phase ^= 1;
 #pragma unroll
         for (int step = 0; step < STEPS; step++) { load_fragment(q[step], shared.own, own_row, step); }
+        fence_async();  // or TMA may bring the next rows while ldmatrix still reads these: seen on an H200
         __syncwarp();
         release(&shared.own_empty);
 
@@ -278,10 +272,8 @@ __device__ inline void forward_consume(ForwardShared& shared, int consumer, floa
         };
 
         int key_stage = take();
-        begin_turn();
         wgmma_begin();
         start_dots(scores, q, shared.stages[key_stage]);
-        end_turn();
         wgmma_wait<0>();
         wgmma_tie(scores);
         release(&shared.empty[key_stage]);
@@ -290,11 +282,9 @@ __device__ inline void forward_consume(ForwardShared& shared, int consumer, floa
         for (int tile = block; tile > 0; tile--) {
             key_stage = take();
             int value_stage = take();
-            begin_turn();
             wgmma_begin();
             start_dots(scores, q, shared.stages[key_stage]);
             start_sums(o, p, shared.stages[value_stage], tile < block);
-            end_turn();
             wgmma_wait<1>();
             wgmma_tie(scores);
             release(&shared.empty[key_stage]);
@@ -308,10 +298,8 @@ __device__ inline void forward_consume(ForwardShared& shared, int consumer, floa
             round_to_a(p, scores);
         }
         int value_stage = take();
-        begin_turn();
         wgmma_begin();
         start_sums(o, p, shared.stages[value_stage], block > 0);
-        end_turn();
         float factor[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -344,7 +332,6 @@ template <bool KEYS> struct BackwardShared {
     char staging[8][STAGING];
     float statistics[STAGES][2][COLUMNS];  // KEYS: of the queries
     u64 full[STAGES], empty[STAGES], own_full, own_empty;
-    u64 turns[2];  // forward's
 };
 
 // The tiles of 64 that a block's rows meet: from the block's first query on, or up to the block's last key.
@@ -381,7 +368,9 @@ __device__ inline void backward_produce(BackwardShared<KEYS>& shared, const Tens
             load_tile<COLUMNS, ROWS>(shared.own[1], dout, column, own_row, full);
             load_tile<COLUMNS, ROWS>(shared.own[2], out, column, own_row, full);
         }
-        for (int tile = tiles_begin<KEYS>(block), end = tiles_end<KEYS>(block, T); tile < end; tile++) {
+        int begin = tiles_begin<KEYS>(block), end = tiles_end<KEYS>(block, T);
+        for (int i = 0; i < end - begin; i++) {
+            int tile = KEYS ? begin + i : end - 1 - i;
             auto& stage = shared.stages[ring.stage];
             full = &shared.full[ring.stage];
             mbarrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
@@ -459,63 +448,99 @@ __device__ inline void backward_consume(BackwardShared<KEYS>& shared, int consum
                 }
             }
         }
+        fence_async();
         if (FRAGMENTS) {
             __syncwarp();
             release(&shared.own_empty);
         }
 
+        float p[COLUMNS / 2], dp[COLUMNS / 2];
         float d_first[HS / 2] = {}, d_second[HS / 2] = {};  // dk and dv, or dq and nothing
-        u32 rounded_p[COLUMNS / 16][4] = {}, rounded_ds[COLUMNS / 16][4] = {};
-        int diagonal = 2 * block + consumer, before = -1;   // the stage whose sums are under way
-        for (int tile = tiles_begin<KEYS>(block), end = tiles_end<KEYS>(block, T); tile < end; tile++) {
+        u32 rounded_p[COLUMNS / 16][4], rounded_ds[COLUMNS / 16][4];
+        auto take = [&] {  // the number of the next stage, when it is full
             int stage = ring.stage;
             mbarrier_wait(&shared.full[stage], ring.phase);
             ring.next(shared.STAGES);
-            if (KEYS ? tile < diagonal : tile > diagonal) {  // no query of it sees a key of these rows, or none is seen
-                release(&shared.empty[stage]);
-                continue;
-            }
-            const char *first_tile = shared.stages[stage][0], *second_tile = shared.stages[stage][1];
-            float p[COLUMNS / 2], dp[COLUMNS / 2];
-            wgmma_begin();
-            start(p, first, 0, first_tile);
-            start(dp, second, 1, second_tile);
-            wgmma_wait<1>();
-            wgmma_tie(p), wgmma_tie(rounded_p), wgmma_tie(rounded_ds);
-            if (before >= 0) { release(&shared.empty[before]); }
-            before = stage;
+            return stage;
+        };
+        auto start_scores = [&](int stage) {
+            start(p, first, 0, shared.stages[stage][0]);
+            start(dp, second, 1, shared.stages[stage][1]);
+        };
+        auto start_gradients = [&](int stage) {
+            if (KEYS) { start_sums(d_second, rounded_p, shared.stages[stage][1], true); }
+            start_sums(d_first, rounded_ds, shared.stages[stage][0], true);
+        };
+        auto exponentials = [&](int stage, bool diagonal) {  // scores to probabilities
 #pragma unroll
             for (int j = 0; j < COLUMNS / 2; j++) {
                 float log_sum = KEYS ? shared.statistics[stage][0][column_of(j)] : lse[second_row(j)];
                 p[j] = exp2f(fmaf(p[j], to_base2, -log_sum));
+                int row = warp * 16 + lane / 4 + second_row(j) * 8, column = column_of(j);
+                if (diagonal && (KEYS ? row > column : column > row)) { p[j] = 0.0f; }
             }
-            if (tile == diagonal) {
-#pragma unroll
-                for (int j = 0; j < COLUMNS / 2; j++) {
-                    int row = warp * 16 + lane / 4 + second_row(j) * 8, column = column_of(j);
-                    if (KEYS ? row > column : column > row) { p[j] = 0.0f; }
-                }
-            }
-            if constexpr (KEYS) {
-                round_to_a(rounded_p, p);
-                wgmma_begin();
-                start_sums(d_second, rounded_p, second_tile, true);
-                wgmma_wait<FRAGMENTS ? 1 : 0>();  // with large heads there are no registers for two sets of fragments
-            } else {
-                wgmma_wait<0>();
-            }
-            wgmma_tie(dp);
+        };
+        auto times_dp = [&](int stage) {  // p to ds
 #pragma unroll
             for (int j = 0; j < COLUMNS / 2; j++) {
                 p[j] *= dp[j] - (KEYS ? shared.statistics[stage][1][column_of(j)] : D_row[second_row(j)]);
             }
-            round_to_a(rounded_ds, p);
+        };
+        auto fragments = [&](int stage, bool diagonal) {  // rounded_p and rounded_ds of a tile
             wgmma_begin();
-            start_sums(d_first, rounded_ds, first_tile, true);
+            start_scores(stage);
+            wgmma_wait<1>();
+            wgmma_tie(p);
+            exponentials(stage, diagonal);
+            wgmma_wait<0>();
+            wgmma_tie(dp);
+            if (KEYS) { round_to_a(rounded_p, p); }
+            times_dp(stage);
+            round_to_a(rounded_ds, p);
+        };
+
+        // The diagonal's tile comes first. Of two tiles on the way to it one consumer has no use for the first.
+        int tiles = tiles_end<KEYS>(block, T) - tiles_begin<KEYS>(block);
+        if (KEYS ? consumer == 1 && tiles > 1 : tiles > 2 * block + consumer + 1) {
+            release(&shared.empty[take()]);
+            tiles--;
         }
+        int stage = take();
+        fragments(stage, true);
+        for (int i = 1; i < tiles; i++) {
+            int before = stage;
+            if constexpr (KEYS && !FRAGMENTS) {  // no registers for what follows
+                wgmma_begin();
+                start_gradients(before);
+                wgmma_wait<0>();
+                wgmma_tie(d_first), wgmma_tie(d_second);
+                release(&shared.empty[before]);
+                stage = take();
+                fragments(stage, false);
+                continue;
+            }
+            // The sums of a tile run beside the exponentials of the next.
+            stage = take();
+            wgmma_begin();
+            start_scores(stage);
+            start_gradients(before);
+            wgmma_wait<KEYS ? 3 : 2>();
+            wgmma_tie(p);
+            exponentials(stage, false);
+            wgmma_wait<1>();
+            wgmma_tie(dp);
+            if (KEYS) { wgmma_tie(d_second), wgmma_tie(rounded_p), round_to_a(rounded_p, p); }
+            times_dp(stage);
+            wgmma_wait<0>();
+            wgmma_tie(d_first), wgmma_tie(rounded_ds);
+            release(&shared.empty[before]);
+            round_to_a(rounded_ds, p);
+        }
+        wgmma_begin();
+        start_gradients(stage);
         wgmma_wait<0>();
-        wgmma_tie(d_first), wgmma_tie(d_second), wgmma_tie(rounded_p), wgmma_tie(rounded_ds);
-        if (before >= 0) { release(&shared.empty[before]); }
+        wgmma_tie(d_first), wgmma_tie(d_second);
+        release(&shared.empty[stage]);
         if (!FRAGMENTS) { release(&shared.own_empty); }
         char* staging = shared.staging[consumer * 4 + warp];
         floatX* to = dqkvr + ((i64)(head / NH) * T + t0) * (3 * NH * HS) + head % NH * HS;

@@ -171,7 +171,6 @@ template <bool A_BY_K, bool B_BY_K> __device__ inline void wgmma(float (&d)[32],
                  : D16(0), D16(16)
                  : "l"(a), "l"(b), "r"((int)add), "n"((int)A_BY_K), "n"((int)B_BY_K));
 }
-
 // The same with a in registers: 64 x 16, each warp 16 rows as mma.m16n8k16 has them (ptx.cuh). Neither d nor a may be
 // touched until the wait.
 template <bool B_BY_K> __device__ inline void wgmma(float (&d)[32], const u32 (&a)[4], u64 b, bool add) {
