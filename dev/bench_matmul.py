@@ -5,9 +5,9 @@ cuBLAS is the bare products (torch.mm into a given output), without bias, GELU a
 The whole ladder runs on fc; the other layers run the tensor-core rungs.
 
 python -m dev.bench_matmul --products [VERSION ...]    compute capability 9.0 only: each product of a step alone
-B=64, T=1024, GPT-2 124M, bf16: TFLOP/s of cuBLAS and of Hopper's versions (8+EVICT_FIRST: with that -D option), taking
-turns, medians of 20, L2 overwritten before each; bias and GELU as in training, weight gradients with their reduction,
-and in version 10 with the bias gradient.
+B=64, T=1024, GPT-2 124M, bf16: TFLOP/s of cuBLAS and of Hopper's versions, taking turns, medians of 20, L2 overwritten
+before each; bias and GELU as in training, weight gradients with their reduction, from version 9 on with the bias
+gradient, and in 10 the dgrad of fcproj with the recomputed GELU.
 """
 
 import sys
@@ -128,12 +128,7 @@ def products(versions):
     alone = np.median(b.overwritten_ms(lambda: None, 10, 1))
     for layer, (width, outputs) in LAYERS.items():
         for product, flops, blas, ours in layer_products(b, layer, b.C * width, outputs and b.C * outputs):
-
-            def run(version, ours=ours):
-                number, *matmul.TO_TRY = version.split("+")
-                ours(int(number))
-
-            jobs = {"cuBLAS": blas} | {v: lambda v=v, run=run: run(v) for v in versions}
+            jobs = {"cuBLAS": blas} | {v: lambda v=v, ours=ours: ours(int(v)) for v in versions}
             ms = [[b.overwritten_ms(job, 1, 1)[0] - alone for job in jobs.values()] for _ in range(23)][3:]
             rates = flops / np.median(ms, axis=0) / 1e9
             cells = (f"{name} {rate:.0f} ({rate / rates[0]:.2f})" for name, rate in zip(jobs, rates, strict=True))
@@ -155,10 +150,11 @@ def layer_products(b, layer, K, N):
         matmul.forward(version, out, inp, weight, bias, pre_gelu)
 
     def dgrad(version):
-        matmul.dgrad_sm90(version, dinp, dout, weight, before_gelu)
+        recomputed = inp if version == 10 and before_gelu is not None else None
+        matmul.dgrad_sm90(version, dinp, dout, weight, before_gelu, recomputed)
 
     def wgrad(version):
-        dbias = bias if version == 10 else None  # overwritten: it is used no more
+        dbias = bias if version >= 9 else None  # overwritten: it is used no more
         matmul.wgrad_sm90(version, dweight, dbias, scratch, dout, inp, np.int32(0))
 
     yield "forward", flops, lambda: mm(x, w.T, out=o), forward
@@ -168,6 +164,6 @@ def layer_products(b, layer, K, N):
 
 if __name__ == "__main__":
     if "--products" in sys.argv:
-        products([v for v in sys.argv[1:] if v != "--products"] or ["7", "8", "9", "8+EVICT_FIRST"])
+        products([v for v in sys.argv[1:] if v != "--products"] or ["7", "8", "9", "10"])
         sys.exit()
     bench.finish(*bench.main(sys.modules[__name__]))

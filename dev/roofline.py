@@ -60,7 +60,9 @@ def step_work(config, B, T, X=2, recompute=1, G=None, master=True):
         flops = 2 * N * c * OC
         forward_bytes = inp + weight * X + out * (2 if name == "fc" else 1)
         work.append(Work(f"matmul_forward {name}", n, n * flops, n * forward_bytes))
-        backward_bytes = out + 2 * inp + weight * (X + G) + (inp if name == "fcproj" else 0)
+        backward_bytes = out + 2 * inp + weight * (X + G)
+        if name == "fcproj":  # reads pre_gelu; where inp is recomputed it is written too
+            backward_bytes += inp * (2 if recompute >= 1 else 1)
         backward.append(Work(f"matmul_backward {name}", n, n * 2 * flops, n * backward_bytes))
     att, flops = 4 * B * NH * T, 2 * B * T * T * C
     work.append(Work("attention_forward", L, L * flops, L * (4 * act + att)))
@@ -68,8 +70,6 @@ def step_work(config, B, T, X=2, recompute=1, G=None, master=True):
     work += backward
     work.append(Work("attention_backward", L, L * 5 * flops // 2, L * (8 * act + att)))
     work.append(Work("layernorm_backward", 2 * L + 1, 0, (2 * L + 1) * (4 * act + rows)))
-    if recompute >= 1:
-        work.append(Work("gelu_forward", L, 0, L * 8 * act))
     work.append(Work("encoder_backward", 1, 0, act + 2 * (min(N, Vp) + T) * C * G))
     work.append(Work("global_norm_squared", 2, 0, P * G + 4 * N))
     work.append(Work("adamw_update", 1, 0, P * (16 + G + (8 + X if master and X < 4 else 2 * X))))

@@ -47,12 +47,9 @@ constexpr int BOX = 64 * DEPTH * 2;                    // bytes of 64 x 64 value
 constexpr int A_BYTES = ROWS * DEPTH * 2, STAGE_BYTES = A_BYTES + COLUMNS * DEPTH * 2;
 constexpr int WARP_STAGING = 16 * 64 * 2;              // bytes of 16 rows of a box
 constexpr int SLOTS = 4;                               // with TMA stores: boxes of staging that a consumer has
-constexpr bool BIAS_SUMS = RUNG == 10;                 // the bias gradient's partial sums, by warps 1 and 2
-constexpr int STORE_ROWS = RUNG == 9 ? 16 : 64;        // of a box of results: a warp makes it, or a warpgroup
-// 2 * 240 + 24 = 2 * 232 + 40 = 3 * 168, what 384 threads can have
-constexpr int CONSUMER_REGISTERS = BIAS_SUMS ? 232 : 240, PRODUCER_REGISTERS = BIAS_SUMS ? 40 : 24;
 constexpr int BAND = 16;
 
+template <int OP> constexpr bool bias_sums = RUNG >= 9 && OP == WGRAD;  // warps 1 and 2 add up parts of the bias gradient
 template <int OP> constexpr bool a_by_k = OP == WGRAD;
 template <int OP> constexpr bool b_by_k = OP != FORWARD;
 
@@ -64,6 +61,7 @@ struct Product {
     const floatX* bias;      // (N) or null: added
     floatX* gelu_input;      // (M, N) or null: the sum is stored here, and its gelu in out
     const floatX* gelu_at;   // (M, N) or null: the sum is multiplied by gelu'(gelu_at)
+    floatX* gelu_out;        // (M, N) or null: gelu(gelu_at) is stored here
     floatG* grad;            // (M, N) in WGRAD, else null: the sum goes here
     int accumulate;          // grad += instead of =
     float* partials;         // with splits > 1: (splits, M, N), the sums go here instead
@@ -76,7 +74,7 @@ struct Shared {  // the block's shared memory, from a multiple of 1024 bytes
     u64 full[STAGES], empty[STAGES];
     u64 turns[2];  // consumer i may begin its next tile
 #if RUNG >= 8
-    u64 loaded[8][HALVES * BOXES];  // a box that the end of a tile reads is there, by the first warp of its team
+    u64 loaded[2][HALVES * BOXES];  // a box that the end of a consumer's tile reads is there
     float bias[2][COLUMNS];         // of the consumers' tiles
 #endif
 };
@@ -127,41 +125,34 @@ __device__ inline void produce(const Product& p, const TensorMap& a, const Tenso
     }
 }
 
-// gelu_grad in 9 instructions beside exp2 and division instead of 16: the same terms, collected by powers of x.
-__device__ inline float short_gelu_grad(float x) {
-    float square = x * x;
-    float s = __fdividef(1.0f, 1.0f + exp2f(x * (GELU_EXPONENT + GELU_EXPONENT * GELU_CUBIC * square)));
-    return s + (s - s * s) * x * (2 * GELU_SCALE + 6 * GELU_SCALE * GELU_CUBIC * square);
-}
-
 // What becomes of a 16 x 16 part of the sum, as a lane has it: packed results.
 //   READ   the sum is added to (WGRAD) or multiplied by gelu' of (DGRAD) what is in `second`
-//   BOTH   FORWARD: also its gelu, in `second`
+//   BOTH   also, in `second`, the gelu of the sum (FORWARD) or of what was there (DGRAD)
 template <int OP, bool READ, bool BOTH>
 __device__ inline void finish(u32 (&packed)[4], u32 (&second)[4], const float* sums, const float* bias) {
 #pragma unroll
     for (int j = 0; j < 4; j++) {  // 8 x 8 matrices: rows 0-7, 8-15 of the left, then the right
         float x[2] = {sums[2 * j], sums[2 * j + 1]}, y[2];
-        if (READ) {
-            unpack2(y, second[j]);
-            if (OP == WGRAD) {
-                x[0] += y[0], x[1] += y[1];
-            } else if (TMA_STORES) {
-                x[0] *= short_gelu_grad(y[0]), x[1] *= short_gelu_grad(y[1]);
-            } else {
-                x[0] *= gelu_grad(y[0]), x[1] *= gelu_grad(y[1]);
-            }
-        }
         if (OP == FORWARD) { x[0] += bias[j / 2 * 2], x[1] += bias[j / 2 * 2 + 1]; }
+        if (OP == DGRAD && READ) {
+            unpack2(y, second[j]);
+            float s[2] = {gelu_factor(y[0]), gelu_factor(y[1])};
+            x[0] *= gelu_grad(y[0], s[0]), x[1] *= gelu_grad(y[1], s[1]);
+            if (BOTH) { second[j] = pack2(y[0] * s[0], y[1] * s[1]); }
+        }
+        if (OP == WGRAD && READ) {
+            unpack2(y, second[j]);
+            x[0] += y[0], x[1] += y[1];
+        }
         packed[j] = pack2(x[0], x[1]);
-        if (BOTH) {  // gelu of the rounded value, so that recomputing it from gelu_input gives the same bits
+        if (OP == FORWARD && BOTH) {  // of the rounded value, so that recomputing it from gelu_input gives the same bits
             unpack2(y, packed[j]);
             second[j] = pack2(gelu(y[0]), gelu(y[1]));
         }
     }
 }
 
-// One warp, 10 in WGRAD: sums over k of 64 columns of a, which is dout. The tiles beside each other have the same tiles
+// One warp, from 9 on in WGRAD: sums over k of 64 columns of a, which is dout. The tiles beside each other have the same tiles
 // of a; each of n adds up every n'th of them. A lane has 4 columns in every second row: its registers are few.
 __device__ inline void add_columns(const Product& p, Shared& shared, int panel) {
     int lane = threadIdx.x % 32, columns = ceil_div(p.N, COLUMNS);
@@ -269,93 +260,103 @@ __device__ inline void write_tile(const Product& p, float (&sums)[HALVES][COLUMN
     }
 }
 
-// The end of a tile with 16-bit results, 8 and 9. A box at a time is made in a slot of the team's, and TMA copies it
-// from there; what the tile reads has come into the same slots, the first ones while the other consumer multiplied. One
-// thread of the team, its leader, asks for all copies, so that it alone has to know when a slot may be overwritten.
-struct Team {
-    char* slots;  // from one to the next BOX bytes
+// The end of a tile with 16-bit results, from 8 on. A consumer makes a box at a time in a slot of its own, and TMA copies
+// it from there; what the tile reads has come into the same slots, the first ones while the other consumer multiplied.
+// One thread, the leader, asks for all copies, so that it alone has to know when a slot may be overwritten.
+struct Slots {
+    char* begin;  // SLOTS boxes
     u64* loaded;  // a barrier for each box of a tile
-    int row;      // of the team in a box of 64 x 64
+    float* bias;  // of the tile
     bool leader;
-    int barrier;  // of the consumer's
+    int barrier;  // number of the consumer's named barrier
 };
 
-__device__ inline Team make_team(Shared& shared, int consumer) {
-    int thread = threadIdx.x % 128, warp = thread / 32, row = STORE_ROWS == 64 ? 0 : warp * 16;
+__device__ inline Slots make_slots(Shared& shared, int consumer) {
 #if RUNG >= 8
-    u64* loaded = shared.loaded[consumer * 4 + row / 16];
+    return {shared.staging[consumer * 4][0], shared.loaded[consumer], shared.bias[consumer], threadIdx.x % 128 == 0,
+            1 + consumer};
 #else
-    u64* loaded = nullptr;
+    return {};
 #endif
-    return {shared.staging[consumer * 4][0], loaded, row, thread % (STORE_ROWS * 2) == 0, 1 + consumer};
 }
 
-__device__ inline void load_box(const TensorMap& from, const Team& team, int m, int n, int box) {
-    mbarrier_expect(&team.loaded[box], STORE_ROWS * 128);
-    tma_load(team.slots + box % SLOTS * BOX + team.row * 128, from, n + box % BOXES * 64,
-             m + box / BOXES * 64 + team.row, &team.loaded[box]);
+// Slots in turn for what is read: all, but for one that is left for the gelu of it.
+__device__ inline int read_slots(const Product& p) { return p.gelu_out ? SLOTS - 1 : SLOTS; }
+
+__device__ inline void load_box(const TensorMap& from, const Slots& slots, int turn, int m, int n, int box) {
+    mbarrier_expect(&slots.loaded[box], BOX);
+    tma_load(slots.begin + turn * BOX, from, n + box % BOXES * 64, m + box / BOXES * 64, &slots.loaded[box]);
 }
 
 // Before the products of a tile, while it is the other consumer's turn: the slots are free again, the first boxes to be
 // read are under way, and the bias is in shared memory.
-__device__ inline void prepare_tile(const Product& p, const TensorMap* read, const Team& team, float* bias, int m,
-                                    int n) {
-    if (team.leader) {
+__device__ inline void prepare_tile(const Product& p, const TensorMap* read, const Slots& slots, int m, int n) {
+    if (slots.leader) {
         tma_store_wait<0>();
-        for (int box = 0; read && box < SLOTS; box++) { load_box(*read, team, m, n, box); }
+        for (int box = 0; read && box < read_slots(p); box++) { load_box(*read, slots, box, m, n, box); }
     }
     int column = threadIdx.x % 128 * 2;
-    float pair[2] = {};
-    if (p.bias && column < COLUMNS && n + column < p.N) { unpack2(pair, *(const u32*)(p.bias + n + column)); }
-    if (STORE_ROWS < 64) { named_barrier(team.barrier, 128); }  // no warp is still at the tile before
-    if (column < COLUMNS) { *(float2*)(bias + column) = make_float2(pair[0], pair[1]); }
-    named_barrier(team.barrier, 128);
+    if (column < COLUMNS) {
+        float pair[2] = {};
+        if (p.bias && n + column < p.N) { unpack2(pair, *(const u32*)(p.bias + n + column)); }
+        *(float2*)(slots.bias + column) = make_float2(pair[0], pair[1]);
+    }
+    named_barrier(slots.barrier, 128);
 }
 
-// parity: of the tiles that this consumer has done before.
+// parity: of the tiles that this consumer has done before. first, second: of results; read: of what is read.
 template <int OP, bool READ, bool BOTH>
-__device__ inline void store_tile(const TensorMap& out, const TensorMap& other, float (&sums)[HALVES][COLUMNS / 2],
-                                  const Team& team, const float* bias, int m, int n, int parity) {
-    constexpr int COUNT = HALVES * BOXES, AHEAD = BOTH ? SLOTS / 2 : SLOTS;  // boxes; as many have slots of their own
+__device__ inline void store_tile(const TensorMap& first, const TensorMap& second_result, const TensorMap& read,
+                                  float (&sums)[HALVES][COLUMNS / 2], const Slots& slots, int m, int n, int parity) {
+    // Slots that the boxes take in turn. READ and BOTH: first overwrites what was read, second has the last slot alone.
+    constexpr int COUNT = HALVES * BOXES, PAIR = BOTH && !READ ? 2 : 1;
+    constexpr int IN_TURN = READ && BOTH ? SLOTS - 1 : SLOTS / PAIR;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
 #pragma unroll
     for (int box = 0; box < COUNT; box++) {
-        char* slot = team.slots + box % AHEAD * (BOTH ? 2 : 1) * BOX;
-        if (READ) { mbarrier_wait(&team.loaded[box], parity); }
+        char* slot = slots.begin + box % IN_TURN * PAIR * BOX;
+        char* second_slot = READ ? slots.begin + IN_TURN * BOX : slot + BOX;
+        if (READ && BOTH && box > 0) {
+            if (slots.leader) {
+                tma_store_wait<0>();  // the box before has left its slots
+                if (box + IN_TURN - 1 < COUNT) {
+                    load_box(read, slots, (box - 1) % IN_TURN, m, n, box + IN_TURN - 1);
+                }
+            }
+            named_barrier(slots.barrier, 128);
+        }
+        i64 place = (i64)swizzled(slot + warp * WARP_STAGING, lane % 16, lane / 16);
+        forget(place);  // or four places are kept for the next box in the same slot, and spilled
+        if (READ) { mbarrier_wait(&slots.loaded[box], parity); }
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            char* matrices = swizzled(slot + warp * WARP_STAGING, lane % 16, i * 2 + lane / 16);
+            char* matrices = (char*)(place ^ i * 32);  // two pieces on
             u32 packed[4], second[4];
             float beta[4] = {};
             if (READ) { ldmatrix_x4(second, matrices); }
             if (OP == FORWARD) {
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
-                    float2 pair = *(const float2*)(bias + box % BOXES * 64 + i * 16 + j * 8 + lane % 4 * 2);
+                    float2 pair = *(const float2*)(slots.bias + box % BOXES * 64 + i * 16 + j * 8 + lane % 4 * 2);
                     beta[2 * j] = pair.x, beta[2 * j + 1] = pair.y;
                 }
             }
             finish<OP, READ, BOTH>(packed, second, &sums[box / BOXES][(box % BOXES * 4 + i) * 8], beta);
             stmatrix_x4(matrices, packed);
-            if (BOTH) { stmatrix_x4(matrices + BOX, second); }
+            if (BOTH) { stmatrix_x4(matrices + (second_slot - slot), second); }
         }
         fence_async();
         // All but the last copies have left their slots: the next box's, too.
-        if (!READ && box + 1 >= AHEAD && box + 1 < COUNT && team.leader) { tma_store_wait<AHEAD - 2>(); }
-        if (STORE_ROWS == 64) {
-            named_barrier(team.barrier, 128);
-        } else {
-            __syncwarp();
-        }
-        if (team.leader) {
-            int column = n + box % BOXES * 64, row = m + box / BOXES * 64 + team.row;
-            char* from = slot + team.row * 128;
-            tma_store(BOTH ? other : out, column, row, from);
-            if (BOTH) { tma_store(out, column, row, from + BOX); }
+        if (!READ && box + 1 >= IN_TURN && box + 1 < COUNT && slots.leader) { tma_store_wait<IN_TURN - 2>(); }
+        named_barrier(slots.barrier, 128);
+        if (slots.leader) {
+            int column = n + box % BOXES * 64, row = m + box / BOXES * 64;
+            tma_store(first, column, row, slot);
+            if (BOTH) { tma_store(second_result, column, row, second_slot); }
             tma_store_commit();
-            if (READ && box > 0 && box + SLOTS - 1 < COUNT) {
+            if (READ && !BOTH && box > 0 && box + SLOTS - 1 < COUNT) {
                 tma_store_wait<1>();  // the box before has left its slot
-                load_box(other, team, m, n, box + SLOTS - 1);
+                load_box(read, slots, (box - 1) % SLOTS, m, n, box + SLOTS - 1);
             }
         }
     }
@@ -385,17 +386,16 @@ __device__ inline void write_floats(const Product& p, float* out, bool accumulat
 
 // What the end of a tile needs beside the sums.
 struct End {
-    const TensorMap &out, &other;  // of the result; of gelu_input, gelu_at or grad
-    char* staging;                 // 6 and 7
-    Team team;                     // 8 and 9, the rest too
-    float* bias;
+    const TensorMap &first, &second, &read;  // from 8 on: of the results, and of what is read
+    char* staging;                           // 6 and 7
+    Slots slots;
     int parity;
 };
 
 template <int OP, bool READ, bool BOTH>
 __device__ inline void end_tile(const Product& p, const End& e, float (&sums)[HALVES][COLUMNS / 2], int m, int n) {
     if constexpr (TMA_STORES) {
-        store_tile<OP, READ, BOTH>(e.out, e.other, sums, e.team, e.bias, m, n, e.parity);
+        store_tile<OP, READ, BOTH>(e.first, e.second, e.read, sums, e.slots, m, n, e.parity);
     } else {
         write_tile<OP, READ, BOTH>(p, sums, e.staging, m, n);
     }
@@ -410,7 +410,9 @@ __device__ inline void write(const Product& p, const Work& w, const End& e, floa
             end_tile<OP, false, false>(p, e, sums, m, w.n);
         }
     } else if constexpr (OP == DGRAD) {
-        if (p.gelu_at) {
+        if (RUNG >= 10 && p.gelu_out) {
+            end_tile<OP, true, RUNG >= 10>(p, e, sums, m, w.n);
+        } else if (p.gelu_at) {
             end_tile<OP, true, false>(p, e, sums, m, w.n);
         } else {
             end_tile<OP, false, false>(p, e, sums, m, w.n);
@@ -427,16 +429,11 @@ __device__ inline void write(const Product& p, const Work& w, const End& e, floa
 }
 
 template <int OP>
-__device__ inline void consume(const Product& p, const TensorMap& out, const TensorMap& other, Shared& shared,
-                               int consumer) {
+__device__ inline void consume(const Product& p, const TensorMap& first, const TensorMap& second,
+                               const TensorMap& read_map, Shared& shared, int consumer) {
     int lane = threadIdx.x % 32, first_row = TURNS ? 0 : consumer * OWN_ROWS;
     char* staging = shared.staging[threadIdx.x / 32 - 4][0];
-    Team team = make_team(shared, consumer);
-#if RUNG >= 8
-    float* bias = shared.bias[consumer];
-#else
-    float* bias = nullptr;
-#endif
+    Slots slots = make_slots(shared, consumer);
     float sums[HALVES][COLUMNS / 2] = {};
     const floatX* read = nullptr;  // what the end of a tile reads
     if constexpr (OP == DGRAD) { read = p.gelu_at; }
@@ -456,7 +453,7 @@ __device__ inline void consume(const Product& p, const TensorMap& out, const Ten
         }
         int m = w.m + first_row;
         if (TMA_STORES) {
-            prepare_tile(p, read ? &other : nullptr, team, bias, m, w.n);
+            prepare_tile(p, read ? &read_map : nullptr, slots, m, w.n);
         } else if (read) {
             read_unit(p, read, staging, m, w.n, 0);
         }
@@ -487,17 +484,19 @@ __device__ inline void consume(const Product& p, const TensorMap& out, const Ten
 #pragma unroll
         for (int half = 0; half < HALVES; half++) { wgmma_tie(sums[half]); }
         release(stages - 1);
-        write<OP>(p, w, {out, other, staging, team, bias, turn / 2 & 1}, sums, m);
+        write<OP>(p, w, {first, second, read_map, staging, slots, turn / 2 & 1}, sums, m);
     }
-    if (TMA_STORES && team.leader) { tma_store_wait<0>(); }  // shared memory must outlive the copies
+    if (TMA_STORES && slots.leader) { tma_store_wait<0>(); }  // shared memory must outlive the copies
 }
 
 template <int OP>
-__device__ inline void product(const Product& p, const TensorMap& a, const TensorMap& b, const TensorMap& out,
-                               const TensorMap& other) {
+__device__ inline void product(const Product& p, const TensorMap& a, const TensorMap& b, const TensorMap& first,
+                               const TensorMap& second, const TensorMap& read) {
     extern __shared__ char dynamic_shared[];
     Shared& shared = *(Shared*)(dynamic_shared + (1024 - shared_address(dynamic_shared) % 1024) % 1024);
-    bool adds = BIAS_SUMS && OP == WGRAD && p.bias_sums;
+    // 2 * 240 + 24 = 2 * 232 + 40 = 3 * 168, what 384 threads can have
+    constexpr int CONSUMER_REGISTERS = bias_sums<OP> ? 232 : 240, PRODUCER_REGISTERS = bias_sums<OP> ? 40 : 24;
+    bool adds = bias_sums<OP> && p.bias_sums;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             mbarrier_init(&shared.full[i], 1);
@@ -505,7 +504,7 @@ __device__ inline void product(const Product& p, const TensorMap& a, const Tenso
         }
         for (int i = 0; i < 2; i++) { mbarrier_init(&shared.turns[i], 4); }
 #if RUNG >= 8
-        for (int i = 0; i < 8 * HALVES * BOXES; i++) { mbarrier_init(&shared.loaded[0][i], 1); }
+        for (int i = 0; i < 2 * HALVES * BOXES; i++) { mbarrier_init(&shared.loaded[0][i], 1); }
 #endif
         mbarrier_init_done();
     }
@@ -514,40 +513,46 @@ __device__ inline void product(const Product& p, const TensorMap& a, const Tenso
     if (warpgroup == 0) {
         fewer_registers<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) { produce<OP>(p, a, b, shared); }
-        if constexpr (BIAS_SUMS && OP == WGRAD) {
+        if constexpr (bias_sums<OP>) {
             int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
             if (adds && (warp == 1 || warp == 2)) { add_columns(p, shared, warp - 1); }
         }
     } else {
         more_registers<CONSUMER_REGISTERS>();
-        consume<OP>(p, out, other, shared, warpgroup - 1);
+        consume<OP>(p, first, second, read, shared, warpgroup - 1);
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // entry points: grid at most one block for each multiprocessor, block 384, dynamic shared memory sizeof(Shared) + 1024.
 // Arguments as those of kernel 5 in matmul.cu, the operands as tensor maps. Boxes of rows x 64 columns: inp 128 and
-// weight 192 in forward, dout 128 and weight 64 in dgrad, dout and inp 64 in wgrad. 8 and 9 use maps of the 16-bit
-// results and of what is read with them, boxes of STORE_ROWS; `other` is that of pre_gelu. bias_sums: null before 10.
+// weight 192 in forward, dout 128 and weight 64 in dgrad, dout and inp 64 in wgrad. From 8 on there are maps of the
+// 16-bit results and of what is read with them, boxes of 64 rows: first is pre_gelu's where there is one, second out's. bias_sums: null before 9. gelu_out, where gelu of
+// pre_gelu goes: null before 10.
 // ---------------------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(384, 1) matmul_forward_sm90(
     floatX* out, floatX* pre_gelu, const __grid_constant__ TensorMap inp, const __grid_constant__ TensorMap weight,
-    const __grid_constant__ TensorMap to, const __grid_constant__ TensorMap other, const floatX* bias, int M, int N,
+    const __grid_constant__ TensorMap first, const __grid_constant__ TensorMap second, const floatX* bias, int M, int N,
     int K) {
-    product<FORWARD>({M, N, K, 1, out, bias, pre_gelu, nullptr, nullptr, 0, nullptr, nullptr}, inp, weight, to, other);
+    Product p = {};
+    p.M = M, p.N = N, p.K = K, p.splits = 1, p.out = out, p.bias = bias, p.gelu_input = pre_gelu;
+    product<FORWARD>(p, inp, weight, first, second, second);
 }
 extern "C" __global__ void __launch_bounds__(384, 1) matmul_dgrad_sm90(
     floatX* dinp, const __grid_constant__ TensorMap dout, const __grid_constant__ TensorMap weight,
-    const __grid_constant__ TensorMap to, const __grid_constant__ TensorMap other, const floatX* pre_gelu, int M, int N,
-    int K) {
-    product<DGRAD>({M, N, K, 1, dinp, nullptr, nullptr, pre_gelu, nullptr, 0, nullptr, nullptr}, dout, weight, to,
-                   other);
+    const __grid_constant__ TensorMap dinp_map, const __grid_constant__ TensorMap pre_gelu_map,
+    const __grid_constant__ TensorMap gelu_map, const floatX* pre_gelu, floatX* gelu_out, int M, int N, int K) {
+    Product p = {};
+    p.M = M, p.N = N, p.K = K, p.splits = 1, p.out = dinp, p.gelu_at = pre_gelu, p.gelu_out = gelu_out;
+    product<DGRAD>(p, dout, weight, dinp_map, gelu_map, pre_gelu_map);
 }
 extern "C" __global__ void __launch_bounds__(384, 1) matmul_wgrad_sm90(
     floatG* dweight, float* partials, float* bias_sums, const __grid_constant__ TensorMap dout,
     const __grid_constant__ TensorMap inp, const __grid_constant__ TensorMap to, int M, int N, int K, int splits,
     int accumulate) {
-    product<WGRAD>({M, N, K, splits, nullptr, nullptr, nullptr, nullptr, dweight, accumulate, partials, bias_sums},
-                   dout, inp, to, to);
+    Product p = {};
+    p.M = M, p.N = N, p.K = K, p.splits = splits, p.grad = dweight, p.accumulate = accumulate, p.partials = partials;
+    p.bias_sums = bias_sums;
+    product<WGRAD>(p, dout, inp, to, to, to);
 }

@@ -65,17 +65,9 @@ __device__ inline void tma_load(void* smem, const TensorMap& map, int column, in
 // them and then a barrier. A commit closes a group of copies of this thread; tma_store_wait<N> returns when all but the
 // last N groups have read their shared memory, which may then be overwritten. A thread must not exit before.
 __device__ inline void tma_store(const TensorMap& map, int column, int row, const void* smem) {
-#ifdef EVICT_FIRST  // to try: whether the stream of results pushes operands out of L2
-    u64 policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%1, %2}], [%3], %4;"
-                 ::"l"(&map), "r"(column), "r"(row), "r"(shared_address(smem)), "l"(policy)
-                 : "memory");
-#else
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
                  ::"l"(&map), "r"(column), "r"(row), "r"(shared_address(smem))
                  : "memory");
-#endif
 }
 __device__ inline void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 template <int N> __device__ inline void tma_store_wait() {

@@ -430,10 +430,8 @@ class GPT2:
         residuals = [acts.encoded, *(a.residual3 for a in acts.h[:-1])]
         for layer in reversed(range(self.config.num_layers)):
             w, g, a, residual = params.h[layer], grads.h[layer], acts.h[layer], residuals[layer]
-            if self.recompute >= 1:
-                ops.gelu_forward(a.fch_gelu, a.fch)
-            d = (g.fcprojw, g.fcprojb, scratch.f32)
-            ops.matmul_backward(dl_bt4c, *d, dresidual, a.fch_gelu, w.fcprojw, pre_gelu=a.fch, accumulate=more)
+            d, again = (g.fcprojw, g.fcprojb, scratch.f32), self.recompute >= 1  # again: fch_gelu = gelu(fch)
+            ops.matmul_backward(dl_bt4c, *d, dresidual, a.fch_gelu, w.fcprojw, a.fch, accumulate=more, recompute=again)
             if self.recompute >= 2:
                 ops.layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, w.ln2w, w.ln2b)
             ops.matmul_backward(dl_btc, g.fcw, g.fcb, scratch.f32, dl_bt4c, a.ln2, w.fcw, accumulate=more)

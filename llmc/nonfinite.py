@@ -31,7 +31,7 @@ WRITES = {  # op -> its arguments that it writes; scratch may hold anything
     "fused_residual_forward": ("residual", "mean", "rstd", "normed"),
     "layernorm_backward": ("dinp", "dweight", "dbias"),
     "matmul_forward": ("pre_gelu", "out"),
-    "matmul_backward": ("dinp", "dweight", "dbias"),
+    "matmul_backward": ("inp", "dinp", "dweight", "dbias"),  # inp with recompute
     "attention_forward": ("att", "out"),
     "attention_backward": ("dqkvr",),
     "gelu_forward": ("out",),
@@ -112,7 +112,7 @@ class Trace:
 
     def look(self, op, arguments):
         for argument in WRITES[op]:
-            array = arguments.get(argument)
+            array = arguments.get(argument if argument != "inp" or arguments.get("recompute") else None)
             text = None if array is None else count(self.ops, array, self.model.scratch.f32)
             if text:
                 name, own_layer = self.name(array) or (argument, None)

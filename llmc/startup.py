@@ -58,12 +58,13 @@ def prepare_kernels(config, dtype, check=False, grad_dtype=None):
     module.check_launches = check
     timer = time.perf_counter()
     HS = config.channels // config.num_heads
-    name, defines = np.dtype(dtype).name, {"attention.cu": (f"HEAD_SIZE={HS}",)} if HS != 64 else {}
+    name, attention = np.dtype(dtype).name, ("attention.cu", "attention_sm90.cu")
+    defines = dict.fromkeys(attention, (f"HEAD_SIZE={HS}",)) if HS != 64 else {}
     module.compile_all(name, defines)
     if grad_dtype not in (None, name):  # what writes gradients, once more; the rest is loaded already
-        writers = ("encoder.cu", "layernorm.cu", "matmul.cu", "adamw.cu")
+        writers = ("encoder.cu", "layernorm.cu", "matmul.cu", "matmul_sm90.cu", "adamw.cu")
         module.compile_all(name, defines | dict.fromkeys(writers, ("GRADS_FP32",)))
-    fallback = device.try_hopper(dtype)
+    fallback = device.try_hopper(dtype, HS)
     if fallback:
         print(fallback, file=sys.stderr)
     return f"kernels ready after {time.perf_counter() - timer:.1f} s, {len(module.compilations)} files compiled"

@@ -167,6 +167,25 @@ def test_matmul_forward_gelu_is_that_of_gelu_forward(op, shape):
     ref.assert_bits(op, "out", out, again)
 
 
+@pytest.mark.op("matmul_backward", shapes=[(1, 65, 72, 40), (2, 130, 200, 136)], cpu=[(2, 7, 13, 29)])
+def test_matmul_backward_recomputes_its_input(op, shape):
+    """With recompute everything has the bits that it has with inp given, and inp is written, whatever it held."""
+    B, T, C, OC = shape
+    _, weight, _, dout = inputs(shape, op.dtype)
+    pre_gelu, inp, again = (np.random.default_rng(1).standard_normal((B, T, C)).astype(op.dtype) * 2 for _ in range(3))
+    op.sibling("gelu_forward")(inp, pre_gelu)
+    results = []
+    for recompute, source in ((False, inp), (True, again)):
+        grads = [np.full(s, np.nan, op.dtype) for s in ((B, T, C), (OC, C), (OC,))]
+        scratch, flags = op.scratch(B, T, C, OC), dict(accumulate=False, recompute=recompute)
+        if recompute:
+            source[...] = np.nan
+        op.run(*grads, scratch, dout, source, weight, pre_gelu, **flags)
+        results.append([source, *grads])
+    for name, given, recomputed in zip(("inp", "dinp", "dweight", "dbias"), *results, strict=True):
+        ref.assert_bits(op, name, recomputed, given)
+
+
 @pytest.mark.op("matmul_forward", public=True)
 @given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 20), st.integers(1, 20), st.sampled_from(FLAGS))
 def test_matmul_forward_any_shape(op, B, T, C, OC, flags):

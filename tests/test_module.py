@@ -196,13 +196,14 @@ def test_a_second_process_compiles_nothing(cupy):
 
 
 def test_hopper_kernels_are_tried_before_they_are_trusted(monkeypatch, capsys):
-    """One that raises, or is wrong in one of its products, leaves the portable ones in charge, and a line says why."""
+    """One that raises, or is wrong in one of its results, leaves the portable ones in charge, and a line says why."""
     ops = op_set("executor", monkeypatch)
     monkeypatch.setattr(module, "capability", lambda: 90)
     monkeypatch.setattr(module, "no_hopper", None)
-    bf16, matmul = np.dtype(ml_dtypes.bfloat16), ops.matmul
-    hopper, forward, backward = matmul.production(bf16), matmul.forward, matmul.backward
-    assert hopper in matmul.HOPPER and ops.device.try_hopper(np.float32) is None
+    bf16, matmul, attention = np.dtype(ml_dtypes.bfloat16), ops.matmul, ops.attention
+    hopper, forward, backward = matmul.production(bf16), matmul.forward, attention.backward
+    assert hopper in matmul.HOPPER and attention.production(64, bf16, True) in attention.HOPPER
+    assert ops.device.try_hopper(np.float32) is None
     assert ops.device.try_hopper(bf16) is None and matmul.production(bf16) == hopper
 
     def raises(version, *args):
@@ -210,21 +211,25 @@ def test_hopper_kernels_are_tried_before_they_are_trusted(monkeypatch, capsys):
             raise RuntimeError("no such\nunit")
         forward(version, *args)
 
-    def wrong(version, dinp, dweight, *args):
-        backward(version, dinp, dweight, *args)
-        if version == hopper:
-            dweight[3, 5] += 40.0
+    def wrong(version, dqkvr, *args):
+        backward(version, dqkvr, *args)
+        if version in attention.HOPPER:
+            dqkvr[0, 200, 5] += 4.0
 
     line = "the kernels for Hopper do not work here, portable ones are used: "
-    for name, function, why in (("forward", raises, "no such unit"), ("backward", wrong, "wgrad is off by ")):
+    faults = (
+        (matmul, "forward", raises, "no such unit"),
+        (attention, "backward", wrong, "attention backward is off by "),
+    )
+    for file, name, function, why in faults:
         with monkeypatch.context() as patch:
-            patch.setattr(matmul, name, function)
+            patch.setattr(file, name, function)
             patch.setattr(module, "no_hopper", None)
             assert ops.device.try_hopper(bf16).startswith(line + why)
-            assert matmul.production(bf16) == 5 and not module.hopper()
+            assert matmul.production(bf16) == 5 and attention.production(64, bf16, True) == 3 and not module.hopper()
 
     monkeypatch.setattr(module, "compile_all", lambda *_: None)
-    monkeypatch.setattr(ops.device, "try_hopper", lambda dtype: line + why)
+    monkeypatch.setattr(ops.device, "try_hopper", lambda dtype, HS: line + why)
     assert startup.prepare_kernels(GPT2Config(), bf16).startswith("kernels ready after")
     out, err = capsys.readouterr()
     assert not out and err == line + why + "\n"  # also of commands that print a text on stdout

@@ -7,7 +7,7 @@ its derivative, the add into a gradient) is done on the block while it is in cac
 import numpy as np
 
 from . import device
-from .gelu import gelu_backward_block, gelu_block
+from .gelu import gelu_backward_block, gelu_block, gelu_forward
 
 ROWS, COLUMNS = 512, 512  # the largest block of an output
 
@@ -49,12 +49,13 @@ def matmul_forward(out, inp, weight, bias=None, pre_gelu=None):
     device.parallel(body, len(grid))
 
 
-def matmul_backward(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
+def matmul_backward(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True, recompute=False):
     """dinp = dout @ weight, times gelu'(pre_gelu) if given;  dweight (+)= dout^T @ inp;  dbias (+)= column sums of dout
 
     dinp (B, T, C) f32 written (=);  dweight (OC, C), dbias (OC,) or None: accumulated (+=) if accumulate, else written;
     scratch f32, matmul_scratch_size(B, T, C, OC);  dout (B, T, OC);  inp (B, T, C);  weight (OC, C);
-    pre_gelu (B, T, C): the values whose GELU was inp.  dinp may not overlap dout or inp.
+    pre_gelu (B, T, C): the values whose GELU was inp.  recompute: inp is written first (=), as gelu(pre_gelu), to the
+    bits that matmul_forward and gelu_forward give it.  dinp may not overlap dout or inp.
     Cost: 4*B*T*C*OC FLOPs.  Source: llm.c llmc/matmul.cuh matmul_backward.
     """
     OC, C = weight.shape
@@ -62,6 +63,8 @@ def matmul_backward(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=N
     assert dout.shape == (*inp.shape[:-1], OC) and dweight.shape == weight.shape, (dout.shape, dweight.shape)
     assert dbias is None or dbias.shape == (OC,), (dbias.shape, OC)
     assert pre_gelu is None or pre_gelu.shape == inp.shape, (pre_gelu.shape, inp.shape)
+    if recompute:
+        gelu_forward(inp, pre_gelu)
     x, dx, dy = inp.reshape(-1, C), dinp.reshape(-1, C), dout.reshape(-1, OC)
     x_pre = None if pre_gelu is None else pre_gelu.reshape(-1, C)
     BT = x.shape[0]

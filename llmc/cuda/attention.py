@@ -1,8 +1,8 @@
 """Causal self-attention on packed QKV: kernels/attention.cu has the math, the layouts and the table of versions.
 
 attention_forward1 .. 4 and attention_backward1 .. 4 have the whole contract of the public functions, which choose the
-version: 3 (tensor cores) for bf16 and fp16, 2 (FFMA) for fp32, 1 where a head does not fit the tiles. 4 is for Hopper
-(kernels/attention_sm90.cu), in no training step until it has been measured.
+version: for bf16 and fp16 4 (kernels/attention_sm90.cu) at compute capability 9.0 and 3 (tensor cores) elsewhere, 2
+(FFMA) for fp32, 1 where a head does not fit the tiles.
 """
 
 import math
@@ -56,6 +56,8 @@ def launch_sm90(name, dtype, B, T, NH, HS, tiles, args):
 def production(HS, dtype, backward):
     if HS > 128:
         return 1
+    if dtype != np.float32 and HS in HEAD_SIZES[4] and module.hopper():
+        return 4
     if dtype != np.float32 and (module.capability() >= 80 or HS <= 64):
         return 3  # below 8.0 a block has 64 KiB of shared memory
     return 2 if module.capability() >= 80 or smem2(HS, backward) <= 65536 else 1

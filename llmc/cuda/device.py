@@ -24,32 +24,55 @@ def start():
         raise UserError("the GPU computes wrong results: the sum of eight ones is not 8. HINT: use --device cpu")
 
 
-def try_hopper(dtype):
-    """Launches Hopper's matmuls once and compares them with the portable ones -> None, or a line that says that these
-    are used from now on, and why. A kernel that breaks the CUDA context itself raises: nothing can follow it."""
+def try_hopper(dtype, HS=64):
+    """Launches Hopper's matmuls and its attention for heads of HS once and compares them with the portable ones -> None,
+    or a line that says that these are used from now on, and why. A kernel that breaks the CUDA context itself raises:
+    nothing can follow it."""
     if not module.hopper() or np.dtype(dtype) == np.float32:
         return None
-    from . import matmul
+    from . import attention, matmul
+
+    rng, dtype = np.random.default_rng(0), np.dtype(dtype)
 
     def filled(*shape):
-        array = alloc(int(np.prod(shape)) * np.dtype(dtype).itemsize).view(dtype).reshape(shape)
+        array = alloc(int(np.prod(shape)) * dtype.itemsize).view(dtype).reshape(shape)
         upload(array, rng.standard_normal(shape, np.float32).astype(dtype))
         return array
 
-    rng, (BT, C, OC) = np.random.default_rng(0), (256, 128, 320)
-    inp, weight, bias, dout = filled(1, BT, C), filled(OC, C), filled(OC), filled(1, BT, OC)
-    scratch = alloc(4 * matmul.matmul_scratch_size(1, BT, C, OC)).view(np.float32)
-    results = []
-    try:
-        for version in (5, matmul.production(np.dtype(dtype))):
-            out, dinp, dweight = filled(1, BT, OC), filled(1, BT, C), filled(OC, C)
-            matmul.forward(version, out, inp, weight, bias, None)
-            matmul.backward(version, dinp, dweight, None, scratch, dout, inp, weight, None, False)
-            results.append([download(array).astype(np.float32) for array in (out, dinp, dweight)])
-        for name, portable, own in zip(("forward", "dgrad", "wgrad"), *results, strict=True):
-            error = float(np.abs(own - portable).max() / np.abs(portable).max())
+    def room(size):
+        return alloc(4 * size).view(np.float32)
+
+    def compare(names, run, portable, own):
+        """run(version) -> arrays"""
+        results = [[download(array).astype(np.float32) for array in run(version)] for version in (portable, own)]
+        for name, right, array in zip(names, *results, strict=True):
+            error = float(np.abs(array - right).max() / np.abs(right).max())
             if not error < 2**-6:  # a rounding of bf16 is 2^-8
                 raise ValueError(f"{name} is off by {error:.1g}")
+
+    BT, C, OC, NH = 320, 128, 320, 2
+    inp, weight, bias, dout = filled(1, BT, C), filled(OC, C), filled(OC), filled(1, BT, OC)
+    qkvr, datty = filled(1, BT, 3 * NH * HS), filled(1, BT, NH * HS)
+    att = room(NH * BT).reshape(1, NH, BT)
+
+    def products(version):
+        out, dinp, dweight, dbias = filled(1, BT, OC), filled(1, BT, C), filled(OC, C), filled(OC)
+        scratch = room(matmul.matmul_scratch_size(1, BT, C, OC))
+        matmul.forward(version, out, inp, weight, bias, None)
+        matmul.backward(version, dinp, dweight, dbias, scratch, dout, inp, weight, None, False, False)
+        return out, dinp, dweight, dbias
+
+    def heads(version):
+        atty, dqkvr = filled(1, BT, NH * HS), filled(1, BT, 3 * NH * HS)
+        attention.forward(version, atty, att, qkvr)
+        scratch = room(attention.attention_scratch_size(1, BT, NH * HS, NH))
+        attention.backward(version, dqkvr, scratch, datty, atty, qkvr, att)
+        return atty, dqkvr
+
+    try:
+        compare(("forward", "dgrad", "wgrad", "bias gradient"), products, 5, matmul.production(dtype))
+        if attention.production(HS, dtype, False) == 4:
+            compare(("attention forward", "attention backward"), heads, 3, 4)
     except Exception as error:
         synchronize()
         module.no_hopper = module.one_line(error)

@@ -1,22 +1,20 @@
 """The linear layers: kernels/matmul.cu has the math, the layouts and the table of versions.
 
 matmul_forward1 .. 10 and matmul_backward1 .. 10 have the whole contract of the public functions, which choose the
-version for dtype and GPU: for bf16 and fp16 7 (kernels/matmul_sm90.cu) at compute capability 9.0 and 5 elsewhere, 3 for
-fp32.
+version for dtype and GPU: for bf16 and fp16 10 (kernels/matmul_sm90.cu) at compute capability 9.0 and 5 elsewhere, 3
+for fp32.
 """
 
 import numpy as np
 from numpy import int32 as i32
 from numpy import int64 as i64
 
-from . import module
+from . import gelu, module
 
 TILE = 128  # kernels 3, 4, 5: outputs of a block, in both directions
 STAGES = {4: 1, 5: 3}  # kernels 4, 5: tiles in flight
 SIXTEEN_BIT = (4, 5, 6, 7, 8, 9, 10)  # versions for bf16 and fp16 alone
 HOPPER = (6, 7, 8, 9, 10)  # versions for compute capability 9.0 alone: kernels/matmul_sm90.cu
-STORE_ROWS = {6: 64, 7: 64, 8: 64, 9: 16, 10: 64}  # of the boxes that Hopper's versions store (6 and 7 do not)
-TO_TRY = ()  # further -D options of Hopper's versions, for experiments: EVICT_FIRST
 BIAS_PARTS = 128  # most row ranges of the bias gradient
 # Weight gradient: as many token ranges as bring output tiles x ranges near this number, of 128 tokens or more each. It
 # fills GPUs of 108 to 132 SMs with two blocks each three times over; a constant, so that results do not depend on the
@@ -29,7 +27,7 @@ def ceil_div(a, b):
 
 
 def production(dtype):
-    return 3 if dtype == np.float32 else 7 if module.hopper() else 5
+    return 3 if dtype == np.float32 else 10 if module.hopper() else 5
 
 
 def wgrad_splits(BT, C, OC):
@@ -47,7 +45,7 @@ def bias_parts(BT):
 
 def matmul_scratch_size(B, T, C, OC):
     """f32 elements of scratch that matmul_backward wants: partial sums of the weight or the bias gradient, or of both
-    (kernel 10)."""
+    (from kernel 9 on)."""
     splits, sm90 = wgrad_splits(B * T, C, OC), wgrad_splits_sm90(B * T, C, OC)
     both = (sm90 * OC * C if sm90 > 1 else 0) + sm90 * ceil_div(C, 192) * OC
     return max(splits * OC * C if splits > 1 else 0, bias_parts(B * T) * OC, both)
@@ -67,27 +65,28 @@ def wgrad_splits_sm90(BT, C, OC):
 def launch_sm90(name, version, dtype, M, N, args, splits=1, defines=()):
     """Kernels 6 to 10: each block takes every so many'th tile."""
     tiles = ceil_div(M, 128) * ceil_div(N, 192) * splits
-    smem = 4 * 40960 + 80 + 1024 + (32768 if version < 8 else 65536 + 384 + 1536)  # sizeof(Shared) and to align it
-    defines = (f"RUNG={version}", *defines, *TO_TRY)
+    smem = 4 * 40960 + 80 + 1024 + (32768 if version < 8 else 65536 + 96 + 1536)  # sizeof(Shared) and to align it
+    defines = (f"RUNG={version}", *defines)
     kernel = module.kernel("matmul_sm90.cu", f"matmul_{name}_sm90", dtype, defines, smem, "sm_90a")
     kernel((min(tiles, module.multiprocessors()),), (384,), args, shared_mem=smem)
 
 
-def dgrad_sm90(version, dinp, dout, weight, pre_gelu):
-    (OC, C), rows, BT = weight.shape, STORE_ROWS[version], dinp.size // weight.shape[1]
+def dgrad_sm90(version, dinp, dout, weight, pre_gelu, gelu_out=None):
+    """gelu_out: in kernel 10 alone, or None."""
+    (OC, C), BT = weight.shape, dinp.size // weight.shape[1]
     operands = module.tensor_map(dout, BT, OC, 128), module.tensor_map(weight, OC, C, 64)
-    other = dinp if pre_gelu is None else pre_gelu
-    results = module.tensor_map(dinp, BT, C, rows), module.tensor_map(other, BT, C, rows)
-    args = (dinp, *operands, *results, pre_gelu, i32(BT), i32(C), i32(OC))
-    launch_sm90("dgrad", version, dinp.dtype, BT, C, args)
+    maps = (module.tensor_map(dinp if a is None else a, BT, C, 64) for a in (dinp, pre_gelu, gelu_out))
+    launch_sm90(
+        "dgrad", version, dinp.dtype, BT, C, (dinp, *operands, *maps, pre_gelu, gelu_out, i32(BT), i32(C), i32(OC))
+    )
 
 
 def wgrad_sm90(version, dweight, dbias, scratch, dout, inp, accumulate, defines=()):
-    """dbias: in kernel 10 alone, or None."""
-    (OC, C), rows, BT = dweight.shape, STORE_ROWS[version], inp.size // dweight.shape[1]
+    """dbias: from kernel 9 on, or None."""
+    (OC, C), BT = dweight.shape, inp.size // dweight.shape[1]
     splits = wgrad_splits_sm90(BT, C, OC)
     operands = module.tensor_map(dout, BT, OC, 64), module.tensor_map(inp, BT, C, 64)
-    to = operands[0] if defines else module.tensor_map(dweight, OC, C, rows)  # f32 gradients are not stored by TMA
+    to = operands[0] if defines else module.tensor_map(dweight, OC, C, 64)  # f32 gradients are not stored by TMA
     bias_sums = None if dbias is None else scratch[splits * OC * C if splits > 1 else 0 :]
     args = (dweight, scratch, bias_sums, *operands, to, i32(OC), i32(C), i32(BT), i32(splits), accumulate)
     launch_sm90("wgrad", version, inp.dtype, OC, C, args, splits, defines)
@@ -124,29 +123,31 @@ def forward(version, out, inp, weight, bias, pre_gelu):
     sizes = i32(BT), i32(OC), i32(C)
     if version in HOPPER:
         operands = module.tensor_map(inp, BT, C, 128), module.tensor_map(weight, OC, C, 192)
-        rows, other = STORE_ROWS[version], out if pre_gelu is None else pre_gelu
-        results = module.tensor_map(out, BT, OC, rows), module.tensor_map(other, BT, OC, rows)
+        results = (module.tensor_map(a, BT, OC, 64) for a in (out if pre_gelu is None else pre_gelu, out))
         launch_sm90("forward", version, out.dtype, BT, OC, (out, pre_gelu, *operands, *results, bias, *sizes))
     else:
         launch("forward", version, out.dtype, BT, OC, (out, pre_gelu, inp, weight, bias, *sizes))
 
 
-def backward(version, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate):
+def backward(version, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate, recompute):
     OC, C = weight.shape
     BT = inp.size // C
     B_T, dtype, accumulate = inp.shape[:-1], dinp.dtype, i32(accumulate)
     assert dinp.shape == inp.shape == (*B_T, C) and dout.shape == (*B_T, OC), (dinp.shape, inp.shape, dout.shape)
     assert dweight.shape == weight.shape and (dbias is None or dbias.shape == (OC,)), (dweight.shape, weight.shape)
     assert pre_gelu is None or pre_gelu.shape == inp.shape, (pre_gelu.shape, inp.shape)
+    assert pre_gelu is not None or not recompute
     assert C % 8 == 0 and OC % 8 == 0, (C, OC)  # 16-byte accesses
     assert all(x is None or x.dtype == dtype for x in (dout, inp, weight, pre_gelu)), dtype
     defines = module.grad_defines(dtype, (dweight, dbias))
     assert scratch.size >= matmul_scratch_size(1, BT, C, OC), (scratch.size, BT, C, OC)
-    fused = version == 10  # the bias gradient, with the weight's
+    fused = version >= 9  # the bias gradient, with the weight's
+    if recompute and version < 10:
+        gelu.gelu_forward(inp, pre_gelu)
     if dbias is not None and not fused:
         bias_grad(1 if version == 1 else 2, dbias, scratch, dout, BT, OC, accumulate, defines)
     if version in HOPPER:
-        dgrad_sm90(version, dinp, dout, weight, pre_gelu)
+        dgrad_sm90(version, dinp, dout, weight, pre_gelu, inp if recompute and version == 10 else None)
         wgrad_sm90(version, dweight, dbias if fused else None, scratch, dout, inp, accumulate, defines)
         return
     sizes, wgrad_sizes = (i32(BT), i32(C), i32(OC)), (i32(OC), i32(C), i32(BT))
@@ -222,44 +223,46 @@ def matmul_forward10(out, inp, weight, bias=None, pre_gelu=None):
     forward(10, out, inp, weight, bias, pre_gelu)
 
 
-def matmul_backward1(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
-    backward(1, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
+def matmul_backward1(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True, recompute=False):
+    backward(1, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate, recompute)
 
 
-def matmul_backward2(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
-    backward(2, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
+def matmul_backward2(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True, recompute=False):
+    backward(2, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate, recompute)
 
 
-def matmul_backward3(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
-    backward(3, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
+def matmul_backward3(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True, recompute=False):
+    backward(3, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate, recompute)
 
 
-def matmul_backward4(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
-    backward(4, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
+def matmul_backward4(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True, recompute=False):
+    backward(4, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate, recompute)
 
 
-def matmul_backward5(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
-    backward(5, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
+def matmul_backward5(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True, recompute=False):
+    backward(5, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate, recompute)
 
 
-def matmul_backward6(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
-    backward(6, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
+def matmul_backward6(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True, recompute=False):
+    backward(6, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate, recompute)
 
 
-def matmul_backward7(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
-    backward(7, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
+def matmul_backward7(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True, recompute=False):
+    backward(7, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate, recompute)
 
 
-def matmul_backward8(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
-    backward(8, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
+def matmul_backward8(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True, recompute=False):
+    backward(8, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate, recompute)
 
 
-def matmul_backward9(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
-    backward(9, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
+def matmul_backward9(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True, recompute=False):
+    backward(9, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate, recompute)
 
 
-def matmul_backward10(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
-    backward(10, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
+def matmul_backward10(
+    dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True, recompute=False
+):
+    backward(10, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate, recompute)
 
 
 def matmul_forward(out, inp, weight, bias=None, pre_gelu=None):
@@ -275,16 +278,17 @@ def matmul_forward(out, inp, weight, bias=None, pre_gelu=None):
     forward(production(out.dtype), out, inp, weight, bias, pre_gelu)
 
 
-def matmul_backward(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True):
+def matmul_backward(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True, recompute=False):
     """dinp = dout @ weight, times gelu'(pre_gelu) if given;  dweight (+)= dout^T @ inp;  dbias (+)= column sums of dout
 
     dinp (B, T, C) X written (=), before dweight;  dweight (OC, C), dbias (OC,) or None, X or f32: += if accumulate,
     else =, in fp32 with one rounding;  scratch f32 flat, matmul_scratch_size(B, T, C, OC), need not be zeroed;
     dout (B, T, OC) X;  inp (B, T, C) X;  weight (OC, C) X;  pre_gelu (B, T, C) X: the values whose GELU was inp.
+    recompute: inp is written first (=), as gelu(pre_gelu), to the bits that matmul_forward and gelu_forward give it.
     dinp may not overlap dout or inp.
     Requires: C, OC % 8 == 0, all arrays C-contiguous and 16-byte aligned.
     Cost: 4*B*T*C*OC FLOPs.
     Errors: AssertionError on shape or dtype mismatch; never copies, casts, allocates or synchronises.
     Source: llm.c llmc/matmul.cuh matmul_backward.
     """
-    backward(production(dinp.dtype), dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate)
+    backward(production(dinp.dtype), dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate, recompute)

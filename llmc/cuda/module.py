@@ -39,8 +39,10 @@ GPT2_FILES = (  # what a GPT-2 training step uses, and compile_all compiles
     "global_norm.cu",
 )
 
-CANDIDATES = ("attention_sm90.cu",)  # in no training step until a GPU has timed them
-HOPPER_FILES = {"matmul_sm90.cu": ("RUNG=7",)}  # with their defines: also, in bf16 and fp16 at compute capability 9.0
+HOPPER_FILES = {  # with their defines: also, in bf16 and fp16 at compute capability 9.0
+    "attention_sm90.cu": (),
+    "matmul_sm90.cu": ("RUNG=10",),
+}
 
 compilations = []  # (file, dtype, defines) of each module this process compiled; a warm disk cache leaves it empty
 no_hopper = None  # why kernels for compute capability 9.0 alone are not used there, if they are not: device.try_hopper
@@ -255,7 +257,7 @@ def compile_all(dtype, defines=None):
 
     jobs = [(file, (defines or {}).get(file, ()), None) for file in GPT2_FILES]
     if capability() == 90 and name != "float32":
-        jobs += [(file, hopper, "sm_90a") for file, hopper in HOPPER_FILES.items()]
+        jobs += [(file, (*own, *(defines or {}).get(file, ())), "sm_90a") for file, own in HOPPER_FILES.items()]
 
     def compile_one(job):
         file, file_defines, arch = job
