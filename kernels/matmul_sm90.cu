@@ -173,6 +173,7 @@ __device__ inline void add_columns(const Product& p, Shared& shared, int panel) 
                     unpack2(low, values.x), unpack2(high, values.y);
                     sums[0] += low[0], sums[1] += low[1], sums[2] += high[0], sums[3] += high[1];
                 }
+                fence_async();  // or TMA may refill the stage while reads are still under way
             }
             __syncwarp();
             if (lane == 0) { mbarrier_arrive(&shared.empty[stages % STAGES]); }

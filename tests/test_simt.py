@@ -218,6 +218,7 @@ HOPPER_FAULTS = [
     ("unfilled_bad", "timing-dependent result", None),
     ("fence_bad", "missing fence", "store"),
     ("barrier_bad", "missing fence", "store"),
+    ("refilled_bad", "missing fence", "load"),
     ("exit_bad", "TMA store in flight", "store"),
     ("reuse_bad", "timing-dependent result", None),
     ("sums_bad", "timing-dependent result", None),
@@ -254,6 +255,7 @@ def test_correct_twins_of_hopper():
     np.testing.assert_array_equal(out, np.r_[2 * inp, 4 * inp])
     launch_hopper("square_good", out, inp)
     np.testing.assert_array_equal(out[:64], inp @ inp.T)
+    launch_hopper("refilled_good", out, inp)
     with simt.mode(fast=True):
         launch_hopper("copy_good", out, inp)
     np.testing.assert_array_equal(out[:64], 2 * inp)

@@ -42,7 +42,8 @@ What it catches, with kernel, source line, block, thread, array and element
     Of kernels for sm_90a (arch="sm_90a"), with kernel and line or array:
     timing-dependent result     different bits when TMA copies and wgmma happen as late as the waits allow, or with
                                 other garbage in arrays that are marked by `poison`
-    missing fence               stmatrix, then TMA or wgmma on the same bytes, without fence_async by the writer between
+    missing fence               stmatrix, then TMA or wgmma on the same bytes; ldmatrix, then a TMA load into them;
+                                without fence_async between by the thread that wrote, or gave the row's address
     TMA load, TMA store, wgmma in flight    at the end of the thread or block
     deadlock                    mbarriers, named barriers
 
@@ -52,8 +53,9 @@ What it cannot see
     (timeout). Of several readers of an element only two are remembered, so a single order may miss a write after read.
     Neighbouring bytes of one 2-byte pair are told apart only for 1-byte accesses. Inline assembly, __device__ variables
     that are written, textures, clusters. Kernels for sm_90a (TMA, mbarriers, wgmma: simt_ptx_sm90.h) run unchecked:
-    layouts, swizzles, the ring's logic and deadlocks show, and what was not waited for (below); races between ordinary
-    accesses and accesses out of bounds do not.
+    layouts, swizzles, the ring's logic and deadlocks show, and what was not waited for (above); races between ordinary
+    accesses and accesses out of bounds do not, nor that a plain load or store in C++ lacks a fence_async before TMA
+    comes to its bytes, or that a fence_async comes after the arrival that it should come before.
     Rounding of approximate instructions (__expf, rsqrtf) and the order of sums inside the tensor cores are the CPU's;
     denormals are flushed as with -ftz=true; a * b + c is not contracted. Registers, occupancy and speed.
 
@@ -538,6 +540,7 @@ class Launch(ctypes.Structure):
         ("seed", ctypes.c_uint32),
         ("late", ctypes.c_int),
         ("checked", ctypes.c_int),
+        ("hopper", ctypes.c_int),
         ("timeout", ctypes.c_double),
         ("counting", ctypes.c_int),
         ("watching", ctypes.c_int),
@@ -628,6 +631,7 @@ class Kernel:
             1,
             0,
             not unchecked,
+            self.hopper,
             TIMEOUT,
         )
         with lock:

@@ -80,6 +80,7 @@ struct Launch {
     u32 seed;
     int late;  // Hopper's units do their work as late as the waits allow, not at once
     int checked;
+    int hopper;      // a kernel for sm_90a
     double timeout;  // seconds of CPU time
     int counting;    // count traffic
     int watching;
@@ -151,7 +152,8 @@ struct Fiber {
     std::vector<Box> stores;   // TMA stores not waited for
     std::vector<Product> products;
     int store_group, product_group;
-    std::vector<u32> unfenced;  // shared addresses written by stmatrix since the last fence_async
+    std::vector<u32> unfenced;       // shared addresses written by stmatrix since the last fence_async
+    std::vector<u32> unfenced_rows;  // 16-byte rows of shared memory read by ldmatrix since then, address / 16
 };
 
 static Fiber fibers[MAX_THREADS], scheduler;
@@ -247,7 +249,7 @@ static void make_fiber(Fiber& f) {
     makecontext(&f.context, fiber_main, 0);
 #endif
     f.state = READY;
-    f.copies.clear(), f.stores.clear(), f.products.clear(), f.unfenced.clear();
+    f.copies.clear(), f.stores.clear(), f.products.clear(), f.unfenced.clear(), f.unfenced_rows.clear();
     f.group = f.store_group = f.product_group = 0;
 }
 
@@ -1226,7 +1228,10 @@ static void check_shared(void* p, void* pc) {
     }
 }
 
+static void generic_read(const void* row, void* pc);
+
 extern "C" void simt_ldmatrix(u32* r, const void* row, int matrices, int transposed, At at) {
+    if (launch.hopper && (int)self->lane < 8 * matrices) { generic_read(row, RETURN_ADDRESS); }
     self->operand = matrices * 2 + transposed;
     self->pointers[0] = r, self->pointers[1] = (void*)row, self->pc = RETURN_ADDRESS;
     gather(LDMATRIX, ~0u, 32, at);
@@ -1313,8 +1318,10 @@ struct Barrier {  // in the 8 bytes of an mbarrier
     short pending;
     unsigned short count : 15, phase : 1;
 };
-static std::vector<Box> loads;  // late ones under way
+static std::vector<Box> loads;           // late ones under way
 static uint16_t unfenced_by[ARENA / 4];  // the thread + 1 that wrote 4 bytes by stmatrix and has no fence_async yet
+static u32 unfenced_reads[ARENA / 16];   // by ldmatrix, of 16 bytes: several lanes may read the same
+static u64 all_unfenced_reads;           // their sum
 static u64 vain;                         // waits for mbarriers in a row that found nothing new
 static std::vector<Fiber*> at_named_barrier[16];
 
@@ -1380,7 +1387,19 @@ static void finish_load(const Box& box) {
     simt_mbarrier_arrive(box.barrier, 0, -box.bytes);
 }
 
+// TMA is about to overwrite shared memory: an ldmatrix may be carried out after the arrival that tells of it.
+static void check_overwritten(const Box& box) {
+    for (u32 row = box.shared / 16; all_unfenced_reads && row < (box.shared + box.bytes) / 16; ++row) {
+        if (!unfenced_reads[row]) { continue; }
+        const Fiber* f = fibers;
+        while (!std::count(f->unfenced_rows.begin(), f->unfenced_rows.end(), row)) { ++f; }
+        fail("missing fence", box.at, "TMA overwrites shared memory that %s read by ldmatrix without fence_async",
+             name_of(f));
+    }
+}
+
 static void start_load(const Box& box) {
+    check_overwritten(box);
     if (!launch.late) { return finish_load(box); }
     memset(memory + box.shared, 0xff, box.bytes);
     loads.push_back(box);
@@ -1430,11 +1449,18 @@ extern "C" void simt_generic_write(u32 at) {
     unfenced_by[at / 4] = (uint16_t)(me + 1);
     self->unfenced.push_back(at);
 }
+static void generic_read(const void* row, void* pc) {
+    check_shared((void*)row, pc);
+    u32 number = (u32)(((const char*)row - memory) / 16);
+    ++unfenced_reads[number], ++all_unfenced_reads;
+    self->unfenced_rows.push_back(number);
+}
 extern "C" void simt_fence_async() {
     for (u32 at : self->unfenced) {
         if (unfenced_by[at / 4] == me + 1) { unfenced_by[at / 4] = 0, --simt_unfenced_writes; }
     }
-    self->unfenced.clear();
+    for (u32 row : self->unfenced_rows) { --unfenced_reads[row], --all_unfenced_reads; }
+    self->unfenced.clear(), self->unfenced_rows.clear();
 }
 
 extern "C" void simt_tma_store(const u64* map, int column, int row, const void* shared, At at) {
@@ -1506,6 +1532,7 @@ static void clear_hopper() {
     loads.clear();
     for (auto& waiting : at_named_barrier) { waiting.clear(); }
     if (simt_unfenced_writes) { memset(unfenced_by, 0, sizeof unfenced_by), simt_unfenced_writes = 0; }
+    if (all_unfenced_reads) { memset(unfenced_reads, 0, sizeof unfenced_reads), all_unfenced_reads = 0; }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

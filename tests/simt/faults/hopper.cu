@@ -44,7 +44,7 @@ template <bool WAIT, bool FENCE, bool BARRIER, bool READ>
 __device__ inline void copy(const TensorMap& out, const TensorMap& inp) {
     Shared& s = shared();
     load(s.tile, inp, &s.full);
-    if (WAIT) { mbarrier_wait(&s.full, 0); }
+    WAIT ? mbarrier_wait(&s.full, 0) : named_barrier(1, 128);  // at least it has been asked for
     twice(s.tile, s.staging);
     if (FENCE) { fence_async(); }
     if (BARRIER) { named_barrier(1, 128); }
@@ -132,6 +132,25 @@ template <bool WAIT_FIRST, int PENDING> __device__ inline void square(const Tens
 SQUARE(square_good, true, 0)
 SQUARE(sums_bad, true, 1)
 SQUARE(refill_bad, false, 0)
+
+// TMA fills the tile again, which all warps have read, but the first UNFENCED threads without a fence since.
+template <int UNFENCED> __device__ inline void refilled(const TensorMap& inp) {
+    Shared& s = shared();
+    load(s.tile, inp, &s.full);
+    mbarrier_wait(&s.full, 0);
+    u32 r[4];
+    ldmatrix_x4(r, s.tile + threadIdx.x % 32 * 16);
+    if (threadIdx.x >= UNFENCED) { fence_async(); }
+    named_barrier(1, 128);
+    load(s.tile, inp, &s.full);
+    mbarrier_wait(&s.full, 1);
+}
+extern "C" __global__ void refilled_good(const __grid_constant__ TensorMap out, const __grid_constant__ TensorMap inp) {
+    refilled<0>(inp);
+}
+extern "C" __global__ void refilled_bad(const __grid_constant__ TensorMap out, const __grid_constant__ TensorMap inp) {
+    refilled<32>(inp);
+}
 
 extern "C" __global__ void load_bad(const __grid_constant__ TensorMap out, const __grid_constant__ TensorMap inp) {
     Shared& s = shared();
