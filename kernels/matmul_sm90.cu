@@ -47,9 +47,9 @@ constexpr int BOX = 64 * DEPTH * 2;                    // bytes of 64 x 64 value
 constexpr int A_BYTES = ROWS * DEPTH * 2, STAGE_BYTES = A_BYTES + COLUMNS * DEPTH * 2;
 constexpr int WARP_STAGING = 16 * 64 * 2;              // bytes of 16 rows of a box
 constexpr int SLOTS = 4;                               // with TMA stores: boxes of staging that a consumer has
+constexpr int CONSUMER_REGISTERS = 240, PRODUCER_REGISTERS = 24;  // 2 * 240 + 24 = 3 * 168, what 384 threads can have
 constexpr int BAND = 16;
 
-template <int OP> constexpr bool bias_sums = RUNG >= 9 && OP == WGRAD;  // warps 1 and 2 add up parts of the bias gradient
 template <int OP> constexpr bool a_by_k = OP == WGRAD;
 template <int OP> constexpr bool b_by_k = OP != FORWARD;
 
@@ -71,12 +71,12 @@ struct Product {
 struct Shared {  // the block's shared memory, from a multiple of 1024 bytes
     char stages[STAGES][STAGE_BYTES];
     char staging[8][TMA_STORES ? SLOTS : 2][WARP_STAGING];  // of the consumers' warps
+#if RUNG >= 8
+    alignas(128) float bias[2][COLUMNS];  // FORWARD: of the consumers' tiles. WGRAD, from 9 on: 8 rows of 64 ones
+    u64 loaded[2][HALVES * BOXES];        // a box that the end of a consumer's tile reads is there
+#endif
     u64 full[STAGES], empty[STAGES];
     u64 turns[2];  // consumer i may begin its next tile
-#if RUNG >= 8
-    u64 loaded[2][HALVES * BOXES];  // a box that the end of a consumer's tile reads is there
-    float bias[2][COLUMNS];         // of the consumers' tiles
-#endif
 };
 
 struct Work {
@@ -148,42 +148,6 @@ __device__ inline void finish(u32 (&packed)[4], u32 (&second)[4], const float* s
         if (OP == FORWARD && BOTH) {  // of the rounded value, so that recomputing it from gelu_input gives the same bits
             unpack2(y, packed[j]);
             second[j] = pack2(gelu(y[0]), gelu(y[1]));
-        }
-    }
-}
-
-// One warp, from 9 on in WGRAD: sums over k of 64 columns of a, which is dout. The tiles beside each other have the same tiles
-// of a; each of n adds up every n'th of them. A lane has 4 columns in every second row: its registers are few.
-__device__ inline void add_columns(const Product& p, Shared& shared, int panel) {
-    int lane = threadIdx.x % 32, columns = ceil_div(p.N, COLUMNS);
-    u32 stages = 0;  // that this warp has come by
-    for (int item = blockIdx.x; item < work_items(p); item += gridDim.x) {
-        Work w = work_item(p, item);
-        int part = w.n / COLUMNS, next = part;  // the next one of the tile's blocks to add up
-        float sums[4] = {};
-        for (int block = 0; block < w.end - w.begin; block++, stages++) {
-            mbarrier_wait(&shared.full[stages % STAGES], stages / STAGES & 1);
-            if (block == next) {
-                next += columns;
-                char* box = shared.stages[stages % STAGES] + panel * BOX + lane % 2 * 8;
-#pragma unroll 2
-                for (int row = lane / 16; row < DEPTH; row += 2) {
-                    uint2 values = *(const uint2*)swizzled(box, row, lane % 16 / 2);
-                    float low[2], high[2];
-                    unpack2(low, values.x), unpack2(high, values.y);
-                    sums[0] += low[0], sums[1] += low[1], sums[2] += high[0], sums[3] += high[1];
-                }
-                fence_async();  // or TMA may refill the stage while reads are still under way
-            }
-            __syncwarp();
-            if (lane == 0) { mbarrier_arrive(&shared.empty[stages % STAGES]); }
-        }
-        int m = w.m + panel * 64 + lane % 16 * 4;
-#pragma unroll
-        for (int i = 0; i < 4; i++) { sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], 16); }
-        if (lane < 16 && m < p.M) {
-            float4* to = (float4*)(p.bias_sums + (size_t)(w.split * columns + part) * p.M + m);
-            *to = make_float4(sums[0], sums[1], sums[2], sums[3]);
         }
     }
 }
@@ -291,13 +255,14 @@ __device__ inline void load_box(const TensorMap& from, const Slots& slots, int t
 
 // Before the products of a tile, while it is the other consumer's turn: the slots are free again, the first boxes to be
 // read are under way, and the bias is in shared memory.
+template <int OP>
 __device__ inline void prepare_tile(const Product& p, const TensorMap* read, const Slots& slots, int m, int n) {
     if (slots.leader) {
         tma_store_wait<0>();
         for (int box = 0; read && box < read_slots(p); box++) { load_box(*read, slots, box, m, n, box); }
     }
     int column = threadIdx.x % 128 * 2;
-    if (column < COLUMNS) {
+    if (OP == FORWARD && column < COLUMNS) {
         float pair[2] = {};
         if (p.bias && n + column < p.N) { unpack2(pair, *(const u32*)(p.bias + n + column)); }
         *(float2*)(slots.bias + column) = make_float2(pair[0], pair[1]);
@@ -435,7 +400,13 @@ __device__ inline void consume(const Product& p, const TensorMap& first, const T
     int lane = threadIdx.x % 32, first_row = TURNS ? 0 : consumer * OWN_ROWS;
     char* staging = shared.staging[threadIdx.x / 32 - 4][0];
     Slots slots = make_slots(shared, consumer);
-    float sums[HALVES][COLUMNS / 2] = {};
+#if RUNG >= 9
+    u64 ones = wgmma_operand(shared.bias, 0);
+#else
+    u64 ones = 0;
+#endif
+    float sums[HALVES][COLUMNS / 2] = {}, row_sums[HALVES][4];
+    bool add_rows = RUNG >= 9 && OP == WGRAD && p.bias_sums;
     const floatX* read = nullptr;  // what the end of a tile reads
     if constexpr (OP == DGRAD) { read = p.gelu_at; }
     if constexpr (OP == WGRAD && sizeof(floatG) == 2) {
@@ -454,13 +425,20 @@ __device__ inline void consume(const Product& p, const TensorMap& first, const T
         }
         int m = w.m + first_row;
         if (TMA_STORES) {
-            prepare_tile(p, read ? &read_map : nullptr, slots, m, w.n);
+            prepare_tile<OP>(p, read ? &read_map : nullptr, slots, m, w.n);
         } else if (read) {
             read_unit(p, read, staging, m, w.n, 0);
         }
         // Until the other has come to its last stage: before, full[] could still be two phases behind, which looks like
         // the phase that is waited for.
         if (TURNS) { mbarrier_wait(&shared.turns[consumer], (turn / 2 + 1 + consumer) & 1); }
+        // The tiles beside each other have the same rows of a: each of them adds up every so many'th of their blocks.
+        int columns = ceil_div(p.N, COLUMNS), part = w.n / COLUMNS, next = add_rows ? part : blocks;
+#pragma unroll
+        for (int half = 0; half < HALVES; half++) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) { row_sums[half][j] = 0.0f; }
+        }
         for (int block = 0; block < blocks; block++, stages++) {
             char* tile = shared.stages[stages % STAGES];
             mbarrier_wait(&shared.full[stages % STAGES], stages / STAGES & 1);
@@ -475,16 +453,36 @@ __device__ inline void consume(const Product& p, const TensorMap& first, const T
                 }
             }
             wgmma_commit();
-            if (block > 0) {
-                wgmma_wait<1>();  // the stage before has been read
-                release(stages - 1);
+            if (RUNG >= 9 && OP == WGRAD && block == next) {  // a times ones, by the tensor cores: no instruction adds
+                next += columns;
+                wgmma_begin();
+#pragma unroll
+                for (int k = 0; k < DEPTH / 16; k++) {
+#pragma unroll
+                    for (int half = 0; half < HALVES; half++) {
+                        wgmma<true, false>(row_sums[half], a + (k * 2048 + half * BOX) / 16, ones, true);
+                    }
+                }
+                wgmma_commit();
+                wgmma_wait<2>();
+            } else {
+                wgmma_wait<1>();
             }
+            if (block > 0) { release(stages - 1); }  // the stage before has been read
         }
         if (TURNS && lane == 0) { mbarrier_arrive(&shared.turns[consumer ^ 1]); }
         wgmma_wait<0>();
 #pragma unroll
-        for (int half = 0; half < HALVES; half++) { wgmma_tie(sums[half]); }
+        for (int half = 0; half < HALVES; half++) { wgmma_tie(sums[half]), wgmma_tie(row_sums[half]); }
         release(stages - 1);
+        if (add_rows && lane % 4 == 0) {  // the eight columns are alike
+            float* to = p.bias_sums + (size_t)(w.split * columns + part) * p.M;
+#pragma unroll
+            for (int i = 0; i < HALVES * 2; i++) {
+                int row = m + i / 2 * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4 + i % 2 * 8;
+                if (row < p.M) { to[row] = row_sums[i / 2][i % 2 * 2]; }
+            }
+        }
         write<OP>(p, w, {first, second, read_map, staging, slots, turn / 2 & 1}, sums, m);
     }
     if (TMA_STORES && slots.leader) { tma_store_wait<0>(); }  // shared memory must outlive the copies
@@ -495,13 +493,10 @@ __device__ inline void product(const Product& p, const TensorMap& a, const Tenso
                                const TensorMap& second, const TensorMap& read) {
     extern __shared__ char dynamic_shared[];
     Shared& shared = *(Shared*)(dynamic_shared + (1024 - shared_address(dynamic_shared) % 1024) % 1024);
-    // 2 * 240 + 24 = 2 * 232 + 40 = 3 * 168, what 384 threads can have
-    constexpr int CONSUMER_REGISTERS = bias_sums<OP> ? 232 : 240, PRODUCER_REGISTERS = bias_sums<OP> ? 40 : 24;
-    bool adds = bias_sums<OP> && p.bias_sums;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             mbarrier_init(&shared.full[i], 1);
-            mbarrier_init(&shared.empty[i], (TURNS ? 4 : 8) + (adds ? 2 : 0));  // from every warp that reads the stage
+            mbarrier_init(&shared.empty[i], TURNS ? 4 : 8);  // an arrival from every warp that reads the stage
         }
         for (int i = 0; i < 2; i++) { mbarrier_init(&shared.turns[i], 4); }
 #if RUNG >= 8
@@ -509,15 +504,17 @@ __device__ inline void product(const Product& p, const TensorMap& a, const Tenso
 #endif
         mbarrier_init_done();
     }
+#if RUNG >= 9
+    if (OP == WGRAD && threadIdx.x < 256) {
+        ((u32*)shared.bias)[threadIdx.x] = pack2(1.0f, 1.0f);
+        fence_async();
+    }
+#endif
     __syncthreads();
     int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // tells the compiler that a warp has one role
     if (warpgroup == 0) {
         fewer_registers<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) { produce<OP>(p, a, b, shared); }
-        if constexpr (bias_sums<OP>) {
-            int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-            if (adds && (warp == 1 || warp == 2)) { add_columns(p, shared, warp - 1); }
-        }
     } else {
         more_registers<CONSUMER_REGISTERS>();
         consume<OP>(p, first, second, read, shared, warpgroup - 1);

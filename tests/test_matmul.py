@@ -182,8 +182,8 @@ def test_matmul_backward_recomputes_its_input(op, shape):
             source[...] = np.nan
         op.run(*grads, scratch, dout, source, weight, pre_gelu, **flags)
         results.append([source, *grads])
-    for name, given, recomputed in zip(("inp", "dinp", "dweight", "dbias"), *results, strict=True):
-        ref.assert_bits(op, name, recomputed, given)
+    for name, before, recomputed in zip(("inp", "dinp", "dweight", "dbias"), *results, strict=True):
+        ref.assert_bits(op, name, recomputed, before)
 
 
 @pytest.mark.op("matmul_forward", public=True)

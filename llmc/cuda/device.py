@@ -25,7 +25,7 @@ def start():
 
 
 def try_hopper(dtype, HS=64):
-    """Launches Hopper's matmuls and its attention for heads of HS once and compares them with the portable ones -> None,
+    """Launches Hopper's matmuls and attention for heads of HS once and compares them with the portable ones -> None,
     or a line that says that these are used from now on, and why. A kernel that breaks the CUDA context itself raises:
     nothing can follow it."""
     if not module.hopper() or np.dtype(dtype) == np.float32:
