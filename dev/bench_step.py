@@ -222,6 +222,7 @@ def trainers(b, args):
     if args.no_peers:
         return found
     names = {"torch eager": False} | ({"torch.compile": True} if b.device == "cuda" or args.compile else {})
+    names = {name: compiled for name, compiled in names.items() if not args.peer or name in args.peer}
     if b.torch is None:
         return found | dict.fromkeys(names)
     from dev.torch_gpt2 import Trainer
@@ -251,6 +252,12 @@ def main(argv=None):
     p.add_argument("--start", action="store_true", help="time to the first and tenth step, cold and warm, instead")
     p.add_argument("--pace", type=int, default=0, metavar="N", help="time N steps of ours alone instead")
     p.add_argument("--no-peers", action="store_true", help="ours alone")
+    p.add_argument(
+        "--peer",
+        action="append",
+        choices=("torch eager", "torch.compile"),
+        help="this peer alone, where two do not fit",
+    )
     p.add_argument("--flash", action="store_true", help="GPU: the peers' attention is flash, not PyTorch's choice")
     p.add_argument("--no-graph", action="store_true", help="GPU: launch each kernel")
     p.add_argument("--compile", action="store_true", help="CPU: torch.compile too")
