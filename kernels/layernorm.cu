@@ -10,41 +10,39 @@
 // the residual as stored, after rounding to floatX, so that backward sees the same numbers.
 //
 // Bytes moved in units of sizeof(floatX), reads that L1 or L2 answers counted. Measured on an H200, B=32, T=1024, C=768,
-// bf16, us (% of the speed of a large copy; a copy of as few bytes reaches 84, 92 and 90 %). Goal of each rung 4: 88 %.
+// bf16, us (% of the speed of a copy of as many bytes in the same run). Goal of each direction: 88 %.
 // version                   | idea                                                        | bytes moved | measured
 // layernorm_forward 1       | thread per row: neighbours read addresses 2C bytes apart    | 4 NC        | 650 (4 %)
-// layernorm_forward 2       | warp per row, lanes read neighbouring elements              | 4 NC        | 48.0 (50 %)
-// layernorm_forward 3       | row stays in registers as 16-byte packs: read once; one or  | 2 NC        | 33.6 (72 %)
+// layernorm_forward 2       | warp per row, lanes read neighbouring elements              | 4 NC        | 48.0 (60 %)
+// layernorm_forward 3       | row stays in registers as 16-byte packs: read once; one or  | 2 NC        | 32.0 (86.2 %)
 //                           | more warps per row, so that any width fits                  |             |
-// layernorm_forward 4       | 3 with conversions in pairs, in blocks of two warps: some   | 2 NC        | 32.3 (74 %)
+// layernorm_forward 4       | 3 with conversions in pairs, in blocks of two warps: some   | 2 NC        | 30.8 (89.7 %)
 //                           | load while others reduce                                    |             |
-// layernorm_forward 5       | 4 with the weights loaded beside the row: in 4 each pack's  | 2 NC        | (-1 us)
+// layernorm_forward 5       | 4 with the weights loaded beside the row: in 4 each pack's  | 2 NC        | 29.8 (92.5 %)
 //                           | wait until the pack before is stored; no divisions          |             |
-// layernorm_forward 6       | 5 with two rows at once: weights converted once for both, a | 2 NC        | (-2 us)
+// layernorm_forward 6       | 5 with two rows at once: weights converted once for both, a | 2 NC        | 30.6 (90.3 %)
 //                           | sixth fewer instructions a row, reductions overlap          |             |
-// layernorm_forward 7       | blocks that stay: 3 rows on their way by cp.async without   | 2 NC        | (-2 us)
+// layernorm_forward 7       | blocks that stay: 3 rows on their way by cp.async without   | 2 NC        | 32.0 (86.2 %)
 //                           | end, weights in registers as fp32                           |             |
-// fused_residual_forward 1  | residual_forward, then layernorm_forward: two launches      | 5 NC        | 73.4 (66 %)
-// fused_residual_forward 2  | warp per row, residual written and read back                | 6 NC        | 98.0 (49 %)
-// fused_residual_forward 3  | as layernorm_forward 3, sum of both inputs in registers     | 4 NC        | 59.5 (81 %)
-// fused_residual_forward 4  | as layernorm_forward 4                                      | 4 NC        | 57.0 (84 %)
-// fused_residual_forward 5  | as layernorm_forward 5                                      | 4 NC        | (-1 us)
-// fused_residual_forward 6  | as layernorm_forward 6                                      | 4 NC        | (-2 us)
-// fused_residual_forward 7  | as layernorm_forward 7                                      | 4 NC        | (-2 us)
-// layernorm_backward 1      | warp per row for dx; thread per channel for dw, db          | 7 NC        | 7912 (0.6 %)
-// layernorm_backward 2      | the same dx; dw, db by many blocks, a slice of rows each,   | 7 NC        | 768 (6 %)
+// fused_residual_forward 1  | residual_forward, then layernorm_forward: two launches      | 5 NC        | 73.4 (71 %)
+// fused_residual_forward 2  | warp per row, residual written and read back                | 6 NC        | 98.0 (53 %)
+// fused_residual_forward 3  | as layernorm_forward 3, sum of both inputs in registers     | 4 NC        | 57.6 (88.8 %)
+// fused_residual_forward 4  | as layernorm_forward 4                                      | 4 NC        | 55.1 (92.8 %)
+// fused_residual_forward 5  | as layernorm_forward 5                                      | 4 NC        | 55.1 (92.8 %)
+// fused_residual_forward 6  | as layernorm_forward 6                                      | 4 NC        | 55.5 (92.1 %)
+// fused_residual_forward 7  | as layernorm_forward 7                                      | 4 NC        | 55.7 (91.8 %)
+// layernorm_backward 1      | warp per row for dx; thread per channel for dw, db          | 7 NC        | 7912 (0.7 %)
+// layernorm_backward 2      | the same dx; dw, db by many blocks, a slice of rows each,   | 7 NC        | 768 (7 %)
 //                           | fp32 partial sums to scratch, added by a second kernel      |             |
-// layernorm_backward 3      | one pass: warps walk rows, dw and db accumulate in          | 4 NC        | 108 (45 %)
+// layernorm_backward 3      | one pass: warps walk rows, dw and db accumulate in          | 4 NC        | 108 (50 %)
 //                           | registers until the end of the block's slice                |             |
-// layernorm_backward 4      | 3 with the next row on its way into shared memory (dx too)  | 4 NC        | 62.2 (77 %)
+// layernorm_backward 4      | 3 with the next row on its way into shared memory (dx too)  | 4 NC        | 60.1 (85.9 %)
 //                           | and fewer, longer slices                                    |             |
-// layernorm_backward 5      | 4 in 256 slices: 32 rounds for every warp; in 264 most have | 4 NC        | (-1 us)
+// layernorm_backward 5      | 4 in 256 slices: 32 rounds for every warp; in 264 most have | 4 NC        | 60.1 (85.9 %)
 //                           | 31 and wait for a few that have one more                    |             |
-// (-1 us): not measured yet; the prediction against rung 4 in the same run. Times are those of single calls with events
-// around them; dev/bench.py now times them in a row, which should take 2 us off each, and off a copy. Forward rungs 5 to
-// 7 have each other's bits, not those of 4: layernorm_forward and fused_residual_forward change together.
-// Blocks that stay were tried with the next row in registers: slower than 4. There one row of a warp was under way, or
-// none while it was normalised; in 7 it is three, 16 warps x 3 x 1.5 KB = 72 KB of a multiprocessor (fused 144).
+// Figures with a decimal of a percent are of 2026-11-26: calls in a row; a large copy had 4236 GB/s, one of 2 NC 86 % of
+// that, of 4 NC 92 %. The others are of 2026-11-24: single calls with events around them, which took some 2 us more.
+// Forward rungs 5 to 7 have each other's bits, not those of 4, so the public forward and fused functions change together.
 // In a CUDA graph of 24 calls (one run): backward 4 54 us, fused 4 54 us, a copy 51 us; at B=64 101, 104 and 98 us.
 //
 // llm.c's kernels 6 and 10 keep the row or the partial sums in shared memory, which caps C at some 10,000 and 4096. With
