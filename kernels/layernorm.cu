@@ -20,17 +20,11 @@
 //                           | load while others reduce                                    |             |
 // layernorm_forward 5       | 4 with the weights loaded beside the row: in 4 each pack's  | 2 NC        | 29.8 (92.5 %)
 //                           | wait until the pack before is stored; no divisions          |             |
-// layernorm_forward 6       | 5 with two rows at once: weights converted once for both, a | 2 NC        | 30.6 (90.3 %)
-//                           | sixth fewer instructions a row, reductions overlap          |             |
-// layernorm_forward 7       | blocks that stay: 3 rows on their way by cp.async without   | 2 NC        | 32.0 (86.2 %)
-//                           | end, weights in registers as fp32                           |             |
 // fused_residual_forward 1  | residual_forward, then layernorm_forward: two launches      | 5 NC        | 73.4 (71 %)
 // fused_residual_forward 2  | warp per row, residual written and read back                | 6 NC        | 98.0 (53 %)
 // fused_residual_forward 3  | as layernorm_forward 3, sum of both inputs in registers     | 4 NC        | 57.6 (88.8 %)
 // fused_residual_forward 4  | as layernorm_forward 4                                      | 4 NC        | 55.1 (92.8 %)
 // fused_residual_forward 5  | as layernorm_forward 5                                      | 4 NC        | 55.1 (92.8 %)
-// fused_residual_forward 6  | as layernorm_forward 6                                      | 4 NC        | 55.5 (92.1 %)
-// fused_residual_forward 7  | as layernorm_forward 7                                      | 4 NC        | 55.7 (91.8 %)
 // layernorm_backward 1      | warp per row for dx; thread per channel for dw, db          | 7 NC        | 7912 (0.7 %)
 // layernorm_backward 2      | the same dx; dw, db by many blocks, a slice of rows each,   | 7 NC        | 768 (7 %)
 //                           | fp32 partial sums to scratch, added by a second kernel      |             |
@@ -38,16 +32,16 @@
 //                           | registers until the end of the block's slice                |             |
 // layernorm_backward 4      | 3 with the next row on its way into shared memory (dx too)  | 4 NC        | 60.1 (85.9 %)
 //                           | and fewer, longer slices                                    |             |
-// layernorm_backward 5      | 4 in 256 slices: 32 rounds for every warp; in 264 most have | 4 NC        | 60.1 (85.9 %)
-//                           | 31 and wait for a few that have one more                    |             |
 // Figures with a decimal of a percent are of 2026-11-26: calls in a row; a large copy had 4236 GB/s, one of 2 NC 86 % of
 // that, of 4 NC 92 %. The others are of 2026-11-24: single calls with events around them, which took some 2 us more.
-// Forward rungs 5 to 7 have each other's bits, not those of 4, so the public forward and fused functions change together.
+// Forward 5 and fused 5 have each other's bits, not those of 4: the public functions change together.
+// Not faster, and gone: forward in blocks that stay, the next row in registers or three of them on their way by cp.async
+// (32.0, fused 55.7), two rows of a thread at once (30.6, 55.5); backward in 256, 384 or 512 slices (60.1).
 // In a CUDA graph of 24 calls (one run): backward 4 54 us, fused 4 54 us, a copy 51 us; at B=64 101, 104 and 98 us.
 //
 // llm.c's kernels 6 and 10 keep the row or the partial sums in shared memory, which caps C at some 10,000 and 4096. With
 // registers spread over as many warps as the row needs, nothing has to be opted into: C may be 16384 forward and 12288
-// backward in fp32, 32768 and 12288 in 16 bits (rung 4 forward: 12288 and 24576).
+// backward in fp32, 32768 and 12288 in 16 bits (rungs 4 and 5 forward: 12288 and 24576).
 //
 // Source: llm.c llmc/layernorm.cuh; Ba et al. 2016, arXiv:1607.06450.
 #include "ptx.cuh"
@@ -115,6 +109,7 @@ __device__ inline float rowReduceSum(float value) {
     if (threadIdx.x % 32 == 0) { partial[warp] = value; }
     __syncthreads();
     float sum = 0.0f;
+#pragma unroll 4  // by 16, which the compiler prefers, it is a quarter of layernorm_forward_kernel5
     for (int w = 0; w < warps; w++) { sum += partial[threadIdx.y * warps + w]; }
     return sum;
 }
@@ -323,48 +318,23 @@ fused_residual_forward_kernel4(floatX* residual, floatX* normed, float* mean, fl
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// the same once more: weights on their way with the row, and a second row in the shadow of the first
+// the same once more: weights on their way with the row, no divisions
 // ---------------------------------------------------------------------------------------------------------------------
 
-// rowReduceSum of ROWS rows at once, for blocks of up to 256 threads. The same order of additions.
-template <int ROWS> __device__ inline void rowReduceSums(float (&sums)[ROWS]) {
-    __shared__ float partial[ROWS][8];
-    for (int offset = 16; offset > 0; offset /= 2) {
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) { sums[r] += __shfl_xor_sync(0xffffffffu, sums[r], offset); }
-    }
-    if (blockDim.x == 32) { return; }
-    int warps = blockDim.x / 32, warp = threadIdx.y * warps + threadIdx.x / 32;
-    __syncthreads();  // the last call's readers are done
-    if (threadIdx.x % 32 == 0) {
-        for (int r = 0; r < ROWS; r++) { partial[r][warp] = sums[r]; }
-    }
-    __syncthreads();
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        sums[r] = 0.0f;
-        for (int w = 0; w < warps; w++) { sums[r] += partial[r][threadIdx.y * warps + w]; }
-    }
-}
-
-// blockDim.x threads for ROWS neighbouring rows, blockDim.y times as many in a block of up to 256 threads.
-// grid ceil(N / (ROWS * blockDim.y)); blockDim.x a multiple of 32 with blockDim.x * ROW_PACKS >= C / x128::size.
-// In normalize_row the weights of each pack are loaded where they are used, one after the other: a store to `out` lies
-// between them, which for all the compiler knows changes weights.
-template <bool FUSED, int ROWS>
-__device__ inline void normalize_rows(floatX* residual, floatX* out, float* mean, float* rstd, const floatX* inp1,
+// As normalize_row, for blocks of up to 256 threads. There the weights of each pack are loaded where they are used, one
+// after the other: a store to `out` lies between them, which for all the compiler knows changes weights.
+template <bool FUSED>
+__device__ inline void normalize_row5(floatX* residual, floatX* out, float* mean, float* rstd, const floatX* inp1,
                                       const floatX* inp2, const floatX* weight, const floatX* bias, int N, int C) {
-    int first = (blockIdx.x * blockDim.y + threadIdx.y) * ROWS;
-    x128 a[ROWS][ROW_PACKS], b[ROWS][ROW_PACKS], w[ROW_PACKS], shift[ROW_PACKS];
+    int row = blockIdx.x * blockDim.y + threadIdx.y;
+    i64 start = (i64)row * C;
+    x128 a[ROW_PACKS], b[ROW_PACKS], w[ROW_PACKS], shift[ROW_PACKS];
 #pragma unroll
     for (int i = 0; i < ROW_PACKS; i++) {
         int c = (i * blockDim.x + threadIdx.x) * x128::size;
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            if (first + r < N && c < C) {
-                a[r][i] = load128cs(inp1 + (i64)(first + r) * C + c);
-                if (FUSED) { b[r][i] = load128cs(inp2 + (i64)(first + r) * C + c); }
-            }
+        if (row < N && c < C) {
+            a[i] = load128cs(inp1 + start + c);
+            if (FUSED) { b[i] = load128cs(inp2 + start + c); }
         }
     }
 #pragma unroll
@@ -375,197 +345,61 @@ __device__ inline void normalize_rows(floatX* residual, floatX* out, float* mean
             shift[i] = load128(bias + c);
         }
     }
-    float x[ROWS][ROW_PACKS][x128::size] = {}, sum[ROWS] = {}, squares[ROWS] = {}, per_channel = 1.0f / C;
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-#pragma unroll
-        for (int i = 0; i < ROW_PACKS; i++) {
-            int c = (i * blockDim.x + threadIdx.x) * x128::size;
-            if (first + r < N && c < C) {
-                to_floats(x[r][i], a[r][i]);
-                if (FUSED) {
-                    float other[x128::size];
-                    to_floats(other, b[r][i]);
-                    for (int k = 0; k < x128::size; k++) { x[r][i][k] += other[k]; }
-                    x128 rounded = to_pack(x[r][i]);
-                    store128cs(residual + (i64)(first + r) * C + c, rounded);
-                    to_floats(x[r][i], rounded);
-                }
-                for (int k = 0; k < x128::size; k++) { sum[r] += x[r][i][k]; }
-            }
-        }
-    }
-    rowReduceSums(sum);
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        sum[r] *= per_channel;  // the mean
-#pragma unroll
-        for (int i = 0; i < ROW_PACKS; i++) {
-            if ((i * blockDim.x + threadIdx.x) * x128::size < C) {
-                for (int k = 0; k < x128::size; k++) {
-                    x[r][i][k] -= sum[r];
-                    squares[r] = fmaf(x[r][i][k], x[r][i][k], squares[r]);
-                }
-            }
-        }
-    }
-    rowReduceSums(squares);
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) { squares[r] = rsqrtf(squares[r] * per_channel + EPS); }
+    float x[ROW_PACKS][x128::size] = {}, sum = 0.0f, squares = 0.0f, per_channel = 1.0f / C;
 #pragma unroll
     for (int i = 0; i < ROW_PACKS; i++) {
         int c = (i * blockDim.x + threadIdx.x) * x128::size;
-        float weights[x128::size], shifts[x128::size];
-        to_floats(weights, w[i]);
-        to_floats(shifts, shift[i]);
+        if (row < N && c < C) {
+            to_floats(x[i], a[i]);
+            if (FUSED) {
+                float other[x128::size];
+                to_floats(other, b[i]);
+                for (int k = 0; k < x128::size; k++) { x[i][k] += other[k]; }
+                x128 rounded = to_pack(x[i]);
+                store128cs(residual + start + c, rounded);
+                to_floats(x[i], rounded);
+            }
+            for (int k = 0; k < x128::size; k++) { sum += x[i][k]; }
+        }
+    }
+    float m = rowReduceSum(sum) * per_channel;
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            if (first + r < N && c < C) {
-                for (int k = 0; k < x128::size; k++) {
-                    x[r][i][k] = fmaf(x[r][i][k] * squares[r], weights[k], shifts[k]);
-                }
-                store128(out + (i64)(first + r) * C + c, to_pack(x[r][i]));
+    for (int i = 0; i < ROW_PACKS; i++) {
+        if ((i * blockDim.x + threadIdx.x) * x128::size < C) {
+            for (int k = 0; k < x128::size; k++) {
+                x[i][k] -= m;
+                squares = fmaf(x[i][k], x[i][k], squares);
             }
         }
     }
+    float s = rsqrtf(rowReduceSum(squares) * per_channel + EPS);
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        if (threadIdx.x == 0 && first + r < N) {
-            mean[first + r] = sum[r];
-            rstd[first + r] = squares[r];
+    for (int i = 0; i < ROW_PACKS; i++) {
+        int c = (i * blockDim.x + threadIdx.x) * x128::size;
+        if (row < N && c < C) {
+            float weights[x128::size], shifts[x128::size];
+            to_floats(weights, w[i]);
+            to_floats(shifts, shift[i]);
+            for (int k = 0; k < x128::size; k++) { x[i][k] = fmaf(x[i][k] * s, weights[k], shifts[k]); }
+            store128(out + start + c, to_pack(x[i]));
         }
+    }
+    if (threadIdx.x == 0 && row < N) {
+        mean[row] = m;
+        rstd[row] = s;
     }
 }
 
 extern "C" __global__ void __launch_bounds__(256)
 layernorm_forward_kernel5(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
                           const floatX* bias, int N, int C) {
-    normalize_rows<false, 1>(NULL, out, mean, rstd, inp, NULL, weight, bias, N, C);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-layernorm_forward_kernel6(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
-                          const floatX* bias, int N, int C) {
-    normalize_rows<false, 2>(NULL, out, mean, rstd, inp, NULL, weight, bias, N, C);
+    normalize_row5<false>(NULL, out, mean, rstd, inp, NULL, weight, bias, N, C);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
 fused_residual_forward_kernel5(floatX* residual, floatX* normed, float* mean, float* rstd, const floatX* inp1,
                                const floatX* inp2, const floatX* weight, const floatX* bias, int N, int C) {
-    normalize_rows<true, 1>(residual, normed, mean, rstd, inp1, inp2, weight, bias, N, C);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-fused_residual_forward_kernel6(floatX* residual, floatX* normed, float* mean, float* rstd, const floatX* inp1,
-                               const floatX* inp2, const floatX* weight, const floatX* bias, int N, int C) {
-    normalize_rows<true, 2>(residual, normed, mean, rstd, inp1, inp2, weight, bias, N, C);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// blocks that stay: rows on their way into shared memory without end, weights in registers as fp32
-// ---------------------------------------------------------------------------------------------------------------------
-
-#define FORWARD_STAGES 4  // rows: one that is worked on, three on their way; llmc/cuda/layernorm.py has the same number
-
-// blockDim.x threads per row, blockDim.y rows at a time; block b takes rows b * blockDim.y + y, then those gridDim.x *
-// blockDim.y further on. A thread copies the packs that it will itself read, so the copies need no barrier. Any grid;
-// blockDim.x a multiple of 32 with blockDim.x * ROW_PACKS >= C / x128::size; block of up to 256 threads; dynamic shared
-// memory threads * FORWARD_STAGES * (FUSED ? 2 : 1) * ROW_PACKS * 16.
-template <bool FUSED>
-__device__ inline void normalize_ring(floatX* residual, floatX* out, float* mean, float* rstd, const floatX* inp1,
-                                      const floatX* inp2, const floatX* weight, const floatX* bias, int N, int C) {
-    extern __shared__ __align__(16) char forward_ring[];
-    constexpr int arrays = FUSED ? 2 : 1;
-    int threads = blockDim.x * blockDim.y, rows = gridDim.x * blockDim.y;
-    int first = blockIdx.x * blockDim.y + threadIdx.y;
-    x128* ring = reinterpret_cast<x128*>(forward_ring) + threadIdx.y * blockDim.x + threadIdx.x;
-    auto slot = [&](int stage, int array, int i) -> x128& {
-        return ring[((stage * arrays + array) * ROW_PACKS + i) * threads];
-    };
-    auto fetch = [&](int row, int stage) {
-#pragma unroll
-        for (int i = 0; i < ROW_PACKS; i++) {
-            int c = (i * blockDim.x + threadIdx.x) * x128::size;
-            if (row < N && c < C) {
-                cp_async_16(&slot(stage, 0, i), inp1 + (i64)row * C + c, true);
-                if (FUSED) { cp_async_16(&slot(stage, 1, i), inp2 + (i64)row * C + c, true); }
-            }
-        }
-        cp_async_commit();
-    };
-#pragma unroll
-    for (int ahead = 0; ahead < FORWARD_STAGES - 1; ahead++) { fetch(first + ahead * rows, ahead); }
-    float weights[ROW_PACKS][x128::size] = {}, shifts[ROW_PACKS][x128::size] = {}, per_channel = 1.0f / C;
-#pragma unroll
-    for (int i = 0; i < ROW_PACKS; i++) {
-        int c = (i * blockDim.x + threadIdx.x) * x128::size;
-        if (c < C) {
-            to_floats(weights[i], load128(weight + c));
-            to_floats(shifts[i], load128(bias + c));
-        }
-    }
-    int stage = 0;
-    for (int row = first; row - (int)threadIdx.y < N; row += rows) {  // the same number of rounds in all threads
-        fetch(row + (FORWARD_STAGES - 1) * rows, stage == 0 ? FORWARD_STAGES - 1 : stage - 1);
-        cp_async_wait<FORWARD_STAGES - 1>();
-        float x[ROW_PACKS][x128::size] = {}, sum[1] = {}, squares[1] = {};
-#pragma unroll
-        for (int i = 0; i < ROW_PACKS; i++) {
-            int c = (i * blockDim.x + threadIdx.x) * x128::size;
-            if (row < N && c < C) {
-                to_floats(x[i], slot(stage, 0, i));
-                if (FUSED) {
-                    float other[x128::size];
-                    to_floats(other, slot(stage, 1, i));
-                    for (int k = 0; k < x128::size; k++) { x[i][k] += other[k]; }
-                    x128 rounded = to_pack(x[i]);
-                    store128cs(residual + (i64)row * C + c, rounded);
-                    to_floats(x[i], rounded);
-                }
-                for (int k = 0; k < x128::size; k++) { sum[0] += x[i][k]; }
-            }
-        }
-        rowReduceSums(sum);
-        float m = sum[0] * per_channel;
-#pragma unroll
-        for (int i = 0; i < ROW_PACKS; i++) {
-            if ((i * blockDim.x + threadIdx.x) * x128::size < C) {
-                for (int k = 0; k < x128::size; k++) {
-                    x[i][k] -= m;
-                    squares[0] = fmaf(x[i][k], x[i][k], squares[0]);
-                }
-            }
-        }
-        rowReduceSums(squares);
-        float s = rsqrtf(squares[0] * per_channel + EPS);
-        if (row < N) {
-#pragma unroll
-            for (int i = 0; i < ROW_PACKS; i++) {
-                int c = (i * blockDim.x + threadIdx.x) * x128::size;
-                if (c < C) {
-                    for (int k = 0; k < x128::size; k++) { x[i][k] = fmaf(x[i][k] * s, weights[i][k], shifts[i][k]); }
-                    store128(out + (i64)row * C + c, to_pack(x[i]));
-                }
-            }
-            if (threadIdx.x == 0) {
-                mean[row] = m;
-                rstd[row] = s;
-            }
-        }
-        stage = stage == FORWARD_STAGES - 1 ? 0 : stage + 1;
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-layernorm_forward_kernel7(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
-                          const floatX* bias, int N, int C) {
-    normalize_ring<false>(NULL, out, mean, rstd, inp, NULL, weight, bias, N, C);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-fused_residual_forward_kernel7(floatX* residual, floatX* normed, float* mean, float* rstd, const floatX* inp1,
-                               const floatX* inp2, const floatX* weight, const floatX* bias, int N, int C) {
-    normalize_ring<true>(residual, normed, mean, rstd, inp1, inp2, weight, bias, N, C);
+    normalize_row5<true>(residual, normed, mean, rstd, inp1, inp2, weight, bias, N, C);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
