@@ -32,12 +32,18 @@
 //                           | registers until the end of the block's slice                |             |
 // layernorm_backward 4      | 3 with the next row on its way into shared memory (dx too)  | 4 NC        | 60.1 (85.9 %)
 //                           | and fewer, longer slices                                    |             |
+// layernorm_backward 6      | 4 without branches, dn and xhat stay in registers: 519      | 4 NC        | not measured,
+//                           | instructions a row, 760 in 4; what the blocks have summed   |             | predicted 57.5
+//                           | is read as packs, and added after one wait instead of three |             | (90 %)
 // Figures with a decimal of a percent are of 2026-11-26: calls in a row; a large copy had 4236 GB/s, one of 2 NC 86 % of
 // that, of 4 NC 92 %. The others are of 2026-11-24: single calls with events around them, which took some 2 us more.
 // Forward 5 and fused 5 have each other's bits, not those of 4: the public functions change together.
 // Not faster, and gone: forward in blocks that stay, the next row in registers or three of them on their way by cp.async
-// (32.0, fused 55.7), two rows of a thread at once (30.6, 55.5); backward in 256, 384 or 512 slices (60.1).
-// In a CUDA graph of 24 calls (one run): backward 4 54 us, fused 4 54 us, a copy 51 us; at B=64 101, 104 and 98 us.
+// (32.0, fused 55.7), two rows of a thread at once (30.6, 55.5); backward in 256 (rung 5), 384 or 512 slices (60.1).
+// In a CUDA graph of 24 calls (one run): backward 4 54 us, fused 4 54 us, a copy 51 us; at B=64 101, 104 and 98 us. So rows
+// stream as fast as a copy, and what 4 takes beyond its 51.6 us is there once. By calculation: the second kernel 4.3 (1.2
+// to start after the first; then waits for the gradients from before, the slices past 256 and the others, one after the
+// other (SASS)), the block's own sums 0.9 (12 rounds of 4 reads), the last row's instructions 1, the first row's code?
 //
 // llm.c's kernels 6 and 10 keep the row or the partial sums in shared memory, which caps C at some 10,000 and 4096. With
 // registers spread over as many warps as the row needs, nothing has to be opted into: C may be 16384 forward and 12288
@@ -559,9 +565,10 @@ layernorm_backward_kernel3(floatX* dinp, float* partials, const floatX* dout, co
     }
 }
 
-#define RING_PACKS 3   // packs of a row that a thread holds; llmc/cuda/layernorm.py has the same two numbers
+#define RING_PACKS 3   // packs of a row that a thread holds; llmc/cuda/layernorm.py has the same three numbers
 #define RING_STAGES 2  // rows: one that is worked on, one on its way
 #define RING_ARRAYS 3  // dout, inp, dinp
+#define RING_THREADS 128  // of a block of layernorm_backward_kernel6, at most
 
 // Everything in one pass; rows arrive in shared memory while earlier ones are worked on. A thread copies the packs that it
 // will itself read, so the copies need no barrier; with 32 threads per row nothing else does either.
@@ -684,5 +691,142 @@ layernorm_backward_kernel4(floatX* dinp, float* partials, const floatX* dout, co
         float sum = 0.0f;
         for (int y = 0; y < blockDim.y; y++) { sum += sums[y * 2 * C + c]; }
         partials[(i64)blockIdx.x * 2 * C + c] = sum;
+    }
+}
+
+// As 4 with fewer instructions: what lies outside is copied as zeros, which no sum notices, instead of being branched
+// around; dn and xhat stay in registers until the row's means are there. Two blocks of a multiprocessor may have 255
+// registers a thread. Grid, rows and partials as in 4; block (x, y) of at most RING_THREADS threads, x a multiple of 32
+// with x * RING_PACKS >= C / x128::size.
+extern "C" __global__ void __launch_bounds__(RING_THREADS, 2)
+layernorm_backward_kernel6(floatX* dinp, float* partials, const floatX* dout, const floatX* inp, const floatX* weight,
+                           const float* mean, const float* rstd, int N, int C) {
+    __shared__ x128 ring[RING_STAGES][RING_ARRAYS][RING_PACKS][RING_THREADS];
+    __shared__ float2 row_sums[2][RING_THREADS / 32];  // of the warps; two, so that a row needs one barrier
+    int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x, warps = blockDim.x / 32;
+    int rows = gridDim.x * blockDim.y, first_row = blockIdx.x * blockDim.y + threadIdx.y;
+    int column = threadIdx.x * x128::size, step = blockDim.x * x128::size;  // of the first pack; to the next one
+    auto fetch = [&](int row, int stage) {
+#pragma unroll
+        for (int i = 0; i < RING_PACKS; i++) {
+            i64 at = (i64)row * C + column + i * step;
+            bool inside = row < N && column + i * step < C;
+            cp_async_16(&ring[stage][0][i][thread], dout + at, inside);
+            cp_async_16(&ring[stage][1][i][thread], inp + at, inside);
+            cp_async_16(&ring[stage][2][i][thread], dinp + at, inside);
+        }
+        cp_async_commit();
+    };
+    fetch(first_row, 0);
+    float w[RING_PACKS][x128::size] = {}, dw[RING_PACKS][x128::size] = {}, db[RING_PACKS][x128::size] = {};
+#pragma unroll
+    for (int i = 0; i < RING_PACKS; i++) {
+        if (column + i * step < C) { to_floats(w[i], load128(weight + column + i * step)); }
+    }
+    float next_m = first_row < N ? mean[first_row] : 0.0f, next_s = first_row < N ? rstd[first_row] : 0.0f;
+    float per_channel = 1.0f / C;
+    int stage = 0;
+    for (int row = first_row; row - (int)threadIdx.y < N; row += rows) {  // the same number of rounds in all threads
+        fetch(row + rows, stage ^ 1);
+        float m = next_m, s = next_s, sum = 0.0f, sum_xhat = 0.0f;
+        if (row + rows < N) { next_m = mean[row + rows], next_s = rstd[row + rows]; }
+        cp_async_wait<1>();
+        float dn[RING_PACKS][x128::size], xhat[RING_PACKS][x128::size];
+#pragma unroll
+        for (int i = 0; i < RING_PACKS; i++) {
+            x128 dout_pack = ring[stage][0][i][thread], inp_pack = ring[stage][1][i][thread];
+            float d[x128::size];
+            to_floats(d, dout_pack);
+            to_floats(xhat[i], inp_pack);
+            for (int k = 0; k < x128::size; k++) {
+                dn[i][k] = d[k] * w[i][k];
+                xhat[i][k] = (xhat[i][k] - m) * s;
+                sum += dn[i][k];
+                sum_xhat = fmaf(dn[i][k], xhat[i][k], sum_xhat);
+                dw[i][k] = fmaf(d[k], xhat[i][k], dw[i][k]);
+                db[i][k] += d[k];
+            }
+        }
+        sum = warpReduceSum(sum);
+        sum_xhat = warpReduceSum(sum_xhat);
+        if (warps > 1) {
+            if (threadIdx.x % 32 == 0) { row_sums[stage][thread / 32] = make_float2(sum, sum_xhat); }
+            __syncthreads();
+            sum = sum_xhat = 0.0f;
+#pragma unroll 1
+            for (int i = 0; i < warps; i++) {
+                float2 part = row_sums[stage][threadIdx.y * warps + i];
+                sum += part.x;
+                sum_xhat += part.y;
+            }
+        }
+        float dn_mean = sum * per_channel, dn_xhat_mean = sum_xhat * per_channel;
+#pragma unroll
+        for (int i = 0; i < RING_PACKS; i++) {
+            x128 dinp_pack = ring[stage][2][i][thread];
+            float dx[x128::size];
+            to_floats(dx, dinp_pack);
+            for (int k = 0; k < x128::size; k++) {
+                dx[k] = fmaf(dn[i][k] - dn_mean - xhat[i][k] * dn_xhat_mean, s, dx[k]);
+            }
+            if (row < N && column + i * step < C) {
+                store128(dinp + (i64)row * C + column + i * step, to_pack(dx));
+            }
+        }
+        stage ^= 1;
+    }
+
+    // add up the block's rows, in the order of threadIdx.y
+    float* sums = reinterpret_cast<float*>(ring);
+    cp_async_wait<0>();
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < RING_PACKS; i++) {
+        int c = column + i * step;
+        if (c < C) {
+            add_sums(sums + 2 * threadIdx.y * C + c, NULL, dw[i]);
+            add_sums(sums + 2 * threadIdx.y * C + C + c, NULL, db[i]);
+        }
+    }
+    __syncthreads();
+    for (int c = thread * f128::size; c < 2 * C; c += threads * f128::size) {
+        f128 sum = zeros128<float>();
+#pragma unroll 4
+        for (int y = 0; y < blockDim.y; y++) {
+            f128 row_sum = load128(sums + 2 * y * C + c);
+            for (int k = 0; k < f128::size; k++) { sum[k] += row_sum[k]; }
+        }
+        store128(partials + (i64)blockIdx.x * 2 * C + c, sum);
+    }
+}
+
+#define SLICES_AHEAD 9  // slices that a thread adds up: 264 are dealt to 32; llmc/cuda/layernorm.py has the same number
+
+// dweight += sum over slices of partials[:,0], dbias += sum of partials[:,1]; a pack of the 2C sums per threadIdx.x, its
+// slices dealt to the threadIdx.y. All loads are under way before the first is waited for: hence the second launch bound,
+// without which ptxas saves registers. grid 2*C / 16, block (4, 32); slices <= 32 * SLICES_AHEAD.
+extern "C" __global__ void __launch_bounds__(128, 1)
+layernorm_backward_combine_kernel6(floatG* dweight, floatG* dbias, const float* partials, int slices, int C) {
+    __shared__ __align__(16) float sums[32][16];
+    int thread = threadIdx.y * 4 + threadIdx.x, own = blockIdx.x * 16 + thread;
+    int column = blockIdx.x * 16 + threadIdx.x * f128::size;
+    floatG* target = own < C ? dweight + own : dbias + own - C;
+    floatG before = thread < 16 ? *target : (floatG)0.0f;
+    f128 parts[SLICES_AHEAD], sum = zeros128<float>();
+#pragma unroll
+    for (int a = 0; a < SLICES_AHEAD; a++) {
+        int slice = threadIdx.y + 32 * a;
+        parts[a] = slice < slices ? load128(partials + (i64)slice * 2 * C + column) : zeros128<float>();
+    }
+#pragma unroll
+    for (int a = 0; a < SLICES_AHEAD; a++) {
+        for (int k = 0; k < f128::size; k++) { sum[k] += parts[a][k]; }
+    }
+    store128(sums[threadIdx.y] + threadIdx.x * f128::size, sum);
+    __syncthreads();
+    if (thread < 16) {
+        float total = 0.0f;
+        for (int y = 0; y < 32; y++) { total += sums[y][thread]; }
+        *target = (floatG)((float)before + total);
     }
 }

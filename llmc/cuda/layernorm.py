@@ -7,9 +7,9 @@ from . import module
 FORWARD_PACKS = 4  # kernels/layernorm.cu has the same number
 BACKWARD_ELEMENTS = 24  # elements of a row that a thread of the one-pass backward kernel holds
 ROW_PACKS, ROW_THREADS = 3, 64  # of forward kernels 4 and 5; kernels/layernorm.cu has the same 3; threads of a block
-RING_PACKS, RING_STAGES = 3, 2  # kernels/layernorm.cu has the same numbers
-RING_THREADS = 128  # of a block of layernorm_backward4
-RING_SLICES = 264  # its blocks, on every GPU the same: two on each of 132 multiprocessors
+RING_PACKS, RING_STAGES, RING_THREADS = 3, 2, 128  # kernels/layernorm.cu has the same; threads of a block
+RING_SLICES = 264  # blocks, on every GPU the same: two on each of 132 multiprocessors
+SLICES_AHEAD = 9  # of them for each of 32 threads of layernorm_backward6; kernels/layernorm.cu has the same number
 MAX_SLICES = 1024  # slices of rows with sums of their own; a constant, so that every GPU adds in the same order
 
 
@@ -250,6 +250,24 @@ def layernorm_backward4(dinp, dweight, dbias, scratch, dout, inp, weight, mean, 
     args = (dinp, scratch, dout, inp, weight, mean, rstd, np.int32(N), np.int32(C))
     kernel((slices,), (x, y), args, shared_mem=smem)
     combine(dweight, dbias, scratch, slices, inp.dtype)
+
+
+def layernorm_backward6(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd):
+    """layernorm_backward4 with fewer instructions before, after and in the stream of rows.
+
+    C > 3072 (fp32: 1536): layernorm_backward3, as not every GPU has more than 48 KiB of shared memory.
+    """
+    N, C = check_backward(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd)
+    x, y = row_block(C * inp.itemsize // 16, RING_PACKS, RING_THREADS)
+    if x > RING_THREADS:
+        return layernorm_backward3(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd)
+    slices = min(RING_SLICES, -(-N // y))
+    kernel = module.kernel("layernorm.cu", "layernorm_backward_kernel6", inp.dtype)
+    kernel((slices,), (x, y), (dinp, scratch, dout, inp, weight, mean, rstd, np.int32(N), np.int32(C)))
+    defines = module.grad_defines(inp.dtype, (dweight, dbias))
+    kernel = module.kernel("layernorm.cu", "layernorm_backward_combine_kernel6", inp.dtype, defines)
+    assert slices <= 32 * SLICES_AHEAD, slices
+    kernel((2 * C // 16,), (4, 32), (dweight, dbias, scratch, np.int32(slices), np.int32(C)))
 
 
 layernorm_forward = layernorm_forward5  # the row is read once, and what is done to it takes less time than that
