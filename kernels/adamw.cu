@@ -14,14 +14,16 @@
 // The rounding noise depends on (seed of the tensor, index within the tensor) alone: another launch geometry, another
 // sharding of the arena or init_from_master after a resume gives the same bits.
 //
-// Bytes per parameter in bf16 with an fp32 master. Measured on an H200, 124 M parameters, us (% of copy speed):
+// Bytes per parameter in bf16 with an fp32 master. Measured on an H200, 124 M parameters, us (% of copy speed; all but
+// adamw_update 2 on 2026-11-26):
 // version         | idea                                                           | bytes | measured
-// adamw_update 1  | thread per element                                             | 28    | 1023 (81 %)
+// adamw_update 1  | thread per element                                             | 28    | 1012 (80.8 %)
 // adamw_update 2  | thread per 16 bytes of params: 2 x 16 bytes of each fp32 array | 28    | 2514 (33 %)
-// adamw_update 3  | thread per 16 bytes of fp32, twice; all loads first; hardware  | 28    | 867 (96 %), goal 88 %
+// adamw_update 3  | thread per 16 bytes of fp32, twice; all loads first; hardware  | 28    | 859 (95.2 %), goal 88 %
 //                 | division and root                                              |       |
-// init_from_master 1| thread per element; runs once per start                      | 6     | 499 (36 %)
-// init_from_master 2| 4 elements a thread, two such groups; a look-up per block    | 6     | not yet, predicted 205
+// init_from_master 1| thread per element; runs once per start                      | 6     | 491.5 (36.6 %)
+// init_from_master 2| 4 elements a thread, two such groups; a look-up per block    | 6     | 231.5 (77.6 %),
+//                 |                                                                |       | predicted 205
 // Why 2 is slower than 1 was not measured. Suspects: neighbours 32 bytes apart in the fp32 arrays, which fill half of each
 // sector per access; three exact divisions and a root for each of 8 elements; a search that diverges among them.
 //

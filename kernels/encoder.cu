@@ -12,19 +12,21 @@
 // measured on an H200, B=32, T=1024, C=768, bf16, tokens as frequent as in text, microseconds:
 // version              | idea                                                  | bytes moved                | measured
 // encoder_forward 1    | thread per element                                    | (2N + T) C                 | 111
-// encoder_forward 2    | thread per 16 bytes                                   | same, 8x fewer accesses    | 25.2 (96 %)
+// encoder_forward 2    | thread per 16 bytes                                   | same, 8x fewer accesses    | 24.2 (117 %)
 // encoder_backward 1   | block per vocabulary row reads all N tokens           | 4 N Vp (L2) + N C          | 1.7 s
 // encoder_backward 2   | sort positions by token, block per token that occurs  | N C, but one block sums a  | 4064
 //                      |                                                       | frequent token's rows alone|
 // encoder_backward 3   | sort, blocks sum equal pieces of the sorted list,     | N C + partials             | 162
 //                      | then tokens that span pieces are put together         |                            |
-// encoder_backward 4   | 3 with tokens sorted along, rows of dwte loaded ahead,| same. Predicted 75 to 80   | 102
+// encoder_backward 4   | 3 with tokens sorted along, rows of dwte loaded ahead,| same. Predicted 75 to 80   | 101.5 (26 %)
 //                      | pieces of a token counted before they are added       |                            |
-// encoder_backward 5   | 4, digits of 6, 5 and 5 bits; loads of the sort in    | same; an eighth of the     | not measured,
+// encoder_backward 5   | 4, digits of 6, 5 and 5 bits; loads of the sort in    | same; an eighth of the     | 97.7 (27 %),
 //                      | batches; both tables in one launch; 16 sums ahead     | sort's L2 reads            | predicted 70
+// Figures with % (of the speed of a copy of as many bytes; rows of frequent tokens come from L2) are of 2026-11-26.
 // 4's kernels timed alone: dwpe 21, sort 39 (each block reads all tokens, from L2), pieces 43, combination 14. Predicted
 // for 5: sort 17 (2 passes x 256 blocks x 256 KB = 134 MB of L2 become 128 blocks' 34 MB, and in 4 each step of the last
 // sweep waits for the stores of the one before), both tables 45, which is their bytes at half of a copy's speed, 10.
+// Which of the three takes longer than that has not been measured.
 //
 // Source: llm.c llmc/encoder.cuh (encoder_forward_kernel3, wpe_backward_kernel, wte_backward_kernel).
 #include "common.cuh"

@@ -7,15 +7,14 @@
 // llm.c's grid follows the number of multiprocessors. Here grid and block depend on N alone, so that a checkpoint continues
 // with the same bits on another GPU. Partial sums go through memory to a second, one-block kernel: no atomics.
 //
-// measured on an H200, 124 M values of bf16, microseconds (% of copy speed; a copy of as many bytes reaches 90 %):
+// measured on an H200, 124 M values of bf16, microseconds (% of the speed of a copy of as many bytes in the same run;
+// 3 and 4 on 2026-11-26):
 // version                | idea                                             | bytes moved | measured
 // global_norm_squared 1  | one block walks the array                        | N           | 44322 (0.1 %)
-// global_norm_squared 2  | up to 1024 blocks, element by element; then one  | N           | 197 (30 %)
-// global_norm_squared 3  | the same in 16-byte packs                        | N           | 73 (81 %)
-// global_norm_squared 4  | four packs of a thread really under way at once; | N           | not measured yet,
+// global_norm_squared 2  | up to 1024 blocks, element by element; then one  | N           | 197 (33 %)
+// global_norm_squared 3  | the same in 16-byte packs                        | N           | 71.5 (90.8 %)
+// global_norm_squared 4  | four packs of a thread really under way at once; | N           | 70.2 (92.5 %),
 //                        | the last kernel's threads load once each         |             | predicted 0.95 x 3
-// 73 is a single call with events around it, right after L2 was filled with writes: 44 MB of writing back and 2 us of
-// events in it. In a row (dev/bench.py, now): predicted 62 for 3, 59 for 4, of which 3 are the second kernel.
 // In 3, ptxas checks the end of the array after each pack, so that one load of a thread is under way (seen in SASS): 62
 // warps of a multiprocessor x 512 bytes = 32 KB, just about what 4.3 TB/s x 0.8 us / 132 take.
 //

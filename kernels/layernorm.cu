@@ -10,46 +10,44 @@
 // the residual as stored, after rounding to floatX, so that backward sees the same numbers.
 //
 // Bytes moved in units of sizeof(floatX), reads that L1 or L2 answers counted. Measured on an H200, B=32, T=1024, C=768,
-// bf16, us (% of the speed of a large copy; a copy of as few bytes reaches 84, 92 and 90 %). Goal of each rung 4: 88 %.
+// bf16, us (% of the speed of a copy of as many bytes in the same run). Goal of each direction: 88 %.
 // version                   | idea                                                        | bytes moved | measured
 // layernorm_forward 1       | thread per row: neighbours read addresses 2C bytes apart    | 4 NC        | 650 (4 %)
-// layernorm_forward 2       | warp per row, lanes read neighbouring elements              | 4 NC        | 48.0 (50 %)
-// layernorm_forward 3       | row stays in registers as 16-byte packs: read once; one or  | 2 NC        | 33.6 (72 %)
+// layernorm_forward 2       | warp per row, lanes read neighbouring elements              | 4 NC        | 48.0 (60 %)
+// layernorm_forward 3       | row stays in registers as 16-byte packs: read once; one or  | 2 NC        | 32.0 (86.2 %)
 //                           | more warps per row, so that any width fits                  |             |
-// layernorm_forward 4       | 3 with conversions in pairs, in blocks of two warps: some   | 2 NC        | 32.3 (74 %)
+// layernorm_forward 4       | 3 with conversions in pairs, in blocks of two warps: some   | 2 NC        | 30.8 (89.7 %)
 //                           | load while others reduce                                    |             |
-// layernorm_forward 5       | 4 with the weights loaded beside the row: in 4 each pack's  | 2 NC        | (-1 us)
+// layernorm_forward 5       | 4 with the weights loaded beside the row: in 4 each pack's  | 2 NC        | 29.8 (92.5 %)
 //                           | wait until the pack before is stored; no divisions          |             |
-// layernorm_forward 6       | 5 with two rows at once: weights converted once for both, a | 2 NC        | (-2 us)
-//                           | sixth fewer instructions a row, reductions overlap          |             |
-// layernorm_forward 7       | blocks that stay: 3 rows on their way by cp.async without   | 2 NC        | (-2 us)
-//                           | end, weights in registers as fp32                           |             |
-// fused_residual_forward 1  | residual_forward, then layernorm_forward: two launches      | 5 NC        | 73.4 (66 %)
-// fused_residual_forward 2  | warp per row, residual written and read back                | 6 NC        | 98.0 (49 %)
-// fused_residual_forward 3  | as layernorm_forward 3, sum of both inputs in registers     | 4 NC        | 59.5 (81 %)
-// fused_residual_forward 4  | as layernorm_forward 4                                      | 4 NC        | 57.0 (84 %)
-// fused_residual_forward 5  | as layernorm_forward 5                                      | 4 NC        | (-1 us)
-// fused_residual_forward 6  | as layernorm_forward 6                                      | 4 NC        | (-2 us)
-// fused_residual_forward 7  | as layernorm_forward 7                                      | 4 NC        | (-2 us)
-// layernorm_backward 1      | warp per row for dx; thread per channel for dw, db          | 7 NC        | 7912 (0.6 %)
-// layernorm_backward 2      | the same dx; dw, db by many blocks, a slice of rows each,   | 7 NC        | 768 (6 %)
+// fused_residual_forward 1  | residual_forward, then layernorm_forward: two launches      | 5 NC        | 73.4 (71 %)
+// fused_residual_forward 2  | warp per row, residual written and read back                | 6 NC        | 98.0 (53 %)
+// fused_residual_forward 3  | as layernorm_forward 3, sum of both inputs in registers     | 4 NC        | 57.6 (88.8 %)
+// fused_residual_forward 4  | as layernorm_forward 4                                      | 4 NC        | 55.1 (92.8 %)
+// fused_residual_forward 5  | as layernorm_forward 5                                      | 4 NC        | 55.1 (92.8 %)
+// layernorm_backward 1      | warp per row for dx; thread per channel for dw, db          | 7 NC        | 7912 (0.7 %)
+// layernorm_backward 2      | the same dx; dw, db by many blocks, a slice of rows each,   | 7 NC        | 768 (7 %)
 //                           | fp32 partial sums to scratch, added by a second kernel      |             |
-// layernorm_backward 3      | one pass: warps walk rows, dw and db accumulate in          | 4 NC        | 108 (45 %)
+// layernorm_backward 3      | one pass: warps walk rows, dw and db accumulate in          | 4 NC        | 108 (50 %)
 //                           | registers until the end of the block's slice                |             |
-// layernorm_backward 4      | 3 with the next row on its way into shared memory (dx too)  | 4 NC        | 62.2 (77 %)
+// layernorm_backward 4      | 3 with the next row on its way into shared memory (dx too)  | 4 NC        | 60.1 (85.9 %)
 //                           | and fewer, longer slices                                    |             |
-// layernorm_backward 5      | 4 in 256 slices: 32 rounds for every warp; in 264 most have | 4 NC        | (-1 us)
-//                           | 31 and wait for a few that have one more                    |             |
-// (-1 us): not measured yet; the prediction against rung 4 in the same run. Times are those of single calls with events
-// around them; dev/bench.py now times them in a row, which should take 2 us off each, and off a copy. Forward rungs 5 to
-// 7 have each other's bits, not those of 4: layernorm_forward and fused_residual_forward change together.
-// Blocks that stay were tried with the next row in registers: slower than 4. There one row of a warp was under way, or
-// none while it was normalised; in 7 it is three, 16 warps x 3 x 1.5 KB = 72 KB of a multiprocessor (fused 144).
-// In a CUDA graph of 24 calls (one run): backward 4 54 us, fused 4 54 us, a copy 51 us; at B=64 101, 104 and 98 us.
+// layernorm_backward 6      | 4 without branches, dn and xhat stay in registers: 519      | 4 NC        | not measured,
+//                           | instructions a row, 760 in 4; what the blocks have summed   |             | predicted 57.5
+//                           | is read as packs, and added after one wait instead of three |             | (90 %)
+// Figures with a decimal of a percent are of 2026-11-26: calls in a row; a large copy had 4236 GB/s, one of 2 NC 86 % of
+// that, of 4 NC 92 %. The others are of 2026-11-24: single calls with events around them, which took some 2 us more.
+// Forward 5 and fused 5 have each other's bits, not those of 4: the public functions change together.
+// Not faster, and gone: forward in blocks that stay, the next row in registers or three of them on their way by cp.async
+// (32.0, fused 55.7), two rows of a thread at once (30.6, 55.5); backward in 256 (rung 5), 384 or 512 slices (60.1).
+// In a CUDA graph of 24 calls (one run): backward 4 54 us, fused 4 54 us, a copy 51 us; at B=64 101, 104 and 98 us. So rows
+// stream as fast as a copy, and what 4 takes beyond its 51.6 us is there once. By calculation: the second kernel 4.3 (1.2
+// to start after the first; then waits for the gradients from before, the slices past 256 and the others, one after the
+// other (SASS)), the block's own sums 0.9 (12 rounds of 4 reads), the last row's instructions 1, the first row's code?
 //
 // llm.c's kernels 6 and 10 keep the row or the partial sums in shared memory, which caps C at some 10,000 and 4096. With
 // registers spread over as many warps as the row needs, nothing has to be opted into: C may be 16384 forward and 12288
-// backward in fp32, 32768 and 12288 in 16 bits (rung 4 forward: 12288 and 24576).
+// backward in fp32, 32768 and 12288 in 16 bits (rungs 4 and 5 forward: 12288 and 24576).
 //
 // Source: llm.c llmc/layernorm.cuh; Ba et al. 2016, arXiv:1607.06450.
 #include "ptx.cuh"
@@ -117,6 +115,7 @@ __device__ inline float rowReduceSum(float value) {
     if (threadIdx.x % 32 == 0) { partial[warp] = value; }
     __syncthreads();
     float sum = 0.0f;
+#pragma unroll 4  // by 16, which the compiler prefers, it is a quarter of layernorm_forward_kernel5
     for (int w = 0; w < warps; w++) { sum += partial[threadIdx.y * warps + w]; }
     return sum;
 }
@@ -325,48 +324,23 @@ fused_residual_forward_kernel4(floatX* residual, floatX* normed, float* mean, fl
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// the same once more: weights on their way with the row, and a second row in the shadow of the first
+// the same once more: weights on their way with the row, no divisions
 // ---------------------------------------------------------------------------------------------------------------------
 
-// rowReduceSum of ROWS rows at once, for blocks of up to 256 threads. The same order of additions.
-template <int ROWS> __device__ inline void rowReduceSums(float (&sums)[ROWS]) {
-    __shared__ float partial[ROWS][8];
-    for (int offset = 16; offset > 0; offset /= 2) {
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) { sums[r] += __shfl_xor_sync(0xffffffffu, sums[r], offset); }
-    }
-    if (blockDim.x == 32) { return; }
-    int warps = blockDim.x / 32, warp = threadIdx.y * warps + threadIdx.x / 32;
-    __syncthreads();  // the last call's readers are done
-    if (threadIdx.x % 32 == 0) {
-        for (int r = 0; r < ROWS; r++) { partial[r][warp] = sums[r]; }
-    }
-    __syncthreads();
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        sums[r] = 0.0f;
-        for (int w = 0; w < warps; w++) { sums[r] += partial[r][threadIdx.y * warps + w]; }
-    }
-}
-
-// blockDim.x threads for ROWS neighbouring rows, blockDim.y times as many in a block of up to 256 threads.
-// grid ceil(N / (ROWS * blockDim.y)); blockDim.x a multiple of 32 with blockDim.x * ROW_PACKS >= C / x128::size.
-// In normalize_row the weights of each pack are loaded where they are used, one after the other: a store to `out` lies
-// between them, which for all the compiler knows changes weights.
-template <bool FUSED, int ROWS>
-__device__ inline void normalize_rows(floatX* residual, floatX* out, float* mean, float* rstd, const floatX* inp1,
+// As normalize_row, for blocks of up to 256 threads. There the weights of each pack are loaded where they are used, one
+// after the other: a store to `out` lies between them, which for all the compiler knows changes weights.
+template <bool FUSED>
+__device__ inline void normalize_row5(floatX* residual, floatX* out, float* mean, float* rstd, const floatX* inp1,
                                       const floatX* inp2, const floatX* weight, const floatX* bias, int N, int C) {
-    int first = (blockIdx.x * blockDim.y + threadIdx.y) * ROWS;
-    x128 a[ROWS][ROW_PACKS], b[ROWS][ROW_PACKS], w[ROW_PACKS], shift[ROW_PACKS];
+    int row = blockIdx.x * blockDim.y + threadIdx.y;
+    i64 start = (i64)row * C;
+    x128 a[ROW_PACKS], b[ROW_PACKS], w[ROW_PACKS], shift[ROW_PACKS];
 #pragma unroll
     for (int i = 0; i < ROW_PACKS; i++) {
         int c = (i * blockDim.x + threadIdx.x) * x128::size;
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            if (first + r < N && c < C) {
-                a[r][i] = load128cs(inp1 + (i64)(first + r) * C + c);
-                if (FUSED) { b[r][i] = load128cs(inp2 + (i64)(first + r) * C + c); }
-            }
+        if (row < N && c < C) {
+            a[i] = load128cs(inp1 + start + c);
+            if (FUSED) { b[i] = load128cs(inp2 + start + c); }
         }
     }
 #pragma unroll
@@ -377,197 +351,61 @@ __device__ inline void normalize_rows(floatX* residual, floatX* out, float* mean
             shift[i] = load128(bias + c);
         }
     }
-    float x[ROWS][ROW_PACKS][x128::size] = {}, sum[ROWS] = {}, squares[ROWS] = {}, per_channel = 1.0f / C;
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-#pragma unroll
-        for (int i = 0; i < ROW_PACKS; i++) {
-            int c = (i * blockDim.x + threadIdx.x) * x128::size;
-            if (first + r < N && c < C) {
-                to_floats(x[r][i], a[r][i]);
-                if (FUSED) {
-                    float other[x128::size];
-                    to_floats(other, b[r][i]);
-                    for (int k = 0; k < x128::size; k++) { x[r][i][k] += other[k]; }
-                    x128 rounded = to_pack(x[r][i]);
-                    store128cs(residual + (i64)(first + r) * C + c, rounded);
-                    to_floats(x[r][i], rounded);
-                }
-                for (int k = 0; k < x128::size; k++) { sum[r] += x[r][i][k]; }
-            }
-        }
-    }
-    rowReduceSums(sum);
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        sum[r] *= per_channel;  // the mean
-#pragma unroll
-        for (int i = 0; i < ROW_PACKS; i++) {
-            if ((i * blockDim.x + threadIdx.x) * x128::size < C) {
-                for (int k = 0; k < x128::size; k++) {
-                    x[r][i][k] -= sum[r];
-                    squares[r] = fmaf(x[r][i][k], x[r][i][k], squares[r]);
-                }
-            }
-        }
-    }
-    rowReduceSums(squares);
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) { squares[r] = rsqrtf(squares[r] * per_channel + EPS); }
+    float x[ROW_PACKS][x128::size] = {}, sum = 0.0f, squares = 0.0f, per_channel = 1.0f / C;
 #pragma unroll
     for (int i = 0; i < ROW_PACKS; i++) {
         int c = (i * blockDim.x + threadIdx.x) * x128::size;
-        float weights[x128::size], shifts[x128::size];
-        to_floats(weights, w[i]);
-        to_floats(shifts, shift[i]);
+        if (row < N && c < C) {
+            to_floats(x[i], a[i]);
+            if (FUSED) {
+                float other[x128::size];
+                to_floats(other, b[i]);
+                for (int k = 0; k < x128::size; k++) { x[i][k] += other[k]; }
+                x128 rounded = to_pack(x[i]);
+                store128cs(residual + start + c, rounded);
+                to_floats(x[i], rounded);
+            }
+            for (int k = 0; k < x128::size; k++) { sum += x[i][k]; }
+        }
+    }
+    float m = rowReduceSum(sum) * per_channel;
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            if (first + r < N && c < C) {
-                for (int k = 0; k < x128::size; k++) {
-                    x[r][i][k] = fmaf(x[r][i][k] * squares[r], weights[k], shifts[k]);
-                }
-                store128(out + (i64)(first + r) * C + c, to_pack(x[r][i]));
+    for (int i = 0; i < ROW_PACKS; i++) {
+        if ((i * blockDim.x + threadIdx.x) * x128::size < C) {
+            for (int k = 0; k < x128::size; k++) {
+                x[i][k] -= m;
+                squares = fmaf(x[i][k], x[i][k], squares);
             }
         }
     }
+    float s = rsqrtf(rowReduceSum(squares) * per_channel + EPS);
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        if (threadIdx.x == 0 && first + r < N) {
-            mean[first + r] = sum[r];
-            rstd[first + r] = squares[r];
+    for (int i = 0; i < ROW_PACKS; i++) {
+        int c = (i * blockDim.x + threadIdx.x) * x128::size;
+        if (row < N && c < C) {
+            float weights[x128::size], shifts[x128::size];
+            to_floats(weights, w[i]);
+            to_floats(shifts, shift[i]);
+            for (int k = 0; k < x128::size; k++) { x[i][k] = fmaf(x[i][k] * s, weights[k], shifts[k]); }
+            store128(out + start + c, to_pack(x[i]));
         }
+    }
+    if (threadIdx.x == 0 && row < N) {
+        mean[row] = m;
+        rstd[row] = s;
     }
 }
 
 extern "C" __global__ void __launch_bounds__(256)
 layernorm_forward_kernel5(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
                           const floatX* bias, int N, int C) {
-    normalize_rows<false, 1>(NULL, out, mean, rstd, inp, NULL, weight, bias, N, C);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-layernorm_forward_kernel6(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
-                          const floatX* bias, int N, int C) {
-    normalize_rows<false, 2>(NULL, out, mean, rstd, inp, NULL, weight, bias, N, C);
+    normalize_row5<false>(NULL, out, mean, rstd, inp, NULL, weight, bias, N, C);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
 fused_residual_forward_kernel5(floatX* residual, floatX* normed, float* mean, float* rstd, const floatX* inp1,
                                const floatX* inp2, const floatX* weight, const floatX* bias, int N, int C) {
-    normalize_rows<true, 1>(residual, normed, mean, rstd, inp1, inp2, weight, bias, N, C);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-fused_residual_forward_kernel6(floatX* residual, floatX* normed, float* mean, float* rstd, const floatX* inp1,
-                               const floatX* inp2, const floatX* weight, const floatX* bias, int N, int C) {
-    normalize_rows<true, 2>(residual, normed, mean, rstd, inp1, inp2, weight, bias, N, C);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// blocks that stay: rows on their way into shared memory without end, weights in registers as fp32
-// ---------------------------------------------------------------------------------------------------------------------
-
-#define FORWARD_STAGES 4  // rows: one that is worked on, three on their way; llmc/cuda/layernorm.py has the same number
-
-// blockDim.x threads per row, blockDim.y rows at a time; block b takes rows b * blockDim.y + y, then those gridDim.x *
-// blockDim.y further on. A thread copies the packs that it will itself read, so the copies need no barrier. Any grid;
-// blockDim.x a multiple of 32 with blockDim.x * ROW_PACKS >= C / x128::size; block of up to 256 threads; dynamic shared
-// memory threads * FORWARD_STAGES * (FUSED ? 2 : 1) * ROW_PACKS * 16.
-template <bool FUSED>
-__device__ inline void normalize_ring(floatX* residual, floatX* out, float* mean, float* rstd, const floatX* inp1,
-                                      const floatX* inp2, const floatX* weight, const floatX* bias, int N, int C) {
-    extern __shared__ __align__(16) char forward_ring[];
-    constexpr int arrays = FUSED ? 2 : 1;
-    int threads = blockDim.x * blockDim.y, rows = gridDim.x * blockDim.y;
-    int first = blockIdx.x * blockDim.y + threadIdx.y;
-    x128* ring = reinterpret_cast<x128*>(forward_ring) + threadIdx.y * blockDim.x + threadIdx.x;
-    auto slot = [&](int stage, int array, int i) -> x128& {
-        return ring[((stage * arrays + array) * ROW_PACKS + i) * threads];
-    };
-    auto fetch = [&](int row, int stage) {
-#pragma unroll
-        for (int i = 0; i < ROW_PACKS; i++) {
-            int c = (i * blockDim.x + threadIdx.x) * x128::size;
-            if (row < N && c < C) {
-                cp_async_16(&slot(stage, 0, i), inp1 + (i64)row * C + c, true);
-                if (FUSED) { cp_async_16(&slot(stage, 1, i), inp2 + (i64)row * C + c, true); }
-            }
-        }
-        cp_async_commit();
-    };
-#pragma unroll
-    for (int ahead = 0; ahead < FORWARD_STAGES - 1; ahead++) { fetch(first + ahead * rows, ahead); }
-    float weights[ROW_PACKS][x128::size] = {}, shifts[ROW_PACKS][x128::size] = {}, per_channel = 1.0f / C;
-#pragma unroll
-    for (int i = 0; i < ROW_PACKS; i++) {
-        int c = (i * blockDim.x + threadIdx.x) * x128::size;
-        if (c < C) {
-            to_floats(weights[i], load128(weight + c));
-            to_floats(shifts[i], load128(bias + c));
-        }
-    }
-    int stage = 0;
-    for (int row = first; row - (int)threadIdx.y < N; row += rows) {  // the same number of rounds in all threads
-        fetch(row + (FORWARD_STAGES - 1) * rows, stage == 0 ? FORWARD_STAGES - 1 : stage - 1);
-        cp_async_wait<FORWARD_STAGES - 1>();
-        float x[ROW_PACKS][x128::size] = {}, sum[1] = {}, squares[1] = {};
-#pragma unroll
-        for (int i = 0; i < ROW_PACKS; i++) {
-            int c = (i * blockDim.x + threadIdx.x) * x128::size;
-            if (row < N && c < C) {
-                to_floats(x[i], slot(stage, 0, i));
-                if (FUSED) {
-                    float other[x128::size];
-                    to_floats(other, slot(stage, 1, i));
-                    for (int k = 0; k < x128::size; k++) { x[i][k] += other[k]; }
-                    x128 rounded = to_pack(x[i]);
-                    store128cs(residual + (i64)row * C + c, rounded);
-                    to_floats(x[i], rounded);
-                }
-                for (int k = 0; k < x128::size; k++) { sum[0] += x[i][k]; }
-            }
-        }
-        rowReduceSums(sum);
-        float m = sum[0] * per_channel;
-#pragma unroll
-        for (int i = 0; i < ROW_PACKS; i++) {
-            if ((i * blockDim.x + threadIdx.x) * x128::size < C) {
-                for (int k = 0; k < x128::size; k++) {
-                    x[i][k] -= m;
-                    squares[0] = fmaf(x[i][k], x[i][k], squares[0]);
-                }
-            }
-        }
-        rowReduceSums(squares);
-        float s = rsqrtf(squares[0] * per_channel + EPS);
-        if (row < N) {
-#pragma unroll
-            for (int i = 0; i < ROW_PACKS; i++) {
-                int c = (i * blockDim.x + threadIdx.x) * x128::size;
-                if (c < C) {
-                    for (int k = 0; k < x128::size; k++) { x[i][k] = fmaf(x[i][k] * s, weights[i][k], shifts[i][k]); }
-                    store128(out + (i64)row * C + c, to_pack(x[i]));
-                }
-            }
-            if (threadIdx.x == 0) {
-                mean[row] = m;
-                rstd[row] = s;
-            }
-        }
-        stage = stage == FORWARD_STAGES - 1 ? 0 : stage + 1;
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-layernorm_forward_kernel7(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
-                          const floatX* bias, int N, int C) {
-    normalize_ring<false>(NULL, out, mean, rstd, inp, NULL, weight, bias, N, C);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-fused_residual_forward_kernel7(floatX* residual, floatX* normed, float* mean, float* rstd, const floatX* inp1,
-                               const floatX* inp2, const floatX* weight, const floatX* bias, int N, int C) {
-    normalize_ring<true>(residual, normed, mean, rstd, inp1, inp2, weight, bias, N, C);
+    normalize_row5<true>(residual, normed, mean, rstd, inp1, inp2, weight, bias, N, C);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -727,9 +565,10 @@ layernorm_backward_kernel3(floatX* dinp, float* partials, const floatX* dout, co
     }
 }
 
-#define RING_PACKS 3   // packs of a row that a thread holds; llmc/cuda/layernorm.py has the same two numbers
+#define RING_PACKS 3   // packs of a row that a thread holds; llmc/cuda/layernorm.py has the same three numbers
 #define RING_STAGES 2  // rows: one that is worked on, one on its way
 #define RING_ARRAYS 3  // dout, inp, dinp
+#define RING_THREADS 128  // of a block of layernorm_backward_kernel6, at most
 
 // Everything in one pass; rows arrive in shared memory while earlier ones are worked on. A thread copies the packs that it
 // will itself read, so the copies need no barrier; with 32 threads per row nothing else does either.
@@ -852,5 +691,142 @@ layernorm_backward_kernel4(floatX* dinp, float* partials, const floatX* dout, co
         float sum = 0.0f;
         for (int y = 0; y < blockDim.y; y++) { sum += sums[y * 2 * C + c]; }
         partials[(i64)blockIdx.x * 2 * C + c] = sum;
+    }
+}
+
+// As 4 with fewer instructions: what lies outside is copied as zeros, which no sum notices, instead of being branched
+// around; dn and xhat stay in registers until the row's means are there. Two blocks of a multiprocessor may have 255
+// registers a thread. Grid, rows and partials as in 4; block (x, y) of at most RING_THREADS threads, x a multiple of 32
+// with x * RING_PACKS >= C / x128::size.
+extern "C" __global__ void __launch_bounds__(RING_THREADS, 2)
+layernorm_backward_kernel6(floatX* dinp, float* partials, const floatX* dout, const floatX* inp, const floatX* weight,
+                           const float* mean, const float* rstd, int N, int C) {
+    __shared__ x128 ring[RING_STAGES][RING_ARRAYS][RING_PACKS][RING_THREADS];
+    __shared__ float2 row_sums[2][RING_THREADS / 32];  // of the warps; two, so that a row needs one barrier
+    int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x, warps = blockDim.x / 32;
+    int rows = gridDim.x * blockDim.y, first_row = blockIdx.x * blockDim.y + threadIdx.y;
+    int column = threadIdx.x * x128::size, step = blockDim.x * x128::size;  // of the first pack; to the next one
+    auto fetch = [&](int row, int stage) {
+#pragma unroll
+        for (int i = 0; i < RING_PACKS; i++) {
+            i64 at = (i64)row * C + column + i * step;
+            bool inside = row < N && column + i * step < C;
+            cp_async_16(&ring[stage][0][i][thread], dout + at, inside);
+            cp_async_16(&ring[stage][1][i][thread], inp + at, inside);
+            cp_async_16(&ring[stage][2][i][thread], dinp + at, inside);
+        }
+        cp_async_commit();
+    };
+    fetch(first_row, 0);
+    float w[RING_PACKS][x128::size] = {}, dw[RING_PACKS][x128::size] = {}, db[RING_PACKS][x128::size] = {};
+#pragma unroll
+    for (int i = 0; i < RING_PACKS; i++) {
+        if (column + i * step < C) { to_floats(w[i], load128(weight + column + i * step)); }
+    }
+    float next_m = first_row < N ? mean[first_row] : 0.0f, next_s = first_row < N ? rstd[first_row] : 0.0f;
+    float per_channel = 1.0f / C;
+    int stage = 0;
+    for (int row = first_row; row - (int)threadIdx.y < N; row += rows) {  // the same number of rounds in all threads
+        fetch(row + rows, stage ^ 1);
+        float m = next_m, s = next_s, sum = 0.0f, sum_xhat = 0.0f;
+        if (row + rows < N) { next_m = mean[row + rows], next_s = rstd[row + rows]; }
+        cp_async_wait<1>();
+        float dn[RING_PACKS][x128::size], xhat[RING_PACKS][x128::size];
+#pragma unroll
+        for (int i = 0; i < RING_PACKS; i++) {
+            x128 dout_pack = ring[stage][0][i][thread], inp_pack = ring[stage][1][i][thread];
+            float d[x128::size];
+            to_floats(d, dout_pack);
+            to_floats(xhat[i], inp_pack);
+            for (int k = 0; k < x128::size; k++) {
+                dn[i][k] = d[k] * w[i][k];
+                xhat[i][k] = (xhat[i][k] - m) * s;
+                sum += dn[i][k];
+                sum_xhat = fmaf(dn[i][k], xhat[i][k], sum_xhat);
+                dw[i][k] = fmaf(d[k], xhat[i][k], dw[i][k]);
+                db[i][k] += d[k];
+            }
+        }
+        sum = warpReduceSum(sum);
+        sum_xhat = warpReduceSum(sum_xhat);
+        if (warps > 1) {
+            if (threadIdx.x % 32 == 0) { row_sums[stage][thread / 32] = make_float2(sum, sum_xhat); }
+            __syncthreads();
+            sum = sum_xhat = 0.0f;
+#pragma unroll 1
+            for (int i = 0; i < warps; i++) {
+                float2 part = row_sums[stage][threadIdx.y * warps + i];
+                sum += part.x;
+                sum_xhat += part.y;
+            }
+        }
+        float dn_mean = sum * per_channel, dn_xhat_mean = sum_xhat * per_channel;
+#pragma unroll
+        for (int i = 0; i < RING_PACKS; i++) {
+            x128 dinp_pack = ring[stage][2][i][thread];
+            float dx[x128::size];
+            to_floats(dx, dinp_pack);
+            for (int k = 0; k < x128::size; k++) {
+                dx[k] = fmaf(dn[i][k] - dn_mean - xhat[i][k] * dn_xhat_mean, s, dx[k]);
+            }
+            if (row < N && column + i * step < C) {
+                store128(dinp + (i64)row * C + column + i * step, to_pack(dx));
+            }
+        }
+        stage ^= 1;
+    }
+
+    // add up the block's rows, in the order of threadIdx.y
+    float* sums = reinterpret_cast<float*>(ring);
+    cp_async_wait<0>();
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < RING_PACKS; i++) {
+        int c = column + i * step;
+        if (c < C) {
+            add_sums(sums + 2 * threadIdx.y * C + c, NULL, dw[i]);
+            add_sums(sums + 2 * threadIdx.y * C + C + c, NULL, db[i]);
+        }
+    }
+    __syncthreads();
+    for (int c = thread * f128::size; c < 2 * C; c += threads * f128::size) {
+        f128 sum = zeros128<float>();
+#pragma unroll 4
+        for (int y = 0; y < blockDim.y; y++) {
+            f128 row_sum = load128(sums + 2 * y * C + c);
+            for (int k = 0; k < f128::size; k++) { sum[k] += row_sum[k]; }
+        }
+        store128(partials + (i64)blockIdx.x * 2 * C + c, sum);
+    }
+}
+
+#define SLICES_AHEAD 9  // slices that a thread adds up: 264 are dealt to 32; llmc/cuda/layernorm.py has the same number
+
+// dweight += sum over slices of partials[:,0], dbias += sum of partials[:,1]; a pack of the 2C sums per threadIdx.x, its
+// slices dealt to the threadIdx.y. All loads are under way before the first is waited for: hence the second launch bound,
+// without which ptxas saves registers. grid 2*C / 16, block (4, 32); slices <= 32 * SLICES_AHEAD.
+extern "C" __global__ void __launch_bounds__(128, 1)
+layernorm_backward_combine_kernel6(floatG* dweight, floatG* dbias, const float* partials, int slices, int C) {
+    __shared__ __align__(16) float sums[32][16];
+    int thread = threadIdx.y * 4 + threadIdx.x, own = blockIdx.x * 16 + thread;
+    int column = blockIdx.x * 16 + threadIdx.x * f128::size;
+    floatG* target = own < C ? dweight + own : dbias + own - C;
+    floatG before = thread < 16 ? *target : (floatG)0.0f;
+    f128 parts[SLICES_AHEAD], sum = zeros128<float>();
+#pragma unroll
+    for (int a = 0; a < SLICES_AHEAD; a++) {
+        int slice = threadIdx.y + 32 * a;
+        parts[a] = slice < slices ? load128(partials + (i64)slice * 2 * C + column) : zeros128<float>();
+    }
+#pragma unroll
+    for (int a = 0; a < SLICES_AHEAD; a++) {
+        for (int k = 0; k < f128::size; k++) { sum[k] += parts[a][k]; }
+    }
+    store128(sums[threadIdx.y] + threadIdx.x * f128::size, sum);
+    __syncthreads();
+    if (thread < 16) {
+        float total = 0.0f;
+        for (int y = 0; y < 32; y++) { total += sums[y][thread]; }
+        *target = (floatG)((float)before + total);
     }
 }

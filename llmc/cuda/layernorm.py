@@ -6,12 +6,10 @@ from . import module
 
 FORWARD_PACKS = 4  # kernels/layernorm.cu has the same number
 BACKWARD_ELEMENTS = 24  # elements of a row that a thread of the one-pass backward kernel holds
-ROW_PACKS, ROW_THREADS = 3, 64  # of the forward kernels 4, and the same in kernels/layernorm.cu; threads of a block
-FORWARD_STAGES = 4  # of the forward kernels 7, and the same in kernels/layernorm.cu
-FORWARD_BLOCKS = 1024  # their grid: of 32768 rows each of its 2048 warps has 16, and all stay on 132 multiprocessors
-RING_PACKS, RING_STAGES = 3, 2  # kernels/layernorm.cu has the same numbers
-RING_THREADS = 128  # of a block of layernorm_backward4
-RING_SLICES = 264  # its blocks, on every GPU the same: two on each of 132 multiprocessors
+ROW_PACKS, ROW_THREADS = 3, 64  # of forward kernels 4 and 5; kernels/layernorm.cu has the same 3; threads of a block
+RING_PACKS, RING_STAGES, RING_THREADS = 3, 2, 128  # kernels/layernorm.cu has the same; threads of a block
+RING_SLICES = 264  # blocks, on every GPU the same: two on each of 132 multiprocessors
+SLICES_AHEAD = 9  # of them for each of 32 threads of layernorm_backward6; kernels/layernorm.cu has the same number
 MAX_SLICES = 1024  # slices of rows with sums of their own; a constant, so that every GPU adds in the same order
 
 
@@ -63,7 +61,7 @@ def layernorm_forward3(out, mean, rstd, inp, weight, bias):
 
 
 def rows_grid(N, C, itemsize):
-    """grid, block of the forward kernels 4."""
+    """grid, block of the forward kernels 4 and 5."""
     threads, rows = row_block(C * itemsize // 16, ROW_PACKS, ROW_THREADS)
     assert threads <= 1024, C
     return (-(-N // rows),), (threads, rows)
@@ -76,45 +74,14 @@ def layernorm_forward4(out, mean, rstd, inp, weight, bias):
     kernel(*rows_grid(N, C, out.itemsize), (out, mean, rstd, inp, weight, bias, np.int32(N), np.int32(C)))
 
 
-def forward_rows(rows_per_thread, rung, wider, args, N, C):
-    """Launches a forward kernel of rung 5 or 6; `wider` is the function for rows that need more than 256 threads."""
-    threads, groups = row_block(C * args[0].itemsize // 16, ROW_PACKS, ROW_THREADS)
-    if threads > 256:
-        return wider(*args)
-    kernel = module.kernel("layernorm.cu", rung, args[0].dtype)
-    kernel((-(-N // (rows_per_thread * groups)),), (threads, groups), (*args, np.int32(N), np.int32(C)))
-
-
 def layernorm_forward5(out, mean, rstd, inp, weight, bias):
     """layernorm_forward4 with the weights loaded together with the row. C > 6144 (fp32: 3072): layernorm_forward4."""
     N, C = check_forward(out, mean, rstd, inp, weight, bias)
-    args = (out, mean, rstd, inp, weight, bias)
-    forward_rows(1, "layernorm_forward_kernel5", layernorm_forward4, args, N, C)
-
-
-def layernorm_forward6(out, mean, rstd, inp, weight, bias):
-    """layernorm_forward5 with two rows at once: half the loads and conversions of weights."""
-    N, C = check_forward(out, mean, rstd, inp, weight, bias)
-    args = (out, mean, rstd, inp, weight, bias)
-    forward_rows(2, "layernorm_forward_kernel6", layernorm_forward4, args, N, C)
-
-
-def forward_ring(rung, arrays, wider, args, N, C):
-    """Launches a forward kernel of rung 7, which reads so many arrays; `wider` is for rows of more than 128 threads."""
-    threads, rows = row_block(C * args[0].itemsize // 16, ROW_PACKS, ROW_THREADS)
-    if threads > 128:  # shared memory above 48 KiB, which not every GPU has
-        return wider(*args)
-    smem = threads * rows * FORWARD_STAGES * arrays * ROW_PACKS * 16
-    kernel = module.kernel("layernorm.cu", rung, args[0].dtype, smem=smem)
-    blocks = min(FORWARD_BLOCKS, -(-N // rows))
-    kernel((blocks,), (threads, rows), (*args, np.int32(N), np.int32(C)), shared_mem=smem)
-
-
-def layernorm_forward7(out, mean, rstd, inp, weight, bias):
-    """layernorm_forward4 in blocks that stay, the next rows on their way. C > 3072 (fp32: 1536): layernorm_forward4."""
-    N, C = check_forward(out, mean, rstd, inp, weight, bias)
-    args = (out, mean, rstd, inp, weight, bias)
-    forward_ring("layernorm_forward_kernel7", 1, layernorm_forward4, args, N, C)
+    grid, block = rows_grid(N, C, out.itemsize)
+    if block[0] > 256:
+        return layernorm_forward4(out, mean, rstd, inp, weight, bias)
+    kernel = module.kernel("layernorm.cu", "layernorm_forward_kernel5", out.dtype)
+    kernel(grid, block, (out, mean, rstd, inp, weight, bias, np.int32(N), np.int32(C)))
 
 
 def residual_forward1(out, inp1, inp2):
@@ -187,22 +154,11 @@ def fused_residual_forward4(residual, normed, mean, rstd, inp1, inp2, weight, bi
 def fused_residual_forward5(residual, normed, mean, rstd, inp1, inp2, weight, bias):
     """fused_residual_forward4 with the weights loaded together with the row; wider rows as layernorm_forward5."""
     N, C = check_fused(residual, normed, mean, rstd, inp1, inp2, weight, bias)
-    args = (residual, normed, mean, rstd, inp1, inp2, weight, bias)
-    forward_rows(1, "fused_residual_forward_kernel5", fused_residual_forward4, args, N, C)
-
-
-def fused_residual_forward6(residual, normed, mean, rstd, inp1, inp2, weight, bias):
-    """fused_residual_forward5 with two rows at once: half the loads and conversions of weights."""
-    N, C = check_fused(residual, normed, mean, rstd, inp1, inp2, weight, bias)
-    args = (residual, normed, mean, rstd, inp1, inp2, weight, bias)
-    forward_rows(2, "fused_residual_forward_kernel6", fused_residual_forward4, args, N, C)
-
-
-def fused_residual_forward7(residual, normed, mean, rstd, inp1, inp2, weight, bias):
-    """fused_residual_forward4 in blocks that stay, the next rows on their way; wider rows as layernorm_forward7."""
-    N, C = check_fused(residual, normed, mean, rstd, inp1, inp2, weight, bias)
-    args = (residual, normed, mean, rstd, inp1, inp2, weight, bias)
-    forward_ring("fused_residual_forward_kernel7", 2, fused_residual_forward4, args, N, C)
+    grid, block = rows_grid(N, C, residual.itemsize)
+    if block[0] > 256:
+        return fused_residual_forward4(residual, normed, mean, rstd, inp1, inp2, weight, bias)
+    kernel = module.kernel("layernorm.cu", "fused_residual_forward_kernel5", residual.dtype)
+    kernel(grid, block, (residual, normed, mean, rstd, inp1, inp2, weight, bias, np.int32(N), np.int32(C)))
 
 
 def layernorm_scratch_size(B, T, C):
@@ -284,26 +240,39 @@ def ring_block(C, itemsize):
     return x, y, x * y * RING_STAGES * 3 * RING_PACKS * 16
 
 
-def layernorm_backward4(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd, slices=None):
+def layernorm_backward4(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd):
     """layernorm_backward1 in one pass over memory, the next rows on their way while one is worked on."""
     N, C = check_backward(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd)
     x, y, smem = ring_block(C, inp.itemsize)
     assert x <= 512, C
-    slices = min(slices or RING_SLICES, -(-N // y))
+    slices = min(RING_SLICES, -(-N // y))
     kernel = module.kernel("layernorm.cu", "layernorm_backward_kernel4", inp.dtype, smem=smem)
     args = (dinp, scratch, dout, inp, weight, mean, rstd, np.int32(N), np.int32(C))
     kernel((slices,), (x, y), args, shared_mem=smem)
     combine(dweight, dbias, scratch, slices, inp.dtype)
 
 
-def layernorm_backward5(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd):
-    """layernorm_backward4 in 256 slices: of 32768 rows every warp gets 32; in 264 eight blocks have a row more."""
-    layernorm_backward4(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd, slices=256)
+def layernorm_backward6(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd):
+    """layernorm_backward4 with fewer instructions before, after and in the stream of rows.
+
+    C > 3072 (fp32: 1536): layernorm_backward3, as not every GPU has more than 48 KiB of shared memory.
+    """
+    N, C = check_backward(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd)
+    x, y = row_block(C * inp.itemsize // 16, RING_PACKS, RING_THREADS)
+    if x > RING_THREADS:
+        return layernorm_backward3(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd)
+    slices = min(RING_SLICES, -(-N // y))
+    kernel = module.kernel("layernorm.cu", "layernorm_backward_kernel6", inp.dtype)
+    kernel((slices,), (x, y), (dinp, scratch, dout, inp, weight, mean, rstd, np.int32(N), np.int32(C)))
+    defines = module.grad_defines(inp.dtype, (dweight, dbias))
+    kernel = module.kernel("layernorm.cu", "layernorm_backward_combine_kernel6", inp.dtype, defines)
+    assert slices <= 32 * SLICES_AHEAD, slices
+    kernel((2 * C // 16,), (4, 32), (dweight, dbias, scratch, np.int32(slices), np.int32(C)))
 
 
-layernorm_forward = layernorm_forward4  # the row is read once, and what is done to it takes less time than that
+layernorm_forward = layernorm_forward5  # the row is read once, and what is done to it takes less time than that
 residual_forward = residual_forward2  # an eighth of the memory instructions
-fused_residual_forward = fused_residual_forward4  # both inputs are read once
+fused_residual_forward = fused_residual_forward5  # both inputs are read once; the bits of layernorm_forward5
 
 
 def layernorm_backward(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd):
