@@ -39,7 +39,12 @@
 constexpr int FORWARD = 0, DGRAD = 1, WGRAD = 2;
 constexpr bool TURNS = RUNG >= 7;                      // the consumers take turns at tiles
 constexpr bool TMA_STORES = RUNG >= 8;
-constexpr int ROWS = 128, COLUMNS = 192, DEPTH = 64;   // outputs of a tile; k of a stage: 128 bytes, as TMA swizzles
+#ifdef TALL
+constexpr int ROWS = 192, COLUMNS = 128;               // outputs of a tile
+#else
+constexpr int ROWS = 128, COLUMNS = 192;
+#endif
+constexpr int DEPTH = 64;                              // k of a stage: 128 bytes, as TMA swizzles
 constexpr int OWN_ROWS = TURNS ? ROWS : ROWS / 2;      // that a consumer makes
 constexpr int HALVES = OWN_ROWS / 64, BOXES = COLUMNS / 64;
 constexpr int STAGES = 4;
@@ -88,7 +93,9 @@ __device__ inline int work_items(const Product& p) { return ceil_div(p.M, ROWS) 
 // The order decides what the blocks running together share in L2: bands of 16 tile rows, within a band column by
 // column; all tiles of a range of k before the next range.
 __device__ inline Work work_item(const Product& p, int item) {
-    int rows = ceil_div(p.M, ROWS), columns = ceil_div(p.N, COLUMNS), blocks = ceil_div(p.K, DEPTH);
+    int M = p.M, N = p.N;
+    forget(M), forget(N);  // or what follows from them is kept from tile to tile, and spilled
+    int rows = ceil_div(M, ROWS), columns = ceil_div(N, COLUMNS), blocks = ceil_div(p.K, DEPTH);
     int split = item / (rows * columns), tile = item % (rows * columns);
     int band = tile / (BAND * columns), in_band = tile % (BAND * columns), height = min(BAND, rows - band * BAND);
     return {(band * BAND + in_band % height) * ROWS, in_band / height * COLUMNS, (int)((i64)split * blocks / p.splits),
@@ -331,20 +338,23 @@ __device__ inline void store_tile(const TensorMap& first, const TensorMap& secon
 // The end of a tile with fp32 results: a lane has two neighbours in a row, four lanes a sector of 32 bytes.
 __device__ inline void write_floats(const Product& p, float* out, bool accumulate,
                                     const float (&sums)[HALVES][COLUMNS / 2], int m, int n) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, column = n + lane % 4 * 2;
 #pragma unroll
-    for (int half = 0; half < HALVES; half++) {
+    for (int i = 0; i < HALVES * 2; i++) {  // rows of this lane
+        int row = m + i / 2 * 64 + warp * 16 + lane / 4 + i % 2 * 8;
+        i64 at = (i64)row * p.N + column;
+        forget(at);  // or all rows' places are computed at once, and spilled
 #pragma unroll
-        for (int j = 0; j < COLUMNS / 2; j += 2) {
-            int row = m + half * 64 + warp * 16 + lane / 4 + j / 2 % 2 * 8, column = n + j / 4 * 8 + lane % 4 * 2;
-            if (row < p.M && column < p.N) {
-                float2* at = (float2*)(out + (size_t)row * p.N + column);
-                float2 sum = make_float2(sums[half][j], sums[half][j + 1]);
+        for (int k = 0; k < COLUMNS / 8; k++) {
+            if (row < p.M && column + k * 8 < p.N) {
+                const float* pair = &sums[i / 2][k * 4 + i % 2 * 2];
+                float2* to = (float2*)(out + at + k * 8);
+                float2 sum = make_float2(pair[0], pair[1]);
                 if (accumulate) {
-                    float2 old = *at;
+                    float2 old = *to;
                     sum.x += old.x, sum.y += old.y;
                 }
-                *at = sum;
+                *to = sum;
             }
         }
     }
@@ -523,8 +533,8 @@ __device__ inline void product(const Product& p, const TensorMap& a, const Tenso
 
 // ---------------------------------------------------------------------------------------------------------------------
 // entry points: grid at most one block for each multiprocessor, block 384, dynamic shared memory sizeof(Shared) + 1024.
-// Arguments as those of kernel 5 in matmul.cu, the operands as tensor maps. Boxes of rows x 64 columns: inp 128 and
-// weight 192 in forward, dout 128 and weight 64 in dgrad, dout and inp 64 in wgrad. From 8 on there are maps of the
+// Arguments as those of kernel 5 in matmul.cu, the operands as tensor maps. Boxes of rows x 64 columns: inp ROWS and
+// weight COLUMNS in forward, dout ROWS and weight 64 in dgrad, dout and inp 64 in wgrad. From 8 on there are maps of the
 // 16-bit results and of what is read with them, boxes of 64 rows: first is pre_gelu's where there is one, second out's. bias_sums: null before 9. gelu_out, where gelu of
 // pre_gelu goes: null before 10.
 // ---------------------------------------------------------------------------------------------------------------------

@@ -157,6 +157,13 @@ template <bool A_BY_K, bool B_BY_K> __device__ inline void wgmma(float (&d)[96],
                  : D16(0), D16(16), D16(32), D16(48), D16(64), D16(80)
                  : "l"(a), "l"(b), "r"((int)add), "n"((int)A_BY_K), "n"((int)B_BY_K));
 }
+template <bool A_BY_K, bool B_BY_K> __device__ inline void wgmma(float (&d)[64], u64 a, u64 b, bool add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0;"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." WGMMA_TYPES
+                 " {" D0_31 "," D32_63 "}, %64, %65, p, 1, 1, %67, %68;}"
+                 : D16(0), D16(16), D16(32), D16(48)
+                 : "l"(a), "l"(b), "r"((int)add), "n"((int)A_BY_K), "n"((int)B_BY_K));
+}
 template <bool A_BY_K, bool B_BY_K> __device__ inline void wgmma(float (&d)[32], u64 a, u64 b, bool add) {
     asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0;"
                  "wgmma.mma_async.sync.aligned.m64n64k16.f32." WGMMA_TYPES " {" D0_31 "}, %32, %33, p, 1, 1, %35, %36;}"
@@ -199,6 +206,11 @@ template <bool B_BY_K> __device__ inline void wgmma(float (&d)[64], const u32 (&
 __device__ inline void forget(i64& value) {
 #ifndef LLMC_SIMT
     asm volatile("" : "+l"(value));
+#endif
+}
+__device__ inline void forget(int& value) {
+#ifndef LLMC_SIMT
+    asm volatile("" : "+r"(value));
 #endif
 }
 

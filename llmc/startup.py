@@ -60,10 +60,11 @@ def prepare_kernels(config, dtype, check=False, grad_dtype=None):
     HS = config.channels // config.num_heads
     name, attention = np.dtype(dtype).name, ("attention.cu", "attention_sm90.cu")
     defines = dict.fromkeys(attention, (f"HEAD_SIZE={HS}",)) if HS != 64 else {}
-    module.compile_all(name, defines)
+    tall = config.channels % 192 != 0
+    module.compile_all(name, defines, tall)
     if grad_dtype not in (None, name):  # what writes gradients, once more; the rest is loaded already
         writers = ("encoder.cu", "layernorm.cu", "matmul.cu", "matmul_sm90.cu", "adamw.cu")
-        module.compile_all(name, defines | dict.fromkeys(writers, ("GRADS_FP32",)))
+        module.compile_all(name, defines | dict.fromkeys(writers, ("GRADS_FP32",)), tall)
     fallback = device.try_hopper(dtype, HS)
     if fallback:
         print(fallback, file=sys.stderr)

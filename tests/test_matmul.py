@@ -96,7 +96,7 @@ def test_matmul_backward_of_many_tokens(op, shape):
 @pytest.mark.op("matmul_backward", dtypes=("bf16",), sets=("executor", "gpu"), shapes=[(1, 264, 200, 136)])
 def test_matmul_backward_in_ranges_on_hopper(op, shape, monkeypatch):
     """The same for Hopper's versions, which take one range where there are so few tokens."""
-    monkeypatch.setattr(op.file, "wgrad_splits_sm90", lambda BT, C, OC: 3)
+    monkeypatch.setattr(op.file, "wgrad_splits_sm90", lambda version, BT, C, OC: 3)
     check_backward(op, shape, calls=2)
 
 

@@ -46,15 +46,26 @@ def bias_parts(BT):
 def matmul_scratch_size(B, T, C, OC):
     """f32 elements of scratch that matmul_backward wants: partial sums of the weight or the bias gradient, or of both
     (from kernel 9 on)."""
-    splits, sm90 = wgrad_splits(B * T, C, OC), wgrad_splits_sm90(B * T, C, OC)
-    both = (sm90 * OC * C if sm90 > 1 else 0) + sm90 * ceil_div(C, 192) * OC
-    return max(splits * OC * C if splits > 1 else 0, bias_parts(B * T) * OC, both)
+    splits = wgrad_splits(B * T, C, OC)
+    sizes = [splits * OC * C if splits > 1 else 0, bias_parts(B * T) * OC]
+    for version in (9, 10):
+        splits = wgrad_splits_sm90(version, B * T, C, OC)
+        sizes.append((splits * OC * C if splits > 1 else 0) + splits * ceil_div(C, tile_sm90(version, OC, C)[1]) * OC)
+    return max(sizes)
 
 
-def wgrad_splits_sm90(BT, C, OC):
+def tile_sm90(version, M, N):
+    """Rows and columns of a tile of Hopper's kernels. 10 turns it where M x N then takes fewer of them: 1024 columns are
+    8 times 128, but 6 times 192 in which there are 1152."""
+    wide, tall = ceil_div(M, 128) * ceil_div(N, 192), ceil_div(M, 192) * ceil_div(N, 128)
+    return (192, 128) if version >= 10 and tall < wide else (128, 192)
+
+
+def wgrad_splits_sm90(version, BT, C, OC):
     """The same for Hopper's kernels: the number of ranges that leaves 132 multiprocessors idle least; writing and
     adding one set of partial sums takes as long as 1000 tokens. A constant too."""
-    tiles = ceil_div(OC, 128) * ceil_div(C, 192)
+    rows, columns = tile_sm90(version, OC, C)
+    tiles = ceil_div(OC, rows) * ceil_div(C, columns)
 
     def wasted(splits):
         return 1 - tiles * splits / (132 * ceil_div(tiles * splits, 132)) + 1000 * splits / BT
@@ -64,9 +75,10 @@ def wgrad_splits_sm90(BT, C, OC):
 
 def launch_sm90(name, version, dtype, M, N, args, splits=1, defines=()):
     """Kernels 6 to 10: each block takes every so many'th tile."""
-    tiles = ceil_div(M, 128) * ceil_div(N, 192) * splits
+    rows, columns = tile_sm90(version, M, N)
+    tiles = ceil_div(M, rows) * ceil_div(N, columns) * splits
     smem = 4 * 40960 + 80 + 1024 + (32768 if version < 8 else 65536 + 96 + 1536)  # sizeof(Shared) and to align it
-    defines = (f"RUNG={version}", *defines)
+    defines = (f"RUNG={version}", *(("TALL",) if rows == 192 else ()), *defines)
     kernel = module.kernel("matmul_sm90.cu", f"matmul_{name}_sm90", dtype, defines, smem, "sm_90a")
     kernel((min(tiles, module.multiprocessors()),), (384,), args, shared_mem=smem)
 
@@ -74,7 +86,8 @@ def launch_sm90(name, version, dtype, M, N, args, splits=1, defines=()):
 def dgrad_sm90(version, dinp, dout, weight, pre_gelu, gelu_out=None):
     """gelu_out: in kernel 10 alone, or None."""
     (OC, C), BT = weight.shape, dinp.size // weight.shape[1]
-    operands = module.tensor_map(dout, BT, OC, 128), module.tensor_map(weight, OC, C, 64)
+    rows, _ = tile_sm90(version, BT, C)
+    operands = module.tensor_map(dout, BT, OC, rows), module.tensor_map(weight, OC, C, 64)
     maps = (module.tensor_map(dinp if a is None else a, BT, C, 64) for a in (dinp, pre_gelu, gelu_out))
     launch_sm90(
         "dgrad", version, dinp.dtype, BT, C, (dinp, *operands, *maps, pre_gelu, gelu_out, i32(BT), i32(C), i32(OC))
@@ -84,7 +97,7 @@ def dgrad_sm90(version, dinp, dout, weight, pre_gelu, gelu_out=None):
 def wgrad_sm90(version, dweight, dbias, scratch, dout, inp, accumulate, defines=()):
     """dbias: from kernel 9 on, or None."""
     (OC, C), BT = dweight.shape, inp.size // dweight.shape[1]
-    splits = wgrad_splits_sm90(BT, C, OC)
+    splits, parts = wgrad_splits_sm90(version, BT, C, OC), ceil_div(C, tile_sm90(version, OC, C)[1])
     operands = module.tensor_map(dout, BT, OC, 64), module.tensor_map(inp, BT, C, 64)
     to = operands[0] if defines else module.tensor_map(dweight, OC, C, 64)  # f32 gradients are not stored by TMA
     bias_sums = None if dbias is None else scratch[splits * OC * C if splits > 1 else 0 :]
@@ -92,7 +105,7 @@ def wgrad_sm90(version, dweight, dbias, scratch, dout, inp, accumulate, defines=
     launch_sm90("wgrad", version, inp.dtype, OC, C, args, splits, defines)
     wgrad_reduce(dweight, scratch, splits, inp.dtype, accumulate, defines)
     if dbias is not None:
-        bias_reduce(dbias, bias_sums, splits * ceil_div(C, 192), inp.dtype, accumulate, defines)
+        bias_reduce(dbias, bias_sums, splits * parts, inp.dtype, accumulate, defines)
 
 
 def launch(name, version, dtype, M, N, args, repeat=1, defines=()):
@@ -122,7 +135,8 @@ def forward(version, out, inp, weight, bias, pre_gelu):
     assert all(x is None or x.dtype == out.dtype for x in (inp, weight, bias, pre_gelu)), out.dtype
     sizes = i32(BT), i32(OC), i32(C)
     if version in HOPPER:
-        operands = module.tensor_map(inp, BT, C, 128), module.tensor_map(weight, OC, C, 192)
+        rows, columns = tile_sm90(version, BT, OC)
+        operands = module.tensor_map(inp, BT, C, rows), module.tensor_map(weight, OC, C, columns)
         results = (module.tensor_map(a, BT, OC, 64) for a in (out if pre_gelu is None else pre_gelu, out))
         launch_sm90("forward", version, out.dtype, BT, OC, (out, pre_gelu, *operands, *results, bias, *sizes))
     else:

@@ -247,17 +247,19 @@ def libcuda():
     return ctypes.CDLL("libcuda.so.1")
 
 
-def compile_all(dtype, defines=None):
+def compile_all(dtype, defines=None, tall=False):
     """Compiles or loads everything a GPT-2 step needs, several files at a time. Call it while data is being read.
 
     defines  {file: defines} where a model needs some, e.g. {"attention.cu": ("HEAD_SIZE=128",)}
+    tall     Hopper's matmul with the other tile too: llmc/cuda/matmul.py: tile_sm90
     """
     capability()  # one clear error instead of eight
     device, name = import_cupy().cuda.Device(), getattr(dtype, "name", dtype)
 
     jobs = [(file, (defines or {}).get(file, ()), None) for file in GPT2_FILES]
     if capability() == 90 and name != "float32":
-        jobs += [(file, (*own, *(defines or {}).get(file, ())), "sm_90a") for file, own in HOPPER_FILES.items()]
+        hopper = [*HOPPER_FILES.items()] + [("matmul_sm90.cu", (*HOPPER_FILES["matmul_sm90.cu"], "TALL"))] * tall
+        jobs += [(file, (*own, *(defines or {}).get(file, ())), "sm_90a") for file, own in hopper]
 
     def compile_one(job):
         file, file_defines, arch = job
