@@ -107,8 +107,8 @@ def parameter_specs(config):
 
 # Positions whose logits are in memory at once. A larger micro-batch goes through the classifier in pieces, forward and
 # backward, one after another: the logits would be the largest tensor by far (6.6 GB at 64 x 1024 in bf16). A number of
-# rows that Hopper's matmul makes dlnf of in whole rounds: 132 x 4 tiles are four for each of 132 multiprocessors. Half as
-# many rows save 0.8 GiB, and take 1.5 of 98 ms more: dwte, which all pieces add to, is read and written once for each.
+# rows that Hopper's matmul makes dlnf of in whole rounds: 132 x 4 tiles are four for each of 132 multiprocessors. Half
+# as many rows save 0.8 GiB and take 1.5 of 98 ms more: dwte, which all pieces add to, is read and written for each.
 HEAD_ROWS = 132 * 128
 
 
