@@ -5,9 +5,9 @@ cuBLAS is the bare products (torch.mm into a given output), without bias, GELU a
 The whole ladder runs on fc; the other layers run the tensor-core rungs.
 
 python -m dev.bench_matmul --products [VERSION ...]    compute capability 9.0 only: each product of a step alone
-B=64, T=1024, GPT-2 124M, bf16: TFLOP/s of cuBLAS and of Hopper's versions, taking turns, medians of 20, L2 overwritten
-before each; bias and GELU as in training, weight gradients with their reduction, from version 9 on with the bias
-gradient, and in 10 the dgrad of fcproj with the recomputed GELU.
+B=64, T=1024, GPT-2 124M, bf16: TFLOP/s of cuBLAS, which makes the bare products, and of Hopper's versions, taking turns,
+medians of 20, L2 overwritten before each. Forward with bias, weight gradients with the reduction of their parts; then
+the same with what a step adds: +gelu two outputs, +dgelu, +regelu (10) the recomputed GELU too, +dbias (from 9 on).
 """
 
 import sys
@@ -127,39 +127,55 @@ def products(versions):
     print(f"{b.description} | {bench.software(b)} | commit {bench.commit()}")
     alone = np.median(b.overwritten_ms(lambda: None, 10, 1))
     for layer, (width, outputs) in LAYERS.items():
-        for product, flops, blas, ours in layer_products(b, layer, b.C * width, outputs and b.C * outputs):
-            jobs = {"cuBLAS": blas} | {v: lambda v=v, ours=ours: ours(int(v)) for v in versions}
+        for product, flops, blas, ours, least in layer_products(b, layer, b.C * width, outputs and b.C * outputs):
+            jobs = {"cuBLAS": blas}
+            jobs |= {v: lambda v=v, ours=ours: ours(int(v)) for v in versions if int(v) >= least}
             ms = [[b.overwritten_ms(job, 1, 1)[0] - alone for job in jobs.values()] for _ in range(23)][3:]
             rates = flops / np.median(ms, axis=0) / 1e9
             cells = (f"{name} {rate:.0f} ({rate / rates[0]:.2f})" for name, rate in zip(jobs, rates, strict=True))
-            print(f"{layer + ' ' + product:16}", "   ".join(cells), flush=True)
+            print(f"{layer + ' ' + product:22}", "   ".join(cells), flush=True)
 
 
 def layer_products(b, layer, K, N):
-    """(name, FLOPs, what cuBLAS does, what one of Hopper's versions does) of the three products of a layer."""
+    """(name, FLOPs, what cuBLAS does, what one of Hopper's versions does, the least of these) of a layer's products."""
     M, has_bias, N = b.B * b.T, N is not None, N or b.Vp
     inp, weight, dout = b.normal((M, K)), b.normal((N, K), scale=0.02), b.normal((M, N))
     out, dinp, dweight = b.empty((M, N)), b.empty((M, K)), b.empty((N, K))
-    bias, pre_gelu = b.normal((N,)) if has_bias else None, b.empty((M, N)) if layer == "fc" else None
-    before_gelu = b.normal((M, K)) if layer == "fcproj" else None
+    bias = b.normal((N,)) if has_bias else None
     scratch = b.empty((matmul.matmul_scratch_size(b.B, b.T, K, N),), np.float32)
     x, w, d, o, dx, dw = (b.t(array) for array in (inp, weight, dout, out, dinp, dweight))
-    flops, mm = 2 * M * N * K, b.torch.mm
+    flops, mm, zero = 2 * M * N * K, b.torch.mm, np.int32(0)
 
-    def forward(version):
+    def forward(version, pre_gelu=None):
         matmul.forward(version, out, inp, weight, bias, pre_gelu)
 
-    def dgrad(version):
-        recomputed = inp if version == 10 and before_gelu is not None else None
-        matmul.dgrad_sm90(version, dinp, dout, weight, before_gelu, recomputed)
+    def dgrad(version, pre_gelu=None, gelu_out=None):
+        matmul.dgrad_sm90(version, dinp, dout, weight, pre_gelu, gelu_out)
 
-    def wgrad(version):
-        dbias = bias if version >= 9 else None  # overwritten: it is used no more
-        matmul.wgrad_sm90(version, dweight, dbias, scratch, dout, inp, np.int32(0))
+    def wgrad(version, dbias=None):
+        matmul.wgrad_sm90(version, dweight, dbias, scratch, dout, inp, zero)
 
-    yield "forward", flops, lambda: mm(x, w.T, out=o), forward
-    yield "dgrad", flops, lambda: mm(d, w, out=dx), dgrad
-    yield "wgrad", flops, lambda: mm(d.T, x, out=dw), wgrad
+    def blas_forward():
+        mm(x, w.T, out=o)
+
+    def blas_dgrad():
+        mm(d, w, out=dx)
+
+    def blas_wgrad():
+        mm(d.T, x, out=dw)
+
+    yield "forward", flops, blas_forward, forward, 6
+    if layer == "fc":
+        pre_gelu = b.empty((M, N))
+        yield "forward+gelu", flops, blas_forward, lambda v: forward(v, pre_gelu), 6
+    yield "dgrad", flops, blas_dgrad, dgrad, 6
+    if layer == "fcproj":
+        pre_gelu = b.normal((M, K))
+        yield "dgrad+dgelu", flops, blas_dgrad, lambda v: dgrad(v, pre_gelu), 6
+        yield "dgrad+dgelu+regelu", flops, blas_dgrad, lambda v: dgrad(v, pre_gelu, inp), 10
+    yield "wgrad", flops, blas_wgrad, wgrad, 6
+    if has_bias:  # bias is overwritten: it is used no more
+        yield "wgrad+dbias", flops, blas_wgrad, lambda v: wgrad(v, bias), 9
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 from dev import bench, roofline
 from llmc import UserError, gpt2, rungs
 
-HYPER = dict(learning_rate=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0)
+# The rate is small so that large models, too, can do without warm-up: their losses are compared at every step.
+HYPER = dict(learning_rate=1e-5, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0)
 
 
 class Ours:
@@ -302,7 +303,7 @@ def run(args):
 
     peers = trainers(b, args)
     ms = {name: [] for name in peers}
-    tolerance = 2e-3 if b.dtype_name == "fp32" and device == "cpu" else 5e-2
+    exact = b.dtype_name == "fp32" and device == "cpu"
     for t in range(3 + args.steps):
         losses = {}
         for name, trainer in peers.items():
@@ -310,8 +311,11 @@ def run(args):
                 start = time.perf_counter()
                 losses[name] = trainer.step(*batches[t % 8])
                 ms[name].append((time.perf_counter() - start) * 1e3)
+        # In 16 bits only the first forward pass is the same computation: our weights are rounded with noise, as llm.c's
+        # are, autocast's to nearest, and large models without warm-up make much of it.
+        tolerance = 2e-4 if exact else 0.005 if t == 0 else 0.03
         for name, loss in losses.items():
-            if not abs(loss - losses["llmc"]) <= tolerance:
+            if not abs(loss / losses["llmc"] - 1) <= tolerance:
                 sys.exit(f"step {t}: loss {losses['llmc']:.6f}, {name} {loss:.6f}: not the same computation")
 
     peak = peak_flops(b)

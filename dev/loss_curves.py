@@ -3,8 +3,10 @@
     python -m dev.loss_curves                      GPT-2 124M, 200 steps; on a GPU both in bf16
     python -m dev.loss_curves -e tiny:d2 -b 2 -t 64 --steps 20 --device cpu
 
-PyTorch trains with autocast to bf16 and fp32 weights, as users train it. Exit code 1 if any tenth step differs by more
-than --tolerance (0.5 %). The rows go to dev/results/loss_curves_<device>.csv, unless --csv says where else.
+PyTorch trains with autocast to bf16 and fp32 weights, as users train it. Both start from the same fp32 weights: of
+weights rounded to bf16, as llm.c's are, autocast would round the first small updates away. Exit code 1 if any tenth
+step differs by more than --tolerance (0.5 %). The rows go to dev/results/loss_curves_<device>.csv, unless --csv says
+where else.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import numpy as np
 
 from dev import bench_step
 from dev.torch_gpt2 import Trainer
-from llmc import data, gpt2, startup
+from llmc import cpu, data, gpt2, startup
 from llmc.schedulers import get_learning_rate
 
 
@@ -25,7 +27,7 @@ def main(argv=None):
     p.add_argument("-e", "--model", default="d12")
     p.add_argument("-b", "--batch-size", type=int, default=16)
     p.add_argument("-t", "--sequence-length", type=int, default=1024)
-    p.add_argument("-l", "--learning-rate", type=float, default=6e-4)
+    p.add_argument("-l", "--learning-rate", type=float, default=1e-4)
     p.add_argument("-u", "--warmup-iterations", type=int, default=20)
     p.add_argument("--steps", type=int, default=200)
     p.add_argument("--tolerance", type=float, default=0.005)
@@ -42,8 +44,12 @@ def main(argv=None):
     print(f"{line}\n{text}\n{args.model} B={B} T={T}, {args.steps} steps, learning rate {args.learning_rate:g}")
 
     ours = gpt2.GPT2(config, ops, B, T, dtype=dtype, graphs=device == "cuda")
-    ours.init_weights()
-    params = {s.name: ops.device.download(getattr(ours.params, s.name)) for s in gpt2.parameter_specs(config)}
+    drawn = gpt2.GPT2(config, cpu, 1, 8, training=False)
+    drawn.init_weights()
+    ours.load_parameters(drawn.params_flat)
+    if ours.master is not None:
+        ops.device.upload(ours.master, drawn.params_flat)
+    params = {s.name: getattr(drawn.params, s.name) for s in gpt2.parameter_specs(config)}
     theirs = Trainer(config, device, compiled=False, params=params)
     theirs.net.classes = config.vocab_size
     hyper = {**bench_step.HYPER}

@@ -55,8 +55,8 @@ def matmul_scratch_size(B, T, C, OC):
 
 
 def tile_sm90(version, M, N):
-    """Rows and columns of a tile of Hopper's kernels. 10 turns it where M x N then takes fewer: 1024 columns are 8 times
-    128, but 6 times 192 with 128 left over."""
+    """Rows and columns of a tile of Hopper's kernels. 10 turns it where M x N then takes fewer: 1024 columns are 8
+    times 128, but 6 times 192 with 128 left over."""
     wide, tall = ceil_div(M, 128) * ceil_div(N, 192), ceil_div(M, 192) * ceil_div(N, 128)
     return (192, 128) if version >= 10 and tall < wide else (128, 192)
 
