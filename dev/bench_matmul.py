@@ -5,9 +5,9 @@ cuBLAS is the bare products (torch.mm into a given output), without bias, GELU a
 The whole ladder runs on fc; the other layers run the tensor-core rungs.
 
 python -m dev.bench_matmul --products [VERSION ...]    compute capability 9.0 only: each product of a step alone
-B=64, T=1024, GPT-2 124M, bf16: TFLOP/s of cuBLAS, which makes the bare products, and of Hopper's versions, taking turns,
-medians of 20, L2 overwritten before each. Forward with bias, weight gradients with the reduction of their parts; then
-the same with what a step adds: +gelu two outputs, +dgelu, +regelu (10) the recomputed GELU too, +dbias (from 9 on).
+B=64, T=1024, GPT-2 124M, bf16: TFLOP/s of cuBLAS, which makes the bare products, and of Hopper's versions, taking
+turns, medians of 20, L2 overwritten before each. Forward with bias, weight gradients with the reduction of their parts;
+then the same with what a step adds: +gelu two outputs, +dgelu, +regelu (10) the recomputed GELU too, +dbias (from 9).
 """
 
 import sys
