@@ -2,7 +2,7 @@
 
     python dev/bench_ranks.py                             two cores: tiny:d4, B=12, T=96, -d 4608
     python dev/bench_ranks.py -e tiny:d6 -z 1 --rounds 5
-    python dev/bench_ranks.py --device cuda --ranks 4 -z 1       GPUs: GPT-2 124M, bf16, B=32, T=1024
+    python dev/bench_ranks.py --device cuda --ranks 4 -z 1       GPUs: GPT-2 124M, bf16, B=16, T=1024
 
 All train on the same tokens (-d is the same; one rank makes P times the micro-steps) and must find the same losses, or
 the benchmark ends. On CPUs each rank is bound to one core and has one thread. Runs alternate; of each the median step
@@ -22,7 +22,7 @@ import tempfile
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 sys.path.insert(0, ROOT)
 
-DEFAULTS = {"cpu": ("tiny:d4", 12, 96), "cuda": ("d12", 32, 1024)}
+DEFAULTS = {"cpu": ("tiny:d4", 12, 96), "cuda": ("d12", 16, 1024)}
 ALLOWED = {"fp32": 1e-4, "bf16": 5e-3, "fp16": 5e-3}  # relative difference of losses: gradients add up in another order
 TCP_RANKS = ["-pi", "tcp", "-ps", "127.0.0.1", "-pg", "8"]
 

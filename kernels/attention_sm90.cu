@@ -9,17 +9,20 @@
 // and last, second and last but one ...: all pairs of a launch are alike. Pairs of one head follow each other: they read
 // the same tiles, from L2.
 //
-// forward: the two consumers take turns at the tensor cores. In its turn one starts the scores of the next tile and the
-//   sums over the values of this one; then it takes exponentials, while the other has its turn and its own sums go on.
+// forward: a consumer starts the scores of the next tile and the sums over the values of this one together; it takes
+//   exponentials as soon as the scores are there, beside its own sums and the other consumer's products.
 // backward: as in attention.cu dq by one kernel, dk and dv by another that computes the scores transposed. Seven products
 //   instead of five, but no atomics and no fp32 dq in memory: the sum of dq over key blocks would cost more than that.
+//   The gradients' sums of a tile are started with the scores of the next, and run beside its exponentials.
 //
 // TFLOP/s on an H200 at B = 32, T = 1024, NH = 12, HS = 64 (causal half of 4 or 10 B NH T T HS), forward, backward:
 // version | idea                                                                   | expected       | measured
-//       4 | this file. By its products alone 790 (forward) and 560 (backward);     | 330-400,       | not yet
-//         | of exponentials, 16 a cycle, 130 us against 63 and 230 us of products  | 230-300        |
+//       4 | this file. By its products alone 790 (forward) and 560 (backward);     | 330-400,       | 349, 354
+//         | of exponentials, 16 a cycle, 130 us against 63 and 230 us of products  | 230-300        | 148, 364 us
+// cuDNN takes 154 and 530 us there. T = 4096: 451, 447; T = 16384: 485, 435.
 //
-// Source: Shah et al. 2024 (FlashAttention-3, arXiv:2407.08608) for turns, and for overlap inside a warpgroup.
+// Source: Shah et al. 2024 (FlashAttention-3, arXiv:2407.08608) for overlap inside a warpgroup. Its turns of the
+// warpgroups at the tensor cores lost here: 155 us forward at T = 1024, though 3 % faster at 4096.
 #include "ptx_sm90.cuh"
 
 #ifndef HEAD_SIZE
@@ -448,7 +451,7 @@ __device__ inline void backward_consume(BackwardShared<KEYS>& shared, int consum
                 }
             }
         }
-        fence_async();
+        fence_async();  // as forward
         if (FRAGMENTS) {
             __syncwarp();
             release(&shared.own_empty);

@@ -598,9 +598,9 @@ extern "C" __global__ void __launch_bounds__(256) matmul_wgrad_reduce(
 // bias gradient: column sums of dout (M, N)
 //
 // version | idea                                                                   | expected       | measured
-//       1 | one thread per column: N threads for the whole GPU                     | 2-5 % of copy  | not measured yet
-//       2 | 256 columns x a range of rows per block, 16-byte loads; fp32 partials, | 70-90 % of     | not measured yet
-//         | which a second kernel adds in order. Production                        | copy speed     |
+//       1 | one thread per column: N threads for the whole GPU                     | 2-5 % of copy  | never alone
+//       2 | 256 columns x a range of rows per block, 16-byte loads; fp32 partials, | 70-90 % of     | never alone
+//         | which a second kernel adds in order. Production below capability 9.0   | copy speed     |
 // ---------------------------------------------------------------------------------------------------------------------
 
 // Grid ceil(N / 256), block 256.

@@ -5,35 +5,30 @@
 // waits for stages to become free; the other two multiply. An mbarrier for each stage says that it is full, another
 // that it is empty. Blocks stay: one on each multiprocessor, each takes every so many'th tile of the output.
 //
-// TFLOP/s on an H200 at B = 64, T = 1024, GPT-2 124M, bf16, one run on 2026-11-24; in brackets the ratio to cuBLAS,
-// which makes the bare product. forward: with bias; dgrad, wgrad: bare; GELU: fc forward (two outputs), fcproj dgrad.
+// TFLOP/s on an H200 at B = 64, T = 1024, GPT-2 124M, bf16; in brackets the ratio to cuBLAS, which makes the bare product.
+// forward: with bias; dgrad, wgrad: bare; GELU: fc forward (two outputs), fcproj dgrad.
 // version | idea                                                | expected | forward    | dgrad, wgrad | GELU
 //       6 | two warpgroups share a tile of 128 x 192            | 610-660  | 500-643    | 606-736      | 381, 428
 //         |                                                     |          | (.76-.93)  | (.94-1.07)   | (.58, .72)
 //       7 | they take turns at tiles: one multiplies, the other | 670-700  | 645-699    | 666-766      | 484, 464
-//         | rounds, adds, stores. Production at capability 9.0  |          | (.91-1.15) | (.95-1.20)   | (.74, .78)
-//       8 | TMA stores results from shared memory and brings    | 680-760  | not yet    | not yet      | not yet
-//         | what is read with them while the other multiplies   | GELU 620 |            |              |
-//       9 | the same, each warp its own 16 rows: no barrier     | as 8     | not yet    | not yet      | not yet
-//      10 | 8; wgrad adds up its tiles of dout for the bias     | wgrad as | not yet    | not yet      | not yet
-// Less than expected forward and with GELU: the loads of bias and pre_gelu at the end of a tile seem to queue behind
-// its stores. A first form of 7 that stored by TMA had 679-753 forward (1.04-1.17), 550 and 494 with GELU (.92, .82),
-// in another run. Clusters of two blocks that share the tiles of b by multicast gave nothing (0.94 to 1.02 of 7).
-//
-// Expected of 8: at the full rate, 4096 FLOP a clock, the products of a tile with K = 768 take 9216 clocks, and its end
-// may take as long, while the other multiplies. With GELU that is 192 elements a lane, some 12 instructions each
-// (gelu' was 19), two of them MUFU, one of which a scheduler starts every 8 clocks: 3072 clocks. 2700 instructions of a
-// warp alone on its scheduler take 5400 at half its rate. So the end is hidden if nothing in it waits for memory, and
-// GELU costs no more than its 98 KB a tile beside 480 KB of operands: 0.95 to 1.0 of the rate without.
-// Expected of 10: kernels of their own for the bias gradient read dout again, 906 MB a layer, 2.5 of 119 ms a step; two
-// warps that have nothing to do read a quarter of the tiles (C = 768) in shared memory instead, 5 of its 128 bytes a
-// clock, 100 instructions each of 768 clocks. wgrad should keep 0.98 of its rate, and the step gains 1.5 to 2 %.
+//         | rounds, adds, stores                                |          | (.91-1.15) | (.95-1.20)   | (.74, .78)
+//       8 | TMA stores results from shared memory and brings    | 680-760  | 679-775    | 672-754      | 645, 601
+//         | what is read with them while the other multiplies   | GELU 620 | (.99-1.16) | (.95-1.06)   | (.89, .95)
+//       9 | wgrad makes the bias gradient too: its tiles of     | wgrad    | as 8       | 591-676 with | as 8
+//         | dout times ones                                     | 0.96 x   |            | dbias (.9-1) |
+//      10 | dgrad makes the recomputed GELU too; tiles of       | dgrad    | as 8       | as 9         | 642, 511
+//         | 192 x 128 where fewer are needed                    | 0.85 x   |            |              | (.88, .79)
+// 9: a pass over dout, 906 MB a layer, is not made; 2.4 of 102 ms a step. Two spare warps that added up the tiles in
+// shared memory, the first form of 9, cost as much as that pass. 10: a kernel of 199 us a layer is not launched, its dgrad
+// takes 90 us longer: 2 of 105 ms a step, op by op. Clusters of two blocks that share the tiles of b by multicast gave
+// nothing (0.94 to 1.02 of 7). With GELU the rate goes down with every instruction at the end of a tile, though the other
+// warpgroup's products should hide them: without any arithmetic there 8 has 666 and 697. The chip is power limited.
 //
 // Source: the structure is that of CUTLASS's warp-specialised kernels; P. Bansal, "Outperforming cuBLAS on H100".
 #include "ptx_sm90.cuh"
 
 #ifndef RUNG
-#define RUNG 7
+#define RUNG 10
 #endif
 
 constexpr int FORWARD = 0, DGRAD = 1, WGRAD = 2;
