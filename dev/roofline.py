@@ -60,9 +60,8 @@ def step_work(config, B, T, X=2, recompute=1, G=None, master=True):
         flops = 2 * N * c * OC
         forward_bytes = inp + weight * X + out * (2 if name == "fc" else 1)
         work.append(Work(f"matmul_forward {name}", n, n * flops, n * forward_bytes))
-        backward_bytes = out + 2 * inp + weight * (X + G)
-        if name == "fcproj":  # reads pre_gelu; where inp is recomputed it is written too
-            backward_bytes += inp * (2 if recompute >= 1 else 1)
+        # fcproj reads pre_gelu, and inp, or writes it where it is recomputed
+        backward_bytes = out + 2 * inp + weight * (X + G) + (inp if name == "fcproj" else 0)
         backward.append(Work(f"matmul_backward {name}", n, n * 2 * flops, n * backward_bytes))
     att, flops = 4 * B * NH * T, 2 * B * T * T * C
     work.append(Work("attention_forward", L, L * flops, L * (4 * act + att)))

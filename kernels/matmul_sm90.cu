@@ -89,7 +89,7 @@ __device__ inline int work_items(const Product& p) { return ceil_div(p.M, ROWS) 
 // column; all tiles of a range of k before the next range.
 __device__ inline Work work_item(const Product& p, int item) {
     int M = p.M, N = p.N;
-    forget(M), forget(N);  // or what follows from them is kept from tile to tile, and spilled
+    if (RUNG >= 8) { forget(M), forget(N); }  // or what follows from them is kept from tile to tile, and spilled
     int rows = ceil_div(M, ROWS), columns = ceil_div(N, COLUMNS), blocks = ceil_div(p.K, DEPTH);
     int split = item / (rows * columns), tile = item % (rows * columns);
     int band = tile / (BAND * columns), in_band = tile % (BAND * columns), height = min(BAND, rows - band * BAND);

@@ -22,7 +22,8 @@ SIGNATURES = {
     "fused_residual_forward": "residual, normed, mean, rstd, inp1, inp2, weight, bias",
     "layernorm_backward": "dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd",
     "matmul_forward": "out, inp, weight, bias=None, pre_gelu=None",
-    "matmul_backward": "dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True",
+    "matmul_backward": "dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True, "
+    "recompute=False",
     "attention_forward": "out, att, qkvr",
     "attention_backward": "dqkvr, scratch, dout, out, qkvr, att",
     "gelu_forward": "out, inp",

@@ -6,8 +6,8 @@ its derivative, the add into a gradient) is done on the block while it is in cac
 
 import numpy as np
 
-from . import device
-from .gelu import gelu_backward_block, gelu_block, gelu_forward
+from . import device, gelu
+from .gelu import gelu_backward_block, gelu_block
 
 ROWS, COLUMNS = 512, 512  # the largest block of an output
 
@@ -64,7 +64,7 @@ def matmul_backward(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=N
     assert dbias is None or dbias.shape == (OC,), (dbias.shape, OC)
     assert pre_gelu is None or pre_gelu.shape == inp.shape, (pre_gelu.shape, inp.shape)
     if recompute:
-        gelu_forward(inp, pre_gelu)
+        gelu.gelu_forward(inp, pre_gelu)
     x, dx, dy = inp.reshape(-1, C), dinp.reshape(-1, C), dout.reshape(-1, OC)
     x_pre = None if pre_gelu is None else pre_gelu.reshape(-1, C)
     BT = x.shape[0]
