@@ -530,8 +530,8 @@ __device__ inline void product(const Product& p, const TensorMap& a, const Tenso
 // entry points: grid at most one block for each multiprocessor, block 384, dynamic shared memory sizeof(Shared) + 1024.
 // Arguments as those of kernel 5 in matmul.cu, the operands as tensor maps. Boxes of rows x 64 columns: inp ROWS and
 // weight COLUMNS in forward, dout ROWS and weight 64 in dgrad, dout and inp 64 in wgrad. From 8 on there are maps of the
-// 16-bit results and of what is read with them, boxes of 64 rows: first is pre_gelu's where there is one, second out's. bias_sums: null before 9. gelu_out, where gelu of
-// pre_gelu goes: null before 10.
+// 16-bit results and of what is read with them, boxes of 64 rows: first is pre_gelu's where there is one, second out's.
+// bias_sums: null before 9. gelu_out, where gelu of pre_gelu goes: null before 10.
 // ---------------------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(384, 1) matmul_forward_sm90(

@@ -65,7 +65,7 @@ def prepare_kernels(config, dtype, check=False, grad_dtype=None):
     if grad_dtype not in (None, name):  # what writes gradients, once more; the rest is loaded already
         writers = ("encoder.cu", "layernorm.cu", "matmul.cu", "matmul_sm90.cu", "adamw.cu")
         module.compile_all(name, defines | dict.fromkeys(writers, ("GRADS_FP32",)), tall)
-    fallback = device.try_hopper(dtype, HS)
+    fallback = device.try_hopper(dtype, HS, tall)
     if fallback:
         print(fallback, file=sys.stderr)
     return f"kernels ready after {time.perf_counter() - timer:.1f} s, {len(module.compilations)} files compiled"

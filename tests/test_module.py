@@ -205,6 +205,17 @@ def test_hopper_kernels_are_tried_before_they_are_trusted(monkeypatch, capsys):
     assert hopper in matmul.HOPPER and attention.production(64, bf16, True) in attention.HOPPER
     assert ops.device.try_hopper(np.float32) is None
     assert ops.device.try_hopper(bf16) is None and matmul.production(bf16) == hopper
+    loaded, kernel = set(), module.kernel
+
+    def load(file, name, dtype, defines=(), *args, **kwargs):
+        loaded.add(defines)
+        return kernel(file, name, dtype, defines, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "kernel", load)
+        for tall in (False, True):
+            assert ops.device.try_hopper(bf16, tall=tall) is None
+            assert any("TALL" in defines for defines in loaded) == tall  # else a model compiles what it has no use for
 
     def raises(version, *args):
         if version == hopper:
@@ -229,7 +240,7 @@ def test_hopper_kernels_are_tried_before_they_are_trusted(monkeypatch, capsys):
             assert matmul.production(bf16) == 5 and attention.production(64, bf16, True) == 3 and not module.hopper()
 
     monkeypatch.setattr(module, "compile_all", lambda *_: None)
-    monkeypatch.setattr(ops.device, "try_hopper", lambda dtype, HS: line + why)
+    monkeypatch.setattr(ops.device, "try_hopper", lambda dtype, HS, tall: line + why)
     assert startup.prepare_kernels(GPT2Config(), bf16).startswith("kernels ready after")
     out, err = capsys.readouterr()
     assert not out and err == line + why + "\n"  # also of commands that print a text on stdout

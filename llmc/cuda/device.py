@@ -24,10 +24,10 @@ def start():
         raise UserError("the GPU computes wrong results: the sum of eight ones is not 8. HINT: use --device cpu")
 
 
-def try_hopper(dtype, HS=64):
-    """Launches Hopper's matmuls and attention for heads of HS once and compares them with the portable ones -> None,
-    or a line that says that these are used from now on, and why. A kernel that breaks the CUDA context itself raises:
-    nothing can follow it."""
+def try_hopper(dtype, HS=64, tall=False):
+    """Launches Hopper's matmuls and attention once and compares them with the portable ones -> None, or a line that
+    says that these are used from now on, and why. A kernel that breaks the CUDA context itself raises: nothing can
+    follow it. HS: size of the heads; tall: whether the model's widths want the other tile too (matmul.tile_sm90)."""
     if not module.hopper() or np.dtype(dtype) == np.float32:
         return None
     from . import attention, matmul
@@ -50,17 +50,17 @@ def try_hopper(dtype, HS=64):
             if not error < 2**-6:  # a rounding of bf16 is 2^-8
                 raise ValueError(f"{name} is off by {error:.1g}")
 
-    BT, C, OC, NH = 320, 128, 320, 2
+    NH, (BT, C, OC) = 2, (384, 128, 320) if tall else (200, 192, 320)
     inp, weight, bias, dout = filled(1, BT, C), filled(OC, C), filled(OC), filled(1, BT, OC)
     qkvr, datty = filled(1, BT, 3 * NH * HS), filled(1, BT, NH * HS)
     att = room(NH * BT).reshape(1, NH, BT)
 
     def products(version):
-        out, dinp, dweight, dbias = filled(1, BT, OC), filled(1, BT, C), filled(OC, C), filled(OC)
-        scratch = room(matmul.matmul_scratch_size(1, BT, C, OC))
-        matmul.forward(version, out, inp, weight, bias, None)
-        matmul.backward(version, dinp, dweight, dbias, scratch, dout, inp, weight, None, False, False)
-        return out, dinp, dweight, dbias
+        pre_gelu, out, gelu, dinp = filled(1, BT, OC), filled(1, BT, OC), filled(1, BT, C), filled(1, BT, C)
+        dweight, dbias, scratch = filled(OC, C), filled(OC), room(matmul.matmul_scratch_size(1, BT, C, OC))
+        matmul.forward(version, out, inp, weight, bias, pre_gelu)
+        matmul.backward(version, dinp, dweight, dbias, scratch, dout, gelu, weight, inp, False, True)
+        return pre_gelu, out, gelu, dinp, dweight, dbias
 
     def heads(version):
         atty, dqkvr = filled(1, BT, NH * HS), filled(1, BT, 3 * NH * HS)
@@ -70,7 +70,8 @@ def try_hopper(dtype, HS=64):
         return atty, dqkvr
 
     try:
-        compare(("forward", "dgrad", "wgrad", "bias gradient"), products, 5, matmul.production(dtype))
+        names = "forward", "forward's GELU", "recomputed GELU", "dgrad", "wgrad", "bias gradient"
+        compare(names, products, 5, matmul.production(dtype))
         if attention.production(HS, dtype, False) == 4:
             compare(("attention forward", "attention backward"), heads, 3, 4)
     except Exception as error:
