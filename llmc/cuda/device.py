@@ -50,10 +50,9 @@ def try_hopper(dtype, HS=64, tall=False):
             if not error < 2**-6:  # a rounding of bf16 is 2^-8
                 raise ValueError(f"{name} is off by {error:.1g}")
 
-    NH, (BT, C, OC) = 2, (384, 128, 320) if tall else (200, 192, 320)
+    T, NH, (BT, C, OC) = 320, 2, (384, 128, 320) if tall else (200, 192, 320)
     inp, weight, bias, dout = filled(1, BT, C), filled(OC, C), filled(OC), filled(1, BT, OC)
-    qkvr, datty = filled(1, BT, 3 * NH * HS), filled(1, BT, NH * HS)
-    att = room(NH * BT).reshape(1, NH, BT)
+    qkvr, datty, att = filled(1, T, 3 * NH * HS), filled(1, T, NH * HS), room(NH * T).reshape(1, NH, T)
 
     def products(version):
         pre_gelu, out, gelu, dinp = filled(1, BT, OC), filled(1, BT, OC), filled(1, BT, C), filled(1, BT, C)
@@ -63,9 +62,9 @@ def try_hopper(dtype, HS=64, tall=False):
         return pre_gelu, out, gelu, dinp, dweight, dbias
 
     def heads(version):
-        atty, dqkvr = filled(1, BT, NH * HS), filled(1, BT, 3 * NH * HS)
+        atty, dqkvr = filled(1, T, NH * HS), filled(1, T, 3 * NH * HS)
         attention.forward(version, atty, att, qkvr)
-        scratch = room(attention.attention_scratch_size(1, BT, NH * HS, NH))
+        scratch = room(attention.attention_scratch_size(1, T, NH * HS, NH))
         attention.backward(version, dqkvr, scratch, datty, atty, qkvr, att)
         return atty, dqkvr
 
