@@ -7,6 +7,7 @@
     python dev/bench_step.py --kernel matmul_forward=4      any rung in the place of the production one
     python dev/bench_step.py --no-peers --variant attention_forward=4,attention_backward=4 --variant recompute=0
                                                    ours against ours with other rungs, or -r: a step each in turn
+    python dev/bench_step.py -e d24 -b 32 --peer torch.compile      where not all fit into the memory
 
 The peers (dev/torch_gpt2.py) are what a PyTorch user writes: eager, and on a GPU torch.compile; fused attention, bf16
 autocast, fused AdamW. Same weights, batches and threads; a step each in turn, so that a busy machine or a hot chip
