@@ -10,9 +10,10 @@
     python dev/bench_step.py -e d24 -b 32 --peer torch.compile      where not all fit into the memory
 
 The peers (dev/torch_gpt2.py) are what a PyTorch user writes: eager, and on a GPU torch.compile; fused attention, bf16
-autocast, fused AdamW. Same weights, batches and threads; a step each in turn, so that a busy machine or a hot chip
-disturbs all alike, and the ratio of medians is the result. A time is that of the host, from the tokens in NumPy to the
-loss in Python. Losses are compared at every step, and a mismatch ends the benchmark. The last line of output is JSON.
+autocast, fused AdamW. Same weights, batches and threads; a step each in turn, another first every time, so that a busy
+machine or a chip that the one before has heated disturbs all alike, and the ratio of medians is the result. A time is
+that of the host, from the tokens in NumPy to the loss in Python. Losses are compared at every step, and a mismatch ends
+the benchmark. The last line of output is JSON.
 """
 
 import argparse
@@ -307,7 +308,8 @@ def run(args):
     exact = b.dtype_name == "fp32" and device == "cpu"
     for t in range(3 + args.steps):
         losses = {}
-        for name, trainer in peers.items():
+        turns = [*peers.items()]
+        for name, trainer in turns[t % len(turns) :] + turns[: t % len(turns)]:
             if trainer is not None:
                 start = time.perf_counter()
                 losses[name] = trainer.step(*batches[t % 8])
