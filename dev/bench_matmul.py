@@ -4,12 +4,13 @@ FLOPs: 2 B T C OC forward, 4 backward. Fewest bytes: every operand read once, ev
 cuBLAS is the bare products (torch.mm into a given output), without bias, GELU and bias gradient: ours have them.
 The whole ladder runs on fc; the other layers run the tensor-core rungs.
 
-python -m dev.bench_matmul --products [VERSION ...]    compute capability 9.0 only: each product of a step alone
-B=64, T=1024, GPT-2 124M, bf16: TFLOP/s of cuBLAS, which makes the bare products, and of Hopper's versions, taking
+python -m dev.bench_matmul --products [VERSION ...] [-e d12] [-b 64]     compute capability 9.0: each product of a step
+T=1024, bf16: TFLOP/s of cuBLAS, which makes the bare products, and of Hopper's versions, taking
 turns, medians of 20, L2 overwritten before each. Forward with bias, weight gradients with the reduction of their parts;
 then the same with what a step adds: +gelu two outputs, +dgelu, +regelu (10) the recomputed GELU too, +dbias (from 9).
 """
 
+import argparse
 import sys
 
 import numpy as np
@@ -122,8 +123,14 @@ def layer_cases(b, layer, C, OC):
     yield case._replace(rungs=rungs)
 
 
-def products(versions):
-    b = bench.Bench("cuda", B=64, T=1024, dtype="bf16")
+def products(argv):
+    p = argparse.ArgumentParser(prog="bench_matmul")
+    p.add_argument("versions", nargs="*", default=["7", "8", "9", "10"])
+    p.add_argument("--products", action="store_true")
+    p.add_argument("-e", "--model", default="d12")
+    p.add_argument("-b", "--batch-size", type=int, default=64)
+    args = p.parse_args(argv)
+    versions, b = args.versions, bench.Bench("cuda", model=args.model, B=args.batch_size, T=1024, dtype="bf16")
     print(f"{b.description} | {bench.software(b)} | commit {bench.commit()}")
     alone = np.median(b.overwritten_ms(lambda: None, 10, 1))
     for layer, (width, outputs) in LAYERS.items():
@@ -180,6 +187,6 @@ def layer_products(b, layer, K, N):
 
 if __name__ == "__main__":
     if "--products" in sys.argv:
-        products([v for v in sys.argv[1:] if v != "--products"] or ["7", "8", "9", "10"])
+        products(sys.argv[1:])
         sys.exit()
     bench.finish(*bench.main(sys.modules[__name__]))
