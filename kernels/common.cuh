@@ -127,6 +127,36 @@ __device__ inline x128 to_pack(const float (&values)[x128::size]) {
     return pack;
 }
 
+// W consecutive values, W = 1 or 8: the 8 as one (16-bit) or two (fp32) 16-byte accesses.
+template <int W, class T> __device__ inline void load_floats(float (&v)[W], const T* address) {
+    if constexpr (W == 1) {
+        v[0] = (float)address[0];
+    } else {
+        constexpr int size = Packed128<T>::size;
+#pragma unroll
+        for (int i = 0; i < W; i += size) {
+            Packed128<T> pack = load128(address + i);
+#pragma unroll
+            for (int j = 0; j < size; j++) { v[i + j] = (float)pack[j]; }
+        }
+    }
+}
+
+template <int W, class T> __device__ inline void store_floats(T* address, const float (&v)[W]) {
+    if constexpr (W == 1) {
+        address[0] = (T)v[0];
+    } else {
+        constexpr int size = Packed128<T>::size;
+#pragma unroll
+        for (int i = 0; i < W; i += size) {
+            Packed128<T> pack;
+#pragma unroll
+            for (int j = 0; j < size; j++) { pack[j] = (T)v[i + j]; }
+            store128(address + i, pack);
+        }
+    }
+}
+
 template <class T> __device__ inline Packed128<T> zeros128() { return unpack128<T>(make_int4(0, 0, 0, 0)); }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -57,41 +57,11 @@ struct Product {
 template <int OP> constexpr bool a_by_k = OP == WGRAD;
 template <int OP> constexpr bool b_by_k = OP != FORWARD;
 
-// W consecutive values, W = 1 or 8: the 8 as one (16-bit) or two (fp32) 16-byte accesses.
-template <int W, class T> __device__ inline void load(float (&v)[W], const T* address) {
-    if constexpr (W == 1) {
-        v[0] = (float)address[0];
-    } else {
-        constexpr int size = Packed128<T>::size;
-#pragma unroll
-        for (int i = 0; i < W; i += size) {
-            Packed128<T> pack = load128(address + i);
-#pragma unroll
-            for (int j = 0; j < size; j++) { v[i + j] = (float)pack[j]; }
-        }
-    }
-}
-
-template <int W, class T> __device__ inline void store(T* address, const float (&v)[W]) {
-    if constexpr (W == 1) {
-        address[0] = (T)v[0];
-    } else {
-        constexpr int size = Packed128<T>::size;
-#pragma unroll
-        for (int i = 0; i < W; i += size) {
-            Packed128<T> pack;
-#pragma unroll
-            for (int j = 0; j < size; j++) { pack[j] = (T)v[i + j]; }
-            store128(address + i, pack);
-        }
-    }
-}
-
 // The epilogue, common to all rungs, for the finished sums v of row m, columns n .. n+W-1. What it needs from global
 // memory is read before, by these two, so that a thread can have several rows' reads under way.
 template <int W> __device__ inline void load_bias(const Product& p, float (&bias)[W], int n) {
     if (p.bias) {
-        load<W>(bias, p.bias + n);
+        load_floats<W>(bias, p.bias + n);
     } else {
 #pragma unroll
         for (int i = 0; i < W; i++) { bias[i] = 0.0f; }
@@ -100,8 +70,8 @@ template <int W> __device__ inline void load_bias(const Product& p, float (&bias
 
 template <int W> __device__ inline void load_other(const Product& p, float (&other)[W], int m, int n) {
     size_t at = (size_t)m * p.N + n;
-    if (p.accumulate) { load<W>(other, p.grad + at); }
-    if (p.gelu_at) { load<W>(other, p.gelu_at + at); }
+    if (p.accumulate) { load_floats<W>(other, p.grad + at); }
+    if (p.gelu_at) { load_floats<W>(other, p.gelu_at + at); }
 }
 
 template <int W>
@@ -109,7 +79,7 @@ __device__ inline void finish(const Product& p, float (&v)[W], const float (&bia
                               int n) {
     size_t at = (size_t)m * p.N + n;
     if (p.partials) {
-        store<W>(p.partials + (size_t)(p.partial_row + m) * p.N + n, v);
+        store_floats<W>(p.partials + (size_t)(p.partial_row + m) * p.N + n, v);
         return;
     }
 #pragma unroll
@@ -119,16 +89,16 @@ __device__ inline void finish(const Product& p, float (&v)[W], const float (&bia
         if (p.gelu_at) { v[i] *= gelu_grad(other[i]); }
     }
     if (p.grad) {
-        store<W>(p.grad + at, v);
+        store_floats<W>(p.grad + at, v);
         return;
     }
     if (p.gelu_input) {
         // GELU of the rounded value: what a later recomputation from gelu_input sees, so that both give the same bits
-        store<W>(p.gelu_input + at, v);
+        store_floats<W>(p.gelu_input + at, v);
 #pragma unroll
         for (int i = 0; i < W; i++) { v[i] = gelu((float)(floatX)v[i]); }
     }
-    store<W>(p.out + at, v);
+    store_floats<W>(p.out + at, v);
 }
 
 // The same in one step.
@@ -207,7 +177,7 @@ template <bool BY_K> struct Reader3 {
     }
     __device__ void next(float (&v)[8], int depth) {  // depth: k steps left, at most DEPTH3 matter
         if (k < min(depth, DEPTH3)) {
-            load<8>(v, from);
+            load_floats<8>(v, from);
         } else {
 #pragma unroll
             for (int i = 0; i < 8; i++) { v[i] = 0.0f; }
@@ -219,7 +189,7 @@ template <bool BY_K> struct Reader3 {
 // Into tile[k][row]: the inner loop reads rows of one k.
 template <bool BY_K> __device__ inline void place3(float (&tile)[DEPTH3][ROW3], const float (&v)[8]) {
     if constexpr (BY_K) {
-        store<8>(&tile[threadIdx.x / 16][threadIdx.x % 16 * 8], v);
+        store_floats<8>(&tile[threadIdx.x / 16][threadIdx.x % 16 * 8], v);
     } else {
 #pragma unroll
         for (int i = 0; i < 8; i++) { tile[threadIdx.x % 2 * 8 + i][threadIdx.x / 2] = v[i]; }
@@ -253,7 +223,7 @@ template <int OP> __device__ inline void product3(const Product& p, int k_begin,
             for (int k = half * DEPTH3 / 2; k < (half + 1) * DEPTH3 / 2; k++) {
                 float a[8], b[8];
                 f128 a0 = load128(&a_tile[buffer][k][y]), a1 = load128(&a_tile[buffer][k][y + 32]);
-                load<8>(b, &b_tile[buffer][k][x]);
+                load_floats<8>(b, &b_tile[buffer][k][x]);
 #pragma unroll
                 for (int i = 0; i < 4; i++) { a[i] = a0[i], a[i + 4] = a1[i]; }
 #pragma unroll
@@ -445,7 +415,7 @@ __device__ inline void product_mma(const Product& p, int m0, int n0, int k_begin
             for (int i = 0; i < 4; i++) {
                 int m = m0 + wm + half * 32 + r0 + i * 4;
                 float v[8];
-                load<8>(v, staging + (r0 + i * 4) * ROW_STAGING + lane % 8 * 8);
+                load_floats<8>(v, staging + (r0 + i * 4) * ROW_STAGING + lane % 8 * 8);
                 if (m < p.M && n < p.N) { finish(p, v, bias, other[i], m, n); }
             }
         }
@@ -579,19 +549,19 @@ extern "C" __global__ void __launch_bounds__(256) matmul_wgrad_reduce(
     i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (i >= size) { return; }
     float sum[8], other[8];
-    load<8>(sum, partials + i);
+    load_floats<8>(sum, partials + i);
 #pragma unroll 4
     for (int split = 1; split < splits; split++) {
-        load<8>(other, partials + split * size + i);
+        load_floats<8>(other, partials + split * size + i);
 #pragma unroll
         for (int j = 0; j < 8; j++) { sum[j] += other[j]; }
     }
     if (accumulate) {
-        load<8>(other, dweight + i);
+        load_floats<8>(other, dweight + i);
 #pragma unroll
         for (int j = 0; j < 8; j++) { sum[j] += other[j]; }
     }
-    store<8>(dweight + i, sum);
+    store_floats<8>(dweight + i, sum);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -626,12 +596,12 @@ extern "C" __global__ void __launch_bounds__(256) matmul_bias_grad_kernel2(
     if (n < N) {
 #pragma unroll 4
         for (int m = begin + warp; m < end; m += 8) {
-            load<8>(v, dout + (size_t)m * N + n);
+            load_floats<8>(v, dout + (size_t)m * N + n);
 #pragma unroll
             for (int i = 0; i < 8; i++) { sum[i] += v[i]; }
         }
     }
-    store<8>(&sums[warp][lane * 8], sum);
+    store_floats<8>(&sums[warp][lane * 8], sum);
     __syncthreads();
     int column = blockIdx.x * 256 + threadIdx.x;
     if (column >= N) { return; }

@@ -28,7 +28,7 @@
 #include "ptx_sm90.cuh"
 
 #ifndef RUNG
-#define RUNG 10
+#define RUNG 11
 #endif
 
 constexpr int FORWARD = 0, DGRAD = 1, WGRAD = 2;
@@ -48,7 +48,8 @@ constexpr int A_BYTES = ROWS * DEPTH * 2, STAGE_BYTES = A_BYTES + COLUMNS * DEPT
 constexpr int WARP_STAGING = 16 * 64 * 2;              // bytes of 16 rows of a box
 constexpr int SLOTS = 4;                               // with TMA stores: boxes of staging that a consumer has
 constexpr int CONSUMER_REGISTERS = 240, PRODUCER_REGISTERS = 24;  // 2 * 240 + 24 = 3 * 168, what 384 threads can have
-constexpr int BAND = 16;
+constexpr int ALL = 1 << 30;                            // every tile
+constexpr int BAND = 16, LOW_BAND = 4;                 // rows of tiles
 
 template <int OP> constexpr bool a_by_k = OP == WGRAD;
 template <int OP> constexpr bool b_by_k = OP != FORWARD;
@@ -56,7 +57,8 @@ template <int OP> constexpr bool b_by_k = OP != FORWARD;
 // One product and what to do with its result.
 struct Product {
     int M, N, K;
-    int splits;              // WGRAD: ranges of k
+    int whole;               // tiles from this one on, all in the order of work, are made in ranges of k
+    int splits;              // their number
     floatX* out;             // (M, N), or null in WGRAD
     const floatX* bias;      // (N) or null: added
     floatX* gelu_input;      // (M, N) or null: the sum is stored here, and its gelu in out
@@ -64,7 +66,7 @@ struct Product {
     floatX* gelu_out;        // (M, N) or null: gelu(gelu_at) is stored here
     floatG* grad;            // (M, N) in WGRAD, else null: the sum goes here
     int accumulate;          // grad += instead of =
-    float* partials;         // with splits > 1: (splits, M, N), the sums go here instead
+    float* partials;         // (splits, tiles from `whole` on, ROWS, COLUMNS), their sums go here
     float* bias_sums;        // (splits * columns of tiles, M) or null: parts of the sums of a over k
 };
 
@@ -80,21 +82,37 @@ struct Shared {  // the block's shared memory, from a multiple of 1024 bytes
 };
 
 struct Work {
-    int m, n, begin, end, split;  // first row and column of a tile; blocks of DEPTH of k
+    int m, n;        // first row and column of the tile
+    int begin, end;  // blocks of DEPTH of k
+    int split;       // which range that is
+    int partial;     // which of the tiles in partials, or -1: all of k
 };
 
-__device__ inline int work_items(const Product& p) { return ceil_div(p.M, ROWS) * ceil_div(p.N, COLUMNS) * p.splits; }
+// Tiles of which no block has all of k, given the number of tiles.
+__device__ inline int tail_tiles(const Product& p, int tiles) { return max(0, tiles - p.whole); }
 
-// The order decides what the blocks running together share in L2: bands of 16 tile rows, within a band column by
-// column; all tiles of a range of k before the next range.
+__device__ inline int work_items(const Product& p) {
+    int tiles = ceil_div(p.M, ROWS) * ceil_div(p.N, COLUMNS);
+    return tiles + tail_tiles(p, tiles) * (p.splits - 1);
+}
+
+// The order decides what the blocks running together share in L2: bands of tile rows, within a band column by column;
+// of tiles in ranges of k all of a range before the next range. What blocks share has to be there once while all read
+// it, and they drift apart: the lower the band, the closer in time are a row's tiles. Where the columns are so many
+// that a band is several times what runs together, it has to be high, for b is read once for each.
 __device__ inline Work work_item(const Product& p, int item) {
     int M = p.M, N = p.N;
     if (RUNG >= 8) { forget(M), forget(N); }  // or what follows from them is kept from tile to tile, and spilled
     int rows = ceil_div(M, ROWS), columns = ceil_div(N, COLUMNS), blocks = ceil_div(p.K, DEPTH);
-    int split = item / (rows * columns), tile = item % (rows * columns);
-    int band = tile / (BAND * columns), in_band = tile % (BAND * columns), height = min(BAND, rows - band * BAND);
-    return {(band * BAND + in_band % height) * ROWS, in_band / height * COLUMNS, (int)((i64)split * blocks / p.splits),
-            (int)((i64)(split + 1) * blocks / p.splits), split};
+    int tail = tail_tiles(p, rows * columns), split = item < p.whole ? 0 : (item - p.whole) / tail;
+    int tile = item - split * tail, most = RUNG >= 11 && columns <= 64 ? LOW_BAND : BAND;
+    int band = tile / (most * columns), in_band = tile % (most * columns), height = min(most, rows - band * most);
+    Work w = {(band * most + in_band % height) * ROWS, in_band / height * COLUMNS, 0, blocks, split, -1};
+    if (item >= p.whole) {
+        w.begin = (i64)split * blocks / p.splits, w.end = (i64)(split + 1) * blocks / p.splits;
+        w.partial = item - p.whole;
+    }
+    return w;
 }
 
 // One thread: fills the stages in the order in which the consumers read them.
@@ -330,18 +348,19 @@ __device__ inline void store_tile(const TensorMap& first, const TensorMap& secon
     }
 }
 
-// The end of a tile with fp32 results: a lane has two neighbours in a row, four lanes a sector of 32 bytes.
-__device__ inline void write_floats(const Product& p, float* out, bool accumulate,
-                                    const float (&sums)[HALVES][COLUMNS / 2], int m, int n) {
+// The end of a tile with fp32 results, the part from (m, n) on of out (rows, columns): a lane has two neighbours in
+// a row, four lanes a sector of 32 bytes.
+__device__ inline void write_floats(float* out, int rows, int columns, int m, int n, bool accumulate,
+                                    const float (&sums)[HALVES][COLUMNS / 2]) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, column = n + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < HALVES * 2; i++) {  // rows of this lane
         int row = m + i / 2 * 64 + warp * 16 + lane / 4 + i % 2 * 8;
-        i64 at = (i64)row * p.N + column;
+        i64 at = (i64)row * columns + column;
         forget(at);  // or all rows' places are computed at once, and spilled
 #pragma unroll
         for (int k = 0; k < COLUMNS / 8; k++) {
-            if (row < p.M && column + k * 8 < p.N) {
+            if (row < rows && column + k * 8 < columns) {
                 const float* pair = &sums[i / 2][k * 4 + i % 2 * 2];
                 float2* to = (float2*)(out + at + k * 8);
                 float2 sum = make_float2(pair[0], pair[1]);
@@ -388,10 +407,10 @@ __device__ inline void write(const Product& p, const Work& w, const End& e, floa
         } else {
             end_tile<OP, false, false>(p, e, sums, m, w.n);
         }
-    } else if (p.splits > 1) {
-        write_floats(p, p.partials + (size_t)w.split * p.M * p.N, false, sums, m, w.n);
+    } else if (w.partial >= 0) {
+        write_floats(p.partials + (size_t)w.partial * ROWS * COLUMNS, ROWS, COLUMNS, m - w.m, 0, false, sums);
     } else if constexpr (sizeof(floatG) == 4) {
-        write_floats(p, (float*)p.grad, p.accumulate, sums, m, w.n);
+        write_floats((float*)p.grad, p.M, p.N, m, w.n, p.accumulate, sums);
     } else if (p.accumulate) {
         end_tile<OP, true, false>(p, e, sums, m, w.n);
     } else {
@@ -415,7 +434,7 @@ __device__ inline void consume(const Product& p, const TensorMap& first, const T
     const floatX* read = nullptr;  // what the end of a tile reads
     if constexpr (OP == DGRAD) { read = p.gelu_at; }
     if constexpr (OP == WGRAD && sizeof(floatG) == 2) {
-        if (p.accumulate && p.splits == 1) { read = (floatX*)p.grad; }
+        if (p.accumulate && p.whole > 0) { read = (floatX*)p.grad; }
     }
     u32 stages = 0;  // that the consumers have come by so far
     auto release = [&](u32 stage) {
@@ -429,16 +448,17 @@ __device__ inline void consume(const Product& p, const TensorMap& first, const T
             continue;
         }
         int m = w.m + first_row;
-        if (TMA_STORES) {
-            prepare_tile<OP>(p, read ? &read_map : nullptr, slots, m, w.n);
-        } else if (read) {
+        if (TMA_STORES) {  // tiles in ranges of k read nothing; they come last, so that parities still count
+            prepare_tile<OP>(p, read && w.partial < 0 ? &read_map : nullptr, slots, m, w.n);
+        } else if (read && w.partial < 0) {
             read_unit(p, read, staging, m, w.n, 0);
         }
         // Until the other has come to its last stage: before, full[] could still be two phases behind, which looks like
         // the phase that is waited for.
         if (TURNS) { mbarrier_wait(&shared.turns[consumer], (turn / 2 + 1 + consumer) & 1); }
         // The tiles beside each other have the same rows of a: each of them adds up every so many'th of their blocks.
-        int columns = ceil_div(p.N, COLUMNS), part = w.n / COLUMNS, next = add_rows ? part : blocks;
+        int columns = ceil_div(p.N, COLUMNS), part = w.n / COLUMNS;
+        int next = add_rows ? (part + columns - w.begin % columns) % columns : blocks;
 #pragma unroll
         for (int half = 0; half < HALVES; half++) {
 #pragma unroll
@@ -482,10 +502,14 @@ __device__ inline void consume(const Product& p, const TensorMap& first, const T
         release(stages - 1);
         if (add_rows && lane % 4 == 0) {  // the eight columns are alike
             float* to = p.bias_sums + (size_t)(w.split * columns + part) * p.M;
+            int others = w.partial < 0 ? p.splits - 1 : 0;  // ranges that this tile has no parts of
 #pragma unroll
             for (int i = 0; i < HALVES * 2; i++) {
                 int row = m + i / 2 * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4 + i % 2 * 8;
-                if (row < p.M) { to[row] = row_sums[i / 2][i % 2 * 2]; }
+                if (row < p.M) {
+                    to[row] = row_sums[i / 2][i % 2 * 2];
+                    for (int split = 1; split <= others; split++) { to[(size_t)split * columns * p.M + row] = 0.0f; }
+                }
             }
         }
         write<OP>(p, w, {first, second, read_map, staging, slots, turn / 2 & 1}, sums, m);
@@ -539,7 +563,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) matmul_forward_sm90(
     const __grid_constant__ TensorMap first, const __grid_constant__ TensorMap second, const floatX* bias, int M, int N,
     int K) {
     Product p = {};
-    p.M = M, p.N = N, p.K = K, p.splits = 1, p.out = out, p.bias = bias, p.gelu_input = pre_gelu;
+    p.M = M, p.N = N, p.K = K, p.whole = ALL, p.splits = 1, p.out = out, p.bias = bias, p.gelu_input = pre_gelu;
     product<FORWARD>(p, inp, weight, first, second, second);
 }
 extern "C" __global__ void __launch_bounds__(384, 1) matmul_dgrad_sm90(
@@ -547,15 +571,41 @@ extern "C" __global__ void __launch_bounds__(384, 1) matmul_dgrad_sm90(
     const __grid_constant__ TensorMap dinp_map, const __grid_constant__ TensorMap pre_gelu_map,
     const __grid_constant__ TensorMap gelu_map, const floatX* pre_gelu, floatX* gelu_out, int M, int N, int K) {
     Product p = {};
-    p.M = M, p.N = N, p.K = K, p.splits = 1, p.out = dinp, p.gelu_at = pre_gelu, p.gelu_out = gelu_out;
+    p.M = M, p.N = N, p.K = K, p.whole = ALL, p.splits = 1, p.out = dinp, p.gelu_at = pre_gelu, p.gelu_out = gelu_out;
     product<DGRAD>(p, dout, weight, dinp_map, gelu_map, pre_gelu_map);
 }
 extern "C" __global__ void __launch_bounds__(384, 1) matmul_wgrad_sm90(
     floatG* dweight, float* partials, float* bias_sums, const __grid_constant__ TensorMap dout,
-    const __grid_constant__ TensorMap inp, const __grid_constant__ TensorMap to, int M, int N, int K, int splits,
-    int accumulate) {
+    const __grid_constant__ TensorMap inp, const __grid_constant__ TensorMap to, int M, int N, int K, int whole,
+    int splits, int accumulate) {
     Product p = {};
-    p.M = M, p.N = N, p.K = K, p.splits = splits, p.grad = dweight, p.accumulate = accumulate, p.partials = partials;
-    p.bias_sums = bias_sums;
+    p.M = M, p.N = N, p.K = K, p.whole = whole, p.splits = splits, p.grad = dweight, p.accumulate = accumulate;
+    p.partials = partials, p.bias_sums = bias_sums;
     product<WGRAD>(p, dout, inp, to, to, to);
+}
+
+// dweight (+)= the sums of the ranges, in their order, for the tiles from `whole` on. Eight values a thread: grid
+// (ROWS * COLUMNS / 2048, those tiles), block 256.
+extern "C" __global__ void __launch_bounds__(256) matmul_wgrad_reduce_sm90(
+    floatG* dweight, const float* partials, int M, int N, int whole, int splits, int accumulate) {
+    Product p = {};
+    p.M = M, p.N = N, p.whole = whole, p.splits = 1;
+    Work w = work_item(p, whole + blockIdx.y);
+    int at = (blockIdx.x * 256 + threadIdx.x) * 8, m = w.m + at / COLUMNS, n = w.n + at % COLUMNS;
+    if (m >= M || n >= N) { return; }
+    partials += (size_t)blockIdx.y * ROWS * COLUMNS + at;
+    float sum[8] = {}, part[8];
+#pragma unroll 4
+    for (int split = 0; split < splits; split++, partials += (size_t)gridDim.y * ROWS * COLUMNS) {
+        load_floats<8>(part, partials);
+#pragma unroll
+        for (int j = 0; j < 8; j++) { sum[j] += part[j]; }
+    }
+    floatG* to = dweight + (i64)m * N + n;
+    if (accumulate) {
+        load_floats<8>(part, to);
+#pragma unroll
+        for (int j = 0; j < 8; j++) { sum[j] += part[j]; }
+    }
+    store_floats<8>(to, sum);
 }

@@ -26,9 +26,9 @@ KERNELS = module.kernels_dir()
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 JOBS = [(file, (), arch) for file in module.GPT2_FILES for arch in ARCHS]
-JOBS += [("matmul_sm90.cu", (f"RUNG={n}",), "sm_90a") for n in range(6, 11)]
-JOBS += [("matmul_sm90.cu", (f"RUNG={n}", "GRADS_FP32"), "sm_90a") for n in (7, 10)]
-JOBS += [("matmul_sm90.cu", ("RUNG=10", "TALL", *more), "sm_90a") for more in ((), ("GRADS_FP32",))]
+JOBS += [("matmul_sm90.cu", (f"RUNG={n}",), "sm_90a") for n in range(6, 12)]
+JOBS += [("matmul_sm90.cu", (f"RUNG={n}", "GRADS_FP32"), "sm_90a") for n in (7, 10, 11)]
+JOBS += [("matmul_sm90.cu", (f"RUNG={n}", "TALL", *more), "sm_90a") for n in (10, 11) for more in ((), ("GRADS_FP32",))]
 JOBS += [("adamw.cu", ("GRADS_FP32",), arch) for arch in ARCHS]  # further defines that launchers use
 GRADS_FP32 = ("encoder.cu", "layernorm.cu", "matmul.cu")
 JOBS += [(file, ("GRADS_FP32",), arch) for file in GRADS_FP32 for arch in ("sm_75", "sm_90a")]

@@ -93,10 +93,12 @@ def test_matmul_backward_of_many_tokens(op, shape):
     check_backward(op, shape, calls=2)
 
 
-@pytest.mark.op("matmul_backward", dtypes=("bf16",), sets=("executor", "gpu"), shapes=[(1, 264, 200, 136)])
-def test_matmul_backward_in_ranges_on_hopper(op, shape, monkeypatch):
-    """The same for Hopper's versions, which take one range where there are so few tokens."""
-    monkeypatch.setattr(op.file, "wgrad_splits_sm90", lambda version, BT, C, OC: 3)
+@pytest.mark.parametrize("whole", (0, 1, 3), ids="whole{}".format)
+@pytest.mark.op("matmul_backward", dtypes=("bf16",), sets=("executor", "gpu"), shapes=[(1, 264, 200, 264)])
+def test_matmul_backward_in_ranges_on_hopper(op, shape, whole, monkeypatch):
+    """The same for Hopper's versions, which take one range where there are so few tokens. Of 3 x 2 tiles (2 x 2 of
+    192 x 128) the first are made at once, as 11 makes what fills all multiprocessors."""
+    monkeypatch.setattr(op.file, "wgrad_ranges_sm90", lambda version, BT, C, OC: (whole, 3))
     check_backward(op, shape, calls=2)
 
 

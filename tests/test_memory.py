@@ -296,10 +296,9 @@ def hopper(monkeypatch):
         assert columns * 2 % 16 == 0 and rows * columns <= array.size, (rows, columns, array.shape)
         return array
 
-    def launch_sm90(name, version, dtype, M, N, args, splits=1, defines=()):
-        tiles = -(-M // 128) * -(-N // 192) * splits
-        assert tiles + 132 < 2**31 and max(M, N) < 2**31 - 256, (name, M, N, splits)
-        launch(name, version, dtype, M, N, args, splits, defines)
+    def launch_sm90(name, version, dtype, M, N, args, items=0, defines=()):
+        assert max(-(-M // 128) * -(-N // 192), items) + 132 < 2**31 and max(M, N) < 2**31 - 256, (name, M, N, items)
+        launch(name, version, dtype, M, N, args, items, defines)
 
     matmul = importlib.import_module("llmc.cuda.matmul")
     launch = matmul.launch_sm90

@@ -1,7 +1,7 @@
 """The linear layers: kernels/matmul.cu has the math, the layouts and the table of versions.
 
-matmul_forward1 .. 10 and matmul_backward1 .. 10 have the whole contract of the public functions, which choose the
-version for dtype and GPU: for bf16 and fp16 10 (kernels/matmul_sm90.cu) at compute capability 9.0 and 5 elsewhere, 3
+matmul_forward1 .. 11 and matmul_backward1 .. 11 have the whole contract of the public functions, which choose the
+version for dtype and GPU: for bf16 and fp16 11 (kernels/matmul_sm90.cu) at compute capability 9.0 and 5 elsewhere, 3
 for fp32.
 """
 
@@ -13,8 +13,8 @@ from . import gelu, module
 
 TILE = 128  # kernels 3, 4, 5: outputs of a block, in both directions
 STAGES = {4: 1, 5: 3}  # kernels 4, 5: tiles in flight
-SIXTEEN_BIT = (4, 5, 6, 7, 8, 9, 10)  # versions for bf16 and fp16 alone
-HOPPER = (6, 7, 8, 9, 10)  # versions for compute capability 9.0 alone: kernels/matmul_sm90.cu
+SIXTEEN_BIT = (4, 5, 6, 7, 8, 9, 10, 11)  # versions for bf16 and fp16 alone
+HOPPER = (6, 7, 8, 9, 10, 11)  # versions for compute capability 9.0 alone: kernels/matmul_sm90.cu
 BIAS_PARTS = 128  # most row ranges of the bias gradient
 # Weight gradient: as many token ranges as bring output tiles x ranges near this number, of 128 tokens or more each. It
 # fills GPUs of 108 to 132 SMs with two blocks each three times over; a constant, so that results do not depend on the
@@ -27,7 +27,7 @@ def ceil_div(a, b):
 
 
 def production(dtype):
-    return 3 if dtype == np.float32 else 10 if module.hopper() else 5
+    return 3 if dtype == np.float32 else 11 if module.hopper() else 5
 
 
 def wgrad_splits(BT, C, OC):
@@ -48,9 +48,9 @@ def matmul_scratch_size(B, T, C, OC):
     (from kernel 9 on)."""
     splits = wgrad_splits(B * T, C, OC)
     sizes = [splits * OC * C if splits > 1 else 0, bias_parts(B * T) * OC]
-    for version in (9, 10):
-        splits = wgrad_splits_sm90(version, B * T, C, OC)
-        sizes.append((splits * OC * C if splits > 1 else 0) + splits * ceil_div(C, tile_sm90(version, OC, C)[1]) * OC)
+    for version in (9, 10, 11):
+        partials, bias_sums = wgrad_scratch_sm90(version, B * T, C, OC)
+        sizes.append(partials + bias_sums)
     return max(sizes)
 
 
@@ -61,26 +61,47 @@ def tile_sm90(version, M, N):
     return (192, 128) if version >= 10 and tall < wide else (128, 192)
 
 
-def wgrad_splits_sm90(version, BT, C, OC):
-    """The same for Hopper's kernels: the number of ranges that leaves 132 multiprocessors idle least; writing and
-    adding one set of partial sums takes as long as 1000 tokens. A constant too."""
+def wgrad_ranges_sm90(version, BT, C, OC):
+    """(whole, splits): the first `whole` tiles of the weight gradient are made at once, each of the others in `splits`
+    ranges of tokens, which leaves 132 multiprocessors idle least. A constant too. 11 cuts what is left after whole
+    rounds of 132 tiles, 6 to 10 all tiles or none. Writing and adding one range's sums of 132 tiles takes as long as
+    1350 tokens: measured for 1 to 16 ranges with GPT-2's shapes. (6 to 10 reckon with 1000.)"""
+    tiles = wgrad_tiles_sm90(version, C, OC)
+    whole = tiles // 132 * 132 if version >= 11 else 0
+    tail = tiles - whole
+
+    def tokens(splits):  # that each multiprocessor has to do for the tail
+        extra = 0 if version >= 11 and splits == 1 else (1350 if version >= 11 else 1000) * splits * tail / 132
+        return BT * ceil_div(tail * splits, 132) / splits + extra
+
+    splits = min(range(1, max(1, min(16, BT // MIN_TOKENS)) + 1), key=tokens)
+    return (tiles if splits == 1 else whole), splits
+
+
+def wgrad_tiles_sm90(version, C, OC):
     rows, columns = tile_sm90(version, OC, C)
-    tiles = ceil_div(OC, rows) * ceil_div(C, columns)
-
-    def wasted(splits):
-        return 1 - tiles * splits / (132 * ceil_div(tiles * splits, 132)) + 1000 * splits / BT
-
-    return min(range(1, max(1, min(16, BT // MIN_TOKENS)) + 1), key=wasted)
+    return ceil_div(OC, rows) * ceil_div(C, columns)
 
 
-def launch_sm90(name, version, dtype, M, N, args, splits=1, defines=()):
-    """Kernels 6 to 10: each block takes every so many'th tile."""
+def wgrad_scratch_sm90(version, BT, C, OC):
+    """f32 elements of partial sums: of the weight's gradient, whole tiles of it, and of the bias gradient."""
+    (whole, splits), tiles = wgrad_ranges_sm90(version, BT, C, OC), wgrad_tiles_sm90(version, C, OC)
+    _, columns = tile_sm90(version, OC, C)
+    return (tiles - whole) * splits * 128 * 192, splits * ceil_div(C, columns) * OC
+
+
+def kernel_sm90(name, version, dtype, tall, smem=0, defines=()):
+    defines = (f"RUNG={version}", *(("TALL",) if tall else ()), *defines)
+    return module.kernel("matmul_sm90.cu", f"matmul_{name}_sm90", dtype, defines, smem, "sm_90a")
+
+
+def launch_sm90(name, version, dtype, M, N, args, items=None, defines=()):
+    """Kernels 6 to 11: each block takes every so many'th tile, or of `items`, every so many'th of these."""
     rows, columns = tile_sm90(version, M, N)
-    tiles = ceil_div(M, rows) * ceil_div(N, columns) * splits
+    items = items or ceil_div(M, rows) * ceil_div(N, columns)
     smem = 4 * 40960 + 80 + 1024 + (32768 if version < 8 else 65536 + 96 + 1536)  # sizeof(Shared) and to align it
-    defines = (f"RUNG={version}", *(("TALL",) if rows == 192 else ()), *defines)
-    kernel = module.kernel("matmul_sm90.cu", f"matmul_{name}_sm90", dtype, defines, smem, "sm_90a")
-    kernel((min(tiles, module.multiprocessors()),), (384,), args, shared_mem=smem)
+    kernel = kernel_sm90(name, version, dtype, rows == 192, smem, defines)
+    kernel((min(items, module.multiprocessors()),), (384,), args, shared_mem=smem)
 
 
 def dgrad_sm90(version, dinp, dout, weight, pre_gelu, gelu_out=None):
@@ -97,15 +118,19 @@ def dgrad_sm90(version, dinp, dout, weight, pre_gelu, gelu_out=None):
 def wgrad_sm90(version, dweight, dbias, scratch, dout, inp, accumulate, defines=()):
     """dbias: from kernel 9 on, or None."""
     (OC, C), BT = dweight.shape, inp.size // dweight.shape[1]
-    splits, parts = wgrad_splits_sm90(version, BT, C, OC), ceil_div(C, tile_sm90(version, OC, C)[1])
+    (whole, splits), tiles = wgrad_ranges_sm90(version, BT, C, OC), wgrad_tiles_sm90(version, C, OC)
+    (partials, _), (rows, columns) = wgrad_scratch_sm90(version, BT, C, OC), tile_sm90(version, OC, C)
     operands = module.tensor_map(dout, BT, OC, 64), module.tensor_map(inp, BT, C, 64)
     to = operands[0] if defines else module.tensor_map(dweight, OC, C, 64)  # f32 gradients are not stored by TMA
-    bias_sums = None if dbias is None else scratch[splits * OC * C if splits > 1 else 0 :]
-    args = (dweight, scratch, bias_sums, *operands, to, i32(OC), i32(C), i32(BT), i32(splits), accumulate)
-    launch_sm90("wgrad", version, inp.dtype, OC, C, args, splits, defines)
-    wgrad_reduce(dweight, scratch, splits, inp.dtype, accumulate, defines)
+    bias_sums = None if dbias is None else scratch[partials:]
+    sizes, ranges = (i32(OC), i32(C)), (i32(whole), i32(splits), accumulate)
+    args = (dweight, scratch, bias_sums, *operands, to, *sizes, i32(BT), *ranges)
+    launch_sm90("wgrad", version, inp.dtype, OC, C, args, tiles + (tiles - whole) * (splits - 1), defines)
+    if tiles > whole:
+        reduce = kernel_sm90("wgrad_reduce", version, inp.dtype, rows == 192, defines=defines)
+        reduce((rows * columns // 2048, tiles - whole), (256,), (dweight, scratch, *sizes, *ranges))
     if dbias is not None:
-        bias_reduce(dbias, bias_sums, splits * parts, inp.dtype, accumulate, defines)
+        bias_reduce(dbias, bias_sums, splits * ceil_div(C, columns), inp.dtype, accumulate, defines)
 
 
 def launch(name, version, dtype, M, N, args, repeat=1, defines=()):
@@ -161,7 +186,7 @@ def backward(version, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu
     if dbias is not None and not fused:
         bias_grad(1 if version == 1 else 2, dbias, scratch, dout, BT, OC, accumulate, defines)
     if version in HOPPER:
-        dgrad_sm90(version, dinp, dout, weight, pre_gelu, inp if recompute and version == 10 else None)
+        dgrad_sm90(version, dinp, dout, weight, pre_gelu, inp if recompute and version >= 10 else None)
         wgrad_sm90(version, dweight, dbias if fused else None, scratch, dout, inp, accumulate, defines)
         return
     sizes, wgrad_sizes = (i32(BT), i32(C), i32(OC)), (i32(OC), i32(C), i32(BT))
@@ -237,6 +262,10 @@ def matmul_forward10(out, inp, weight, bias=None, pre_gelu=None):
     forward(10, out, inp, weight, bias, pre_gelu)
 
 
+def matmul_forward11(out, inp, weight, bias=None, pre_gelu=None):
+    forward(11, out, inp, weight, bias, pre_gelu)
+
+
 def matmul_backward1(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True, recompute=False):
     backward(1, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate, recompute)
 
@@ -277,6 +306,12 @@ def matmul_backward10(
     dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True, recompute=False
 ):
     backward(10, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate, recompute)
+
+
+def matmul_backward11(
+    dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu=None, accumulate=True, recompute=False
+):
+    backward(11, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate, recompute)
 
 
 def matmul_forward(out, inp, weight, bias=None, pre_gelu=None):
