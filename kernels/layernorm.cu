@@ -329,14 +329,15 @@ fused_residual_forward_kernel4(floatX* residual, floatX* normed, float* mean, fl
 
 // As normalize_row, for blocks of up to 256 threads. There the weights of each pack are loaded where they are used, one
 // after the other: a store to `out` lies between them, which for all the compiler knows changes weights.
-template <bool FUSED>
+// PACKS of a row a thread, 3 or 4: what wastes fewer threads (llmc/cuda/layernorm.py: packs_each).
+template <bool FUSED, int PACKS>
 __device__ inline void normalize_row5(floatX* residual, floatX* out, float* mean, float* rstd, const floatX* inp1,
                                       const floatX* inp2, const floatX* weight, const floatX* bias, int N, int C) {
     int row = blockIdx.x * blockDim.y + threadIdx.y;
     i64 start = (i64)row * C;
-    x128 a[ROW_PACKS], b[ROW_PACKS], w[ROW_PACKS], shift[ROW_PACKS];
+    x128 a[PACKS], b[PACKS], w[PACKS], shift[PACKS];
 #pragma unroll
-    for (int i = 0; i < ROW_PACKS; i++) {
+    for (int i = 0; i < PACKS; i++) {
         int c = (i * blockDim.x + threadIdx.x) * x128::size;
         if (row < N && c < C) {
             a[i] = load128cs(inp1 + start + c);
@@ -344,16 +345,16 @@ __device__ inline void normalize_row5(floatX* residual, floatX* out, float* mean
         }
     }
 #pragma unroll
-    for (int i = 0; i < ROW_PACKS; i++) {
+    for (int i = 0; i < PACKS; i++) {
         int c = (i * blockDim.x + threadIdx.x) * x128::size;
         if (c < C) {
             w[i] = load128(weight + c);
             shift[i] = load128(bias + c);
         }
     }
-    float x[ROW_PACKS][x128::size] = {}, sum = 0.0f, squares = 0.0f, per_channel = 1.0f / C;
+    float x[PACKS][x128::size] = {}, sum = 0.0f, squares = 0.0f, per_channel = 1.0f / C;
 #pragma unroll
-    for (int i = 0; i < ROW_PACKS; i++) {
+    for (int i = 0; i < PACKS; i++) {
         int c = (i * blockDim.x + threadIdx.x) * x128::size;
         if (row < N && c < C) {
             to_floats(x[i], a[i]);
@@ -370,7 +371,7 @@ __device__ inline void normalize_row5(floatX* residual, floatX* out, float* mean
     }
     float m = rowReduceSum(sum) * per_channel;
 #pragma unroll
-    for (int i = 0; i < ROW_PACKS; i++) {
+    for (int i = 0; i < PACKS; i++) {
         if ((i * blockDim.x + threadIdx.x) * x128::size < C) {
             for (int k = 0; k < x128::size; k++) {
                 x[i][k] -= m;
@@ -380,7 +381,7 @@ __device__ inline void normalize_row5(floatX* residual, floatX* out, float* mean
     }
     float s = rsqrtf(rowReduceSum(squares) * per_channel + EPS);
 #pragma unroll
-    for (int i = 0; i < ROW_PACKS; i++) {
+    for (int i = 0; i < PACKS; i++) {
         int c = (i * blockDim.x + threadIdx.x) * x128::size;
         if (row < N && c < C) {
             float weights[x128::size], shifts[x128::size];
@@ -396,17 +397,19 @@ __device__ inline void normalize_row5(floatX* residual, floatX* out, float* mean
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256)
-layernorm_forward_kernel5(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
-                          const floatX* bias, int N, int C) {
-    normalize_row5<false>(NULL, out, mean, rstd, inp, NULL, weight, bias, N, C);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-fused_residual_forward_kernel5(floatX* residual, floatX* normed, float* mean, float* rstd, const floatX* inp1,
-                               const floatX* inp2, const floatX* weight, const floatX* bias, int N, int C) {
-    normalize_row5<true>(residual, normed, mean, rstd, inp1, inp2, weight, bias, N, C);
-}
+#define FORWARD5(PACKS)                                                                                                \
+    extern "C" __global__ void __launch_bounds__(256) layernorm_forward_kernel5_##PACKS(                               \
+        floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight, const floatX* bias, int N,     \
+        int C) {                                                                                                       \
+        normalize_row5<false, PACKS>(NULL, out, mean, rstd, inp, NULL, weight, bias, N, C);                            \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(256) fused_residual_forward_kernel5_##PACKS(                          \
+        floatX* residual, floatX* normed, float* mean, float* rstd, const floatX* inp1, const floatX* inp2,            \
+        const floatX* weight, const floatX* bias, int N, int C) {                                                      \
+        normalize_row5<true, PACKS>(residual, normed, mean, rstd, inp1, inp2, weight, bias, N, C);                     \
+    }
+FORWARD5(3)
+FORWARD5(4)
 
 // ---------------------------------------------------------------------------------------------------------------------
 // backward
@@ -697,18 +700,18 @@ layernorm_backward_kernel4(floatX* dinp, float* partials, const floatX* dout, co
 // As 4 with fewer instructions: what lies outside is copied as zeros, which no sum notices, instead of being branched
 // around; dn and xhat stay in registers until the row's means are there. Two blocks of a multiprocessor may have 255
 // registers a thread. Grid, rows and partials as in 4; block (x, y) of at most RING_THREADS threads, x a multiple of 32
-// with x * RING_PACKS >= C / x128::size.
-extern "C" __global__ void __launch_bounds__(RING_THREADS, 2)
-layernorm_backward_kernel6(floatX* dinp, float* partials, const floatX* dout, const floatX* inp, const floatX* weight,
-                           const float* mean, const float* rstd, int N, int C) {
-    __shared__ x128 ring[RING_STAGES][RING_ARRAYS][RING_PACKS][RING_THREADS];
+// with x * PACKS >= C / x128::size. PACKS as in forward 5: more bytes are on their way where fewer threads are idle.
+template <int PACKS>
+__device__ inline void backward6(floatX* dinp, float* partials, const floatX* dout, const floatX* inp,
+                                 const floatX* weight, const float* mean, const float* rstd, int N, int C) {
+    __shared__ x128 ring[RING_STAGES][RING_ARRAYS][PACKS][RING_THREADS];
     __shared__ float2 row_sums[2][RING_THREADS / 32];  // of the warps; two, so that a row needs one barrier
     int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x, warps = blockDim.x / 32;
     int rows = gridDim.x * blockDim.y, first_row = blockIdx.x * blockDim.y + threadIdx.y;
     int column = threadIdx.x * x128::size, step = blockDim.x * x128::size;  // of the first pack; to the next one
     auto fetch = [&](int row, int stage) {
 #pragma unroll
-        for (int i = 0; i < RING_PACKS; i++) {
+        for (int i = 0; i < PACKS; i++) {
             i64 at = (i64)row * C + column + i * step;
             bool inside = row < N && column + i * step < C;
             cp_async_16(&ring[stage][0][i][thread], dout + at, inside);
@@ -718,9 +721,9 @@ layernorm_backward_kernel6(floatX* dinp, float* partials, const floatX* dout, co
         cp_async_commit();
     };
     fetch(first_row, 0);
-    float w[RING_PACKS][x128::size] = {}, dw[RING_PACKS][x128::size] = {}, db[RING_PACKS][x128::size] = {};
+    float w[PACKS][x128::size] = {}, dw[PACKS][x128::size] = {}, db[PACKS][x128::size] = {};
 #pragma unroll
-    for (int i = 0; i < RING_PACKS; i++) {
+    for (int i = 0; i < PACKS; i++) {
         if (column + i * step < C) { to_floats(w[i], load128(weight + column + i * step)); }
     }
     float next_m = first_row < N ? mean[first_row] : 0.0f, next_s = first_row < N ? rstd[first_row] : 0.0f;
@@ -731,9 +734,9 @@ layernorm_backward_kernel6(floatX* dinp, float* partials, const floatX* dout, co
         float m = next_m, s = next_s, sum = 0.0f, sum_xhat = 0.0f;
         if (row + rows < N) { next_m = mean[row + rows], next_s = rstd[row + rows]; }
         cp_async_wait<1>();
-        float dn[RING_PACKS][x128::size], xhat[RING_PACKS][x128::size];
+        float dn[PACKS][x128::size], xhat[PACKS][x128::size];
 #pragma unroll
-        for (int i = 0; i < RING_PACKS; i++) {
+        for (int i = 0; i < PACKS; i++) {
             x128 dout_pack = ring[stage][0][i][thread], inp_pack = ring[stage][1][i][thread];
             float d[x128::size];
             to_floats(d, dout_pack);
@@ -762,7 +765,7 @@ layernorm_backward_kernel6(floatX* dinp, float* partials, const floatX* dout, co
         }
         float dn_mean = sum * per_channel, dn_xhat_mean = sum_xhat * per_channel;
 #pragma unroll
-        for (int i = 0; i < RING_PACKS; i++) {
+        for (int i = 0; i < PACKS; i++) {
             x128 dinp_pack = ring[stage][2][i][thread];
             float dx[x128::size];
             to_floats(dx, dinp_pack);
@@ -781,7 +784,7 @@ layernorm_backward_kernel6(floatX* dinp, float* partials, const floatX* dout, co
     cp_async_wait<0>();
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < RING_PACKS; i++) {
+    for (int i = 0; i < PACKS; i++) {
         int c = column + i * step;
         if (c < C) {
             add_sums(sums + 2 * threadIdx.y * C + c, NULL, dw[i]);
@@ -799,6 +802,15 @@ layernorm_backward_kernel6(floatX* dinp, float* partials, const floatX* dout, co
         store128(partials + (i64)blockIdx.x * 2 * C + c, sum);
     }
 }
+
+#define BACKWARD6(PACKS)                                                                                               \
+    extern "C" __global__ void __launch_bounds__(RING_THREADS, 2) layernorm_backward_kernel6_##PACKS(                  \
+        floatX* dinp, float* partials, const floatX* dout, const floatX* inp, const floatX* weight, const float* mean, \
+        const float* rstd, int N, int C) {                                                                             \
+        backward6<PACKS>(dinp, partials, dout, inp, weight, mean, rstd, N, C);                                         \
+    }
+BACKWARD6(3)
+BACKWARD6(4)
 
 #define SLICES_AHEAD 9  // slices that a thread adds up: 264 are dealt to 32; llmc/cuda/layernorm.py has the same number
 

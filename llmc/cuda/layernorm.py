@@ -6,8 +6,9 @@ from . import module
 
 FORWARD_PACKS = 4  # kernels/layernorm.cu has the same number
 BACKWARD_ELEMENTS = 24  # elements of a row that a thread of the one-pass backward kernel holds
-ROW_PACKS, ROW_THREADS = 3, 64  # of forward kernels 4 and 5; kernels/layernorm.cu has the same 3; threads of a block
-RING_PACKS, RING_STAGES, RING_THREADS = 3, 2, 128  # kernels/layernorm.cu has the same; threads of a block
+ROW_PACKS, ROW_THREADS = 3, 64  # of forward kernel 4; kernels/layernorm.cu has the same 3; threads of a block
+RING_PACKS, RING_STAGES, RING_THREADS = 3, 2, 128  # of backward kernel 4; kernels/layernorm.cu has the same
+PACKS_EACH = (3, 4)  # of forward kernel 5 and backward kernel 6, whichever wastes fewer threads
 RING_SLICES = 264  # blocks, on every GPU the same: two on each of 132 multiprocessors
 SLICES_AHEAD = 9  # of them for each of 32 threads of layernorm_backward6; kernels/layernorm.cu has the same number
 MAX_SLICES = 1024  # slices of rows with sums of their own; a constant, so that every GPU adds in the same order
@@ -17,6 +18,11 @@ def row_block(packs, packs_per_thread, threads=256):
     """(threads per row, rows per block): as many warps as it takes to hold a row, and some `threads` in all."""
     warps = -(-packs // (32 * packs_per_thread))
     return 32 * warps, max(1, threads // (32 * warps))
+
+
+def packs_each(packs):
+    """Of a row of so many packs, those of a thread: 3, or 4 where a row then takes fewer warps, as C = 1024 and 1600."""
+    return min(PACKS_EACH, key=lambda each: row_block(packs, each)[0])
 
 
 def check_forward(out, mean, rstd, inp, weight, bias):
@@ -60,9 +66,9 @@ def layernorm_forward3(out, mean, rstd, inp, weight, bias):
     kernel((-(-N // rows),), (threads, rows), (out, mean, rstd, inp, weight, bias, np.int32(N), np.int32(C)))
 
 
-def rows_grid(N, C, itemsize):
+def rows_grid(N, C, itemsize, packs=ROW_PACKS):
     """grid, block of the forward kernels 4 and 5."""
-    threads, rows = row_block(C * itemsize // 16, ROW_PACKS, ROW_THREADS)
+    threads, rows = row_block(C * itemsize // 16, packs, ROW_THREADS)
     assert threads <= 1024, C
     return (-(-N // rows),), (threads, rows)
 
@@ -75,12 +81,13 @@ def layernorm_forward4(out, mean, rstd, inp, weight, bias):
 
 
 def layernorm_forward5(out, mean, rstd, inp, weight, bias):
-    """layernorm_forward4 with the weights loaded together with the row. C > 6144 (fp32: 3072): layernorm_forward4."""
+    """layernorm_forward4 with the weights loaded together with the row. C > 8192 (fp32: 4096): layernorm_forward4."""
     N, C = check_forward(out, mean, rstd, inp, weight, bias)
-    grid, block = rows_grid(N, C, out.itemsize)
+    packs = packs_each(C * out.itemsize // 16)
+    grid, block = rows_grid(N, C, out.itemsize, packs)
     if block[0] > 256:
         return layernorm_forward4(out, mean, rstd, inp, weight, bias)
-    kernel = module.kernel("layernorm.cu", "layernorm_forward_kernel5", out.dtype)
+    kernel = module.kernel("layernorm.cu", f"layernorm_forward_kernel5_{packs}", out.dtype)
     kernel(grid, block, (out, mean, rstd, inp, weight, bias, np.int32(N), np.int32(C)))
 
 
@@ -154,10 +161,11 @@ def fused_residual_forward4(residual, normed, mean, rstd, inp1, inp2, weight, bi
 def fused_residual_forward5(residual, normed, mean, rstd, inp1, inp2, weight, bias):
     """fused_residual_forward4 with the weights loaded together with the row; wider rows as layernorm_forward5."""
     N, C = check_fused(residual, normed, mean, rstd, inp1, inp2, weight, bias)
-    grid, block = rows_grid(N, C, residual.itemsize)
+    packs = packs_each(C * residual.itemsize // 16)
+    grid, block = rows_grid(N, C, residual.itemsize, packs)
     if block[0] > 256:
         return fused_residual_forward4(residual, normed, mean, rstd, inp1, inp2, weight, bias)
-    kernel = module.kernel("layernorm.cu", "fused_residual_forward_kernel5", residual.dtype)
+    kernel = module.kernel("layernorm.cu", f"fused_residual_forward_kernel5_{packs}", residual.dtype)
     kernel(grid, block, (residual, normed, mean, rstd, inp1, inp2, weight, bias, np.int32(N), np.int32(C)))
 
 
@@ -255,14 +263,15 @@ def layernorm_backward4(dinp, dweight, dbias, scratch, dout, inp, weight, mean, 
 def layernorm_backward6(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd):
     """layernorm_backward4 with fewer instructions before, after and in the stream of rows.
 
-    C > 3072 (fp32: 1536): layernorm_backward3, as not every GPU has more than 48 KiB of shared memory.
+    C > 4096 (fp32: 2048): layernorm_backward3, as not every GPU has more than 48 KiB of shared memory.
     """
     N, C = check_backward(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd)
-    x, y = row_block(C * inp.itemsize // 16, RING_PACKS, RING_THREADS)
+    packs = packs_each(C * inp.itemsize // 16)
+    x, y = row_block(C * inp.itemsize // 16, packs, RING_THREADS)
     if x > RING_THREADS:
         return layernorm_backward3(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd)
     slices = min(RING_SLICES, -(-N // y))
-    kernel = module.kernel("layernorm.cu", "layernorm_backward_kernel6", inp.dtype)
+    kernel = module.kernel("layernorm.cu", f"layernorm_backward_kernel6_{packs}", inp.dtype)
     kernel((slices,), (x, y), (dinp, scratch, dout, inp, weight, mean, rstd, np.int32(N), np.int32(C)))
     defines = module.grad_defines(inp.dtype, (dweight, dbias))
     kernel = module.kernel("layernorm.cu", "layernorm_backward_combine_kernel6", inp.dtype, defines)
