@@ -700,11 +700,13 @@ layernorm_backward_kernel4(floatX* dinp, float* partials, const floatX* dout, co
 // As 4 with fewer instructions: what lies outside is copied as zeros, which no sum notices, instead of being branched
 // around; dn and xhat stay in registers until the row's means are there. Two blocks of a multiprocessor may have 255
 // registers a thread. Grid, rows and partials as in 4; block (x, y) of at most RING_THREADS threads, x a multiple of 32
-// with x * PACKS >= C / x128::size. PACKS as in forward 5: more bytes are on their way where fewer threads are idle.
+// with x * PACKS >= C / x128::size, dynamic shared memory RING_STAGES * RING_ARRAYS * PACKS * RING_THREADS * 16. PACKS as in
+// forward 5: more bytes are on their way where fewer threads are idle.
 template <int PACKS>
 __device__ inline void backward6(floatX* dinp, float* partials, const floatX* dout, const floatX* inp,
                                  const floatX* weight, const float* mean, const float* rstd, int N, int C) {
-    __shared__ x128 ring[RING_STAGES][RING_ARRAYS][PACKS][RING_THREADS];
+    extern __shared__ x128 dynamic_ring[];
+    auto ring = reinterpret_cast<x128(*)[RING_ARRAYS][PACKS][RING_THREADS]>(dynamic_ring);
     __shared__ float2 row_sums[2][RING_THREADS / 32];  // of the warps; two, so that a row needs one barrier
     int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x, warps = blockDim.x / 32;
     int rows = gridDim.x * blockDim.y, first_row = blockIdx.x * blockDim.y + threadIdx.y;

@@ -21,7 +21,7 @@ def row_block(packs, packs_per_thread, threads=256):
 
 
 def packs_each(packs):
-    """Of a row of so many packs, those of a thread: 3, or 4 where a row then takes fewer warps, as C = 1024 and 1600."""
+    """Of a row of so many packs, those of a thread: 3, or 4 where the row then takes fewer warps (C = 1024, 1600)."""
     return min(PACKS_EACH, key=lambda each: row_block(packs, each)[0])
 
 
@@ -263,7 +263,7 @@ def layernorm_backward4(dinp, dweight, dbias, scratch, dout, inp, weight, mean, 
 def layernorm_backward6(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd):
     """layernorm_backward4 with fewer instructions before, after and in the stream of rows.
 
-    C > 4096 (fp32: 2048): layernorm_backward3, as not every GPU has more than 48 KiB of shared memory.
+    C > 4096 (fp32: 2048): layernorm_backward3. Every GPU has the 48 KiB of shared memory that it takes.
     """
     N, C = check_backward(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd)
     packs = packs_each(C * inp.itemsize // 16)
@@ -271,8 +271,9 @@ def layernorm_backward6(dinp, dweight, dbias, scratch, dout, inp, weight, mean, 
     if x > RING_THREADS:
         return layernorm_backward3(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd)
     slices = min(RING_SLICES, -(-N // y))
-    kernel = module.kernel("layernorm.cu", f"layernorm_backward_kernel6_{packs}", inp.dtype)
-    kernel((slices,), (x, y), (dinp, scratch, dout, inp, weight, mean, rstd, np.int32(N), np.int32(C)))
+    smem = RING_STAGES * 3 * packs * RING_THREADS * 16
+    kernel = module.kernel("layernorm.cu", f"layernorm_backward_kernel6_{packs}", inp.dtype, smem=smem)
+    kernel((slices,), (x, y), (dinp, scratch, dout, inp, weight, mean, rstd, np.int32(N), np.int32(C)), shared_mem=smem)
     defines = module.grad_defines(inp.dtype, (dweight, dbias))
     kernel = module.kernel("layernorm.cu", "layernorm_backward_combine_kernel6", inp.dtype, defines)
     assert slices <= 32 * SLICES_AHEAD, slices
