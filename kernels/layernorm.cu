@@ -46,8 +46,8 @@
 // other (SASS)), the block's own sums 0.9 (12 rounds of 4 reads), the last row's instructions 1, the first row's code?
 //
 // llm.c's kernels 6 and 10 keep the row or the partial sums in shared memory, which caps C at some 10,000 and 4096. With
-// registers spread over as many warps as the row needs, nothing has to be opted into: C may be 16384 forward and 12288
-// backward in fp32, 32768 and 12288 in 16 bits (rungs 4 and 5 forward: 12288 and 24576).
+// registers spread over as many warps as the row needs, C may be 16384 forward and 12288 backward in fp32, 32768 and 12288
+// in 16 bits (rungs 4 and 5 forward: 12288 and 24576).
 //
 // Source: llm.c llmc/layernorm.cuh; Ba et al. 2016, arXiv:1607.06450.
 #include "ptx.cuh"

@@ -248,7 +248,8 @@ def test_hopper_kernels_are_tried_before_they_are_trusted(monkeypatch, capsys):
 
 def test_shared_memory_above_48_kib(cupy):
     """The limit is raised to all there is, so that a later launch with less does not lower it for an earlier one."""
-    assert module.kernel("gelu.cu", "a", "float32", smem=48 * 1024).max_dynamic_shared_size_bytes is None
+    assert module.kernel("gelu.cu", "a", "float32", smem=47 * 1024).max_dynamic_shared_size_bytes is None
+    assert module.kernel("gelu.cu", "a", "float32", smem=48 * 1024).max_dynamic_shared_size_bytes == 98 * 1024  # + 1024
     assert module.kernel("gelu.cu", "a", "float32", smem=50_000).max_dynamic_shared_size_bytes == 98 * 1024
     message = user_error(module.kernel, "gelu.cu", "a", "float32", smem=99 * 1024)
     assert "gelu.cu" in message and str(99 * 1024) in message and str(98 * 1024) in message, message

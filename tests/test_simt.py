@@ -93,6 +93,7 @@ FAULTS = [
      {"kind": "write to const", "thread": (5, 0, 0), "array": "inp", "index": 2}),
     ("bounds.cu", "local_bad", (ints(32),), {}, {"kind": "out of bounds", "thread": (1, 0, 0)}),
     ("bounds.cu", "too_much_shared", (ints(32),), {}, {"kind": "shared memory size"}),
+    ("bounds.cu", "too_much_in_all", (ints(32),), {"shared_mem": 48 * 1024}, {"kind": "shared memory size"}),
     ("blocks.cu", "two_write_bad", (ints(64),), {"grid": 2},
      {"kind": "race between blocks", "block": (1, 0, 0), "thread": (0, 0, 0), "array": "out", "index": 31}),
     ("blocks.cu", "read_bad", (ints(64),), {"grid": 2},

@@ -188,7 +188,8 @@ def kernel(file, name, dtype, defines=(), smem=0, arch=None, strict=False):
 
     dtype    that of the arrays (NumPy or CuPy dtype, or its name): float32, float16 or bfloat16
     defines  further -D options, a tuple such as ("GRADS_FP32",)
-    smem     dynamic shared memory in bytes that launches will ask for; above 48 KiB the kernel has to be told
+    smem     dynamic shared memory in bytes that launches will ask for; with the static above 48 KiB the kernel has to
+             be told
     arch     "sm_90a" where Hopper-only instructions are used; None is the device's own
     strict   the kernel claims no spills and no serialised wgmma: a compilation that finds some is an error
     """
@@ -196,7 +197,8 @@ def kernel(file, name, dtype, defines=(), smem=0, arch=None, strict=False):
     function = module.get_function(name)
     if strict and name in found and (found[name][1] or found[name][2]):
         raise RuntimeError(f"kernels/{file}: {name} spills {found[name][1]} bytes, serialised wgmma: {found[name][2]}")
-    if smem > 48 * 1024:  # a limit, not a reservation: the largest possible, so that calls with other sizes agree
+    if smem and smem + function.shared_size_bytes > 48 * 1024:
+        # a limit, not a reservation: the largest possible, so that calls with other sizes agree
         limit = import_cupy().cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"] - function.shared_size_bytes
         if smem > limit:
             raise UserError(

@@ -75,7 +75,7 @@ struct Launch {
     void (*entry)(void**);
     void** args;
     u32 grid[3], block[3];
-    u64 dynamic_bytes, dynamic_align;
+    u64 dynamic_bytes, dynamic_align, declared_bytes;  // declared: kernel(..., smem=)
     int order;  // 0 forward, 1 reverse, 2 random
     u32 seed;
     int late;  // Hopper's units do their work as late as the waits allow, not at once
@@ -1557,10 +1557,11 @@ extern "C" void* simt_shared(u64* key, size_t size, size_t align, int item_size,
     if (*key >> 20 != launch_number) {
         statics_end = (statics_end + align - 1) / align * align;
         statics_bytes += size;
-        if (statics_bytes > STATIC_LIMIT || statics_bytes + launch.dynamic_bytes > SHARED_LIMIT) {
+        size_t limit = statics_bytes + launch.declared_bytes > STATIC_LIMIT ? SHARED_LIMIT : STATIC_LIMIT;
+        if (statics_bytes > STATIC_LIMIT || statics_bytes + launch.dynamic_bytes > limit) {
             fail("shared memory size", At{file, line},
                  "%zu bytes of static shared memory with `%s` and %zu of dynamic; the limits are %zu and %zu in all",
-                 statics_bytes, name, (size_t)launch.dynamic_bytes, STATIC_LIMIT, SHARED_LIMIT);
+                 statics_bytes, name, (size_t)launch.dynamic_bytes, STATIC_LIMIT, limit);
         }
         *key = launch_number << 20 | statics_end;
         shared_variables.push_back({statics_end, size, item_size, name});

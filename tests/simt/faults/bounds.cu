@@ -91,3 +91,9 @@ extern "C" __global__ void too_much_shared(int* out) {
     tile[threadIdx.x] = 1;
     out[threadIdx.x] = tile[threadIdx.x];
 }
+extern "C" __global__ void too_much_in_all(int* out) {
+    extern __shared__ int dynamic[];
+    __shared__ int tile[32];  // too_much_in_all
+    dynamic[threadIdx.x] = tile[threadIdx.x] = 1;
+    out[threadIdx.x] = dynamic[threadIdx.x] + tile[threadIdx.x];
+}
