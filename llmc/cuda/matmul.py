@@ -56,9 +56,10 @@ def matmul_scratch_size(B, T, C, OC):
 
 def tile_sm90(version, M, N):
     """Rows and columns of a tile of Hopper's kernels. 10 turns it where M x N then takes fewer: 1024 columns are 8
-    times 128, but 6 times 192 with 128 left over."""
+    times 128, but 6 times 192 with 128 left over. 11 where they are 4 % fewer: wgmma with fewer columns reads more of
+    shared memory for the same product, and a chip at its power limit is 2 to 4 % slower then."""
     wide, tall = ceil_div(M, 128) * ceil_div(N, 192), ceil_div(M, 192) * ceil_div(N, 128)
-    return (192, 128) if version >= 10 and tall < wide else (128, 192)
+    return (192, 128) if version >= 10 and tall < (wide * 0.96 if version >= 11 else wide) else (128, 192)
 
 
 def wgrad_ranges_sm90(version, BT, C, OC):
