@@ -271,7 +271,7 @@ def layernorm_backward6(dinp, dweight, dbias, scratch, dout, inp, weight, mean, 
     if x > RING_THREADS:
         return layernorm_backward3(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd)
     slices = min(RING_SLICES, -(-N // y))
-    smem = RING_STAGES * 3 * packs * RING_THREADS * 16
+    smem = 0 if packs == 3 else RING_STAGES * 3 * packs * RING_THREADS * 16
     kernel = module.kernel("layernorm.cu", f"layernorm_backward_kernel6_{packs}", inp.dtype, smem=smem)
     kernel((slices,), (x, y), (dinp, scratch, dout, inp, weight, mean, rstd, np.int32(N), np.int32(C)), shared_mem=smem)
     defines = module.grad_defines(inp.dtype, (dweight, dbias))
