@@ -18,11 +18,16 @@
 //         | dout times ones                                     | 0.96 x   |            | dbias (.9-1) |
 //      10 | dgrad makes the recomputed GELU too; tiles of       | dgrad    | as 8       | as 9         | 642, 511
 //         | 192 x 128 where fewer are needed                    | 0.85 x   |            |              | (.88, .79)
+//      11 | low bands of tiles; wgrad cuts the tokens of what   | 350M and | 699-789    | 655-772      | 626, 487
+//         | is left after whole rounds of 132 tiles alone       | up: 1.1x | (1.01-1.18)| (.95-1.19)   | (.92, .79)
 // 9: a pass over dout, 906 MB a layer, is not made; 2.4 of 102 ms a step. Two spare warps that added up the tiles in
 // shared memory, the first form of 9, cost as much as that pass. 10: a kernel of 199 us a layer is not launched, its dgrad
-// takes 90 us longer: 2 of 105 ms a step, op by op. Clusters of two blocks that share the tiles of b by multicast gave
-// nothing (0.94 to 1.02 of 7). With GELU the rate goes down with every instruction at the end of a tile, though the other
-// warpgroup's products should hide them: without any arithmetic there 8 has 666 and 697. The chip is power limited.
+// takes 90 us longer: 2 of 105 ms a step, op by op. 11: blocks drift apart, by more than a tile's time after 18 of
+// them, and what they share leaves L2 before all have read it: 350M's LM head wgrad had 450 TFLOP/s, now 711 (H100).
+// Clusters of two blocks that share the tiles of b by multicast gave nothing, twice (0.94 to 1.02 of 7, and of 11).
+// With GELU the rate goes down with every instruction at the end of a tile, though the other warpgroup's products should
+// hide them: without any arithmetic there 8 has 666 and 697. The chip is power limited: at its 700 W, after a second of
+// work, the forward products run at 1.3 GHz, and the tensor cores are busy 97 % of the time.
 //
 // Source: the structure is that of CUTLASS's warp-specialised kernels; P. Bansal, "Outperforming cuBLAS on H100".
 #include "ptx_sm90.cuh"
