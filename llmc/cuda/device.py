@@ -50,7 +50,7 @@ def try_hopper(dtype, HS=64, tall=False):
             if not error < 2**-6:  # a rounding of bf16 is 2^-8
                 raise ValueError(f"{name} is off by {error:.1g}")
 
-    T, NH, (BT, C, OC) = 320, 2, (384, 128, 320) if tall else (200, 192, 320)
+    T, NH, (BT, C, OC) = 320, 2, (384, 128, 448) if tall else (200, 192, 320)
     inp, weight, bias, dout = filled(1, BT, C), filled(OC, C), filled(OC), filled(1, BT, OC)
     qkvr, datty, att = filled(1, T, 3 * NH * HS), filled(1, T, NH * HS), room(NH * T).reshape(1, NH, T)
 
