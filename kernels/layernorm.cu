@@ -700,8 +700,7 @@ layernorm_backward_kernel4(floatX* dinp, float* partials, const floatX* dout, co
 // As 4 with fewer instructions: what lies outside is copied as zeros, which no sum notices, instead of being branched
 // around; dn and xhat stay in registers until the row's means are there. Two blocks of a multiprocessor may have 255
 // registers a thread. Grid, rows and partials as in 4; block (x, y) of at most RING_THREADS threads, x a multiple of 32
-// with x * PACKS >= C / x128::size, dynamic shared memory RING_STAGES * RING_ARRAYS * PACKS * RING_THREADS * 16. PACKS as in
-// forward 5: more bytes are on their way where fewer threads are idle.
+// with x * PACKS >= C / x128::size. PACKS as in forward 5: more bytes are on their way where fewer threads are idle.
 template <int PACKS>
 __device__ inline void backward6(x128 (*ring)[RING_ARRAYS][PACKS][RING_THREADS], floatX* dinp, float* partials,
                                  const floatX* dout, const floatX* inp, const floatX* weight, const float* mean,
@@ -811,7 +810,7 @@ layernorm_backward_kernel6_3(floatX* dinp, float* partials, const floatX* dout, 
     backward6<3>(ring, dinp, partials, dout, inp, weight, mean, rstd, N, C);
 }
 
-// 48 KiB: with what is static it has to be dynamic. Where it can be static the kernel is 3 % faster.
+// Dynamic shared memory sizeof(ring): 48 KiB, more than all that may be static. Where it can be the kernel is 3 % faster.
 extern "C" __global__ void __launch_bounds__(RING_THREADS, 2)
 layernorm_backward_kernel6_4(floatX* dinp, float* partials, const floatX* dout, const floatX* inp, const floatX* weight,
                              const float* mean, const float* rstd, int N, int C) {

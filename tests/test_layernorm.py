@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 # B, T, C. Channels beyond 4096 do not fit llm.c's shared memory in the backward pass.
-SHAPES = [(1, 1, 8), (2, 3, 16), (1, 7, 24), (2, 33, 72), (1, 65, 264), (1, 9, 1000), (1, 2, 5120)]
+SHAPES = [(1, 1, 8), (2, 3, 16), (1, 7, 24), (2, 33, 72), (1, 65, 264), (1, 9, 1000), (1, 2, 4096), (1, 2, 5120)]
 BIG = [(2, 130, 768), (1, 257, 1600), (8, 257, 320), (9, 257, 1024)]
 CPU = [(1, 1, 1), (2, 3, 5), (1, 65, 33), (3, 130, 130)]
 
