@@ -23,9 +23,9 @@ from llmc import UserError
 
 N = 624  # words of MT19937 state
 LOG_EPSILON = np.float32(1e-12)  # llm.c's guard against log(0)
-MANY = (os.cpu_count() or 1) >= 4  # threads: the more there are, the more they wait for the interpreter
-BLOCK = 1 << (18 if MANY else 17)  # normals transformed at a time by one thread
-DRAWS = 1 << (22 if MANY else 20)  # draws made at a time, which all cores transform while the next ones are made
+MANY = (os.cpu_count() or 1) >= 4  # few cores: more threads than one would only take turns at the interpreter
+BLOCK = 1 << (18 if MANY else 16)  # normals transformed at a time by one thread
+DRAWS = 1 << (22 if MANY else 18)  # draws made at a time, which others transform while the next ones are made
 
 STATE_STRUCT = np.dtype(  # llm.c's mt19937_state, as found in its train-state files: 2520 bytes
     [("seed_", "<u8"), ("left_", "<i4"), ("next_", "<u4"), ("state_", "<u4", (N,)), ("MATRIX_A", "<u4", (2,))]
@@ -142,7 +142,7 @@ def normals_(jobs, mt):
 
 @functools.cache
 def _pool():
-    return concurrent.futures.ThreadPoolExecutor()
+    return concurrent.futures.ThreadPoolExecutor(None if MANY else 1)
 
 
 def _done(pending):

@@ -66,14 +66,13 @@ def wgrad_ranges_sm90(version, BT, C, OC):
     """(whole, splits): the first `whole` tiles of the weight gradient are made at once, each of the others in `splits`
     ranges of tokens, which leaves 132 multiprocessors idle least. A constant too. 11 cuts what is left after whole
     rounds of 132 tiles, 6 to 10 all tiles or none. Writing and adding one range's sums of 132 tiles takes as long as
-    1350 tokens: measured for 1 to 16 ranges with GPT-2's shapes. (6 to 10 reckon with 1000.)"""
+    1350 tokens: measured for 1 to 16 ranges with GPT-2's shapes."""
     tiles = wgrad_tiles_sm90(version, C, OC)
     whole = tiles // 132 * 132 if version >= 11 else 0
     tail = tiles - whole
 
     def tokens(splits):  # that each multiprocessor has to do for the tail
-        extra = 0 if version >= 11 and splits == 1 else (1350 if version >= 11 else 1000) * splits * tail / 132
-        return BT * ceil_div(tail * splits, 132) / splits + extra
+        return BT * ceil_div(tail * splits, 132) / splits + (1350 * splits * tail / 132 if splits > 1 else 0)
 
     splits = min(range(1, max(1, min(16, BT // MIN_TOKENS)) + 1), key=tokens)
     return (tiles if splits == 1 else whole), splits
@@ -106,7 +105,7 @@ def launch_sm90(name, version, dtype, M, N, args, items=None, defines=()):
 
 
 def dgrad_sm90(version, dinp, dout, weight, pre_gelu, gelu_out=None):
-    """gelu_out: in kernel 10 alone, or None."""
+    """gelu_out: from kernel 10 on, or None."""
     (OC, C), BT = weight.shape, dinp.size // weight.shape[1]
     rows, _ = tile_sm90(version, BT, C)
     operands = module.tensor_map(dout, BT, OC, rows), module.tensor_map(weight, OC, C, 64)
