@@ -5,12 +5,11 @@ cuBLAS is the bare products (torch.mm into a given output), without bias, GELU a
 The whole ladder runs on fc; the other layers run the tensor-core rungs.
 
 python -m dev.bench_matmul --products [VERSION ...] [-e d12] [-b 64]     compute capability 9.0: each product of a step
-T=1024, bf16: TFLOP/s of cuBLAS, which makes the bare products, and of Hopper's versions, taking
-turns, medians of 20, L2 overwritten before each. Forward with bias, weight gradients with the reduction of their parts;
+bf16, T=1024: TFLOP/s of cuBLAS, which makes the bare products, and of Hopper's versions, taking turns, medians of 20,
+L2 overwritten before each. Forward with bias, weight gradients with the reduction of their parts;
 then the same with what a step adds: +gelu two outputs, +dgelu, +regelu (10) the recomputed GELU too, +dbias (from 9).
 """
 
-import argparse
 import sys
 
 import numpy as np
@@ -124,19 +123,17 @@ def layer_cases(b, layer, C, OC):
 
 
 def products(argv):
-    p = argparse.ArgumentParser(prog="bench_matmul")
-    p.add_argument("versions", nargs="*", default=["7", "8", "9", "10"])
+    p = bench.flags(__doc__)
+    p.add_argument("versions", nargs="*", type=int, default=matmul.HOPPER, metavar="VERSION")
     p.add_argument("--products", action="store_true")
-    p.add_argument("-e", "--model", default="d12")
-    p.add_argument("-b", "--batch-size", type=int, default=64)
     args = p.parse_args(argv)
-    versions, b = args.versions, bench.Bench("cuda", model=args.model, B=args.batch_size, T=1024, dtype="bf16")
+    b = bench.Bench("cuda", model=args.model, B=args.batch_size or 64, T=args.sequence_length, dtype=args.dtype)
     print(f"{b.description} | {bench.software(b)} | commit {bench.commit()}")
     alone = np.median(b.overwritten_ms(lambda: None, 10, 1))
     for layer, (width, outputs) in LAYERS.items():
         for product, flops, blas, ours, least in layer_products(b, layer, b.C * width, outputs and b.C * outputs):
             jobs = {"cuBLAS": blas}
-            jobs |= {v: lambda v=v, ours=ours: ours(int(v)) for v in versions if int(v) >= least}
+            jobs |= {v: lambda v=v, ours=ours: ours(v) for v in args.versions if v >= least}
             ms = [[b.overwritten_ms(job, 1, 1)[0] - alone for job in jobs.values()] for _ in range(23)][3:]
             rates = flops / np.median(ms, axis=0) / 1e9
             cells = (f"{name} {rate:.0f} ({rate / rates[0]:.2f})" for name, rate in zip(jobs, rates, strict=True))

@@ -127,7 +127,7 @@ __device__ inline x128 to_pack(const float (&values)[x128::size]) {
     return pack;
 }
 
-// W consecutive values, W = 1 or 8: the 8 as one (16-bit) or two (fp32) 16-byte accesses.
+// W consecutive values as fp32, W = 1 or a multiple of a pack's size: in 16-byte accesses.
 template <int W, class T> __device__ inline void load_floats(float (&v)[W], const T* address) {
     if constexpr (W == 1) {
         v[0] = (float)address[0];
@@ -155,6 +155,25 @@ template <int W, class T> __device__ inline void store_floats(T* address, const 
             store128(address + i, pack);
         }
     }
+}
+
+// Eight values at `to` (+)= the sums of those at `partials` and each `step` further on, `count` in all, in their order.
+template <class T>
+__device__ inline void add_partials(T* to, const float* partials, i64 step, int count, bool accumulate) {
+    float sum[8], other[8];
+    load_floats<8>(sum, partials);
+#pragma unroll 4
+    for (int i = 1; i < count; i++) {
+        load_floats<8>(other, partials + i * step);
+#pragma unroll
+        for (int j = 0; j < 8; j++) { sum[j] += other[j]; }
+    }
+    if (accumulate) {
+        load_floats<8>(other, to);
+#pragma unroll
+        for (int j = 0; j < 8; j++) { sum[j] += other[j]; }
+    }
+    store_floats<8>(to, sum);
 }
 
 template <class T> __device__ inline Packed128<T> zeros128() { return unpack128<T>(make_int4(0, 0, 0, 0)); }

@@ -197,14 +197,6 @@ extern "C" __global__ void wte_backward_kernel2(floatG* dwte, const floatX* dout
 #define PIECE 32  // entries of the sorted list that one block sums; llmc/cuda/encoder.py has the same number
 #define AHEAD 8   // rows whose loads are in flight at once
 
-__device__ inline void store_partial(float* address, const float* sum) {
-    for (int k = 0; k < x128::size; k += f128::size) {
-        f128 part;
-        for (int e = 0; e < f128::size; e++) { part[e] = sum[k + e]; }
-        store128(address + k, part);
-    }
-}
-
 __device__ inline void add_partial(float* sum, const float* address) {
     for (int k = 0; k < x128::size; k += f128::size) {
         f128 part = load128(address + k);
@@ -249,9 +241,9 @@ extern "C" __global__ void wte_backward_kernel3(floatG* dwte, float* partials, c
             bool last = i + a == count - 1, goes_on = tokens[i + a + 2] == token;
             if (goes_on && !last) { continue; }
             if (continued) {
-                store_partial(partial, sum);
+                store_floats<x128::size>(partial, sum);
             } else if (goes_on) {
-                store_partial(partial + C, sum);
+                store_floats<x128::size>(partial + C, sum);
             } else {
                 accumulate128(dwte, (i64)token * C + c, sum, key);
             }
@@ -365,9 +357,9 @@ __device__ inline void add_piece(floatG* dwte, float* partials, const floatX* do
             bool last = i + a == count - 1, goes_on = tokens[i + a + 2] == token;
             if (goes_on && !last) { continue; }
             if (token == earlier) {
-                store_partial(partial, sum);
+                store_floats<x128::size>(partial, sum);
             } else if (goes_on) {
-                store_partial(partial + C, sum);
+                store_floats<x128::size>(partial + C, sum);
             } else {
                 i64 element = (i64)token * C + c;
                 for (int k = 0; k < x128::size; k++) {

@@ -547,21 +547,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) matmul_wgrad_kernel5(
 extern "C" __global__ void __launch_bounds__(256) matmul_wgrad_reduce(
     floatG* dweight, const float* partials, i64 size, int splits, int accumulate) {
     i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * 8;
-    if (i >= size) { return; }
-    float sum[8], other[8];
-    load_floats<8>(sum, partials + i);
-#pragma unroll 4
-    for (int split = 1; split < splits; split++) {
-        load_floats<8>(other, partials + split * size + i);
-#pragma unroll
-        for (int j = 0; j < 8; j++) { sum[j] += other[j]; }
-    }
-    if (accumulate) {
-        load_floats<8>(other, dweight + i);
-#pragma unroll
-        for (int j = 0; j < 8; j++) { sum[j] += other[j]; }
-    }
-    store_floats<8>(dweight + i, sum);
+    if (i < size) { add_partials(dweight + i, partials + i, size, splits, accumulate); }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -560,7 +560,8 @@ __device__ inline void product(const Product& p, const TensorMap& a, const Tenso
 // Arguments as those of kernel 5 in matmul.cu, the operands as tensor maps. Boxes of rows x 64 columns: inp ROWS and
 // weight COLUMNS in forward, dout ROWS and weight 64 in dgrad, dout and inp 64 in wgrad. From 8 on there are maps of the
 // 16-bit results and of what is read with them, boxes of 64 rows: first is pre_gelu's where there is one, second out's.
-// bias_sums: null before 9. gelu_out, where gelu of pre_gelu goes: null before 10.
+// bias_sums: null before 9. gelu_out, where gelu of pre_gelu goes: null before 10. wgrad writes the first `whole` tiles of
+// dweight, matmul_wgrad_reduce_sm90 the others.
 // ---------------------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(384, 1) matmul_forward_sm90(
@@ -597,20 +598,8 @@ extern "C" __global__ void __launch_bounds__(256) matmul_wgrad_reduce_sm90(
     p.M = M, p.N = N, p.whole = whole, p.splits = 1;
     Work w = work_item(p, whole + blockIdx.y);
     int at = (blockIdx.x * 256 + threadIdx.x) * 8, m = w.m + at / COLUMNS, n = w.n + at % COLUMNS;
-    if (m >= M || n >= N) { return; }
-    partials += (size_t)blockIdx.y * ROWS * COLUMNS + at;
-    float sum[8] = {}, part[8];
-#pragma unroll 4
-    for (int split = 0; split < splits; split++, partials += (size_t)gridDim.y * ROWS * COLUMNS) {
-        load_floats<8>(part, partials);
-#pragma unroll
-        for (int j = 0; j < 8; j++) { sum[j] += part[j]; }
+    if (m < M && n < N) {
+        partials += (size_t)blockIdx.y * ROWS * COLUMNS + at;
+        add_partials(dweight + (i64)m * N + n, partials, (i64)gridDim.y * ROWS * COLUMNS, splits, accumulate);
     }
-    floatG* to = dweight + (i64)m * N + n;
-    if (accumulate) {
-        load_floats<8>(part, to);
-#pragma unroll
-        for (int j = 0; j < 8; j++) { sum[j] += part[j]; }
-    }
-    store_floats<8>(to, sum);
 }

@@ -53,14 +53,14 @@ def prepare_kernels(config, dtype, check=False, grad_dtype=None):
 
     import numpy as np
 
-    from llmc.cuda import device, module
+    from llmc.cuda import device, matmul, module
 
     module.check_launches = check
     timer = time.perf_counter()
     HS = config.channels // config.num_heads
     name, attention = np.dtype(dtype).name, ("attention.cu", "attention_sm90.cu")
     defines = dict.fromkeys(attention, (f"HEAD_SIZE={HS}",)) if HS != 64 else {}
-    tall = config.channels % 192 != 0
+    tall = matmul.turned(matmul.HOPPER[-1], config.channels, config.padded_vocab_size)
     module.compile_all(name, defines, tall)
     if grad_dtype not in (None, name):  # what writes gradients, once more; the rest is loaded already
         writers = ("encoder.cu", "layernorm.cu", "matmul.cu", "matmul_sm90.cu", "adamw.cu")

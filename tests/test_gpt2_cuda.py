@@ -77,7 +77,7 @@ def compiled_for_turing(tmp_path):
 
     def kernel(file, name, dtype, defines=(), smem=0, arch=None, strict=False):
         function = load(file, getattr(dtype, "name", dtype), tuple(defines)).get_function(name)
-        if smem > 48 * 1024:
+        if smem and smem + function.shared_size_bytes > 48 * 1024:
             function.max_dynamic_shared_size_bytes = 64 * 1024
         return function
 

@@ -8,6 +8,8 @@ import reference as ref
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmc.cuda import matmul as cuda_matmul
+
 # B, T, C, OC. 8456 output channels: past the point where llm.c overwrites bias gradients instead of accumulating them.
 SHAPES = [(1, 1, 8, 8), (2, 3, 16, 24), (1, 7, 40, 72), (3, 65, 24, 136), (1, 130, 72, 264)]
 # 17 tiles of 128 rows: more than a band. 4 tiles on 3 multiprocessors, more of k than a ring holds: turns
@@ -198,3 +200,10 @@ def test_matmul_forward_any_shape(op, B, T, C, OC, flags):
 @given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 20), st.integers(1, 20), st.sampled_from(FLAGS))
 def test_matmul_backward_any_shape(op, B, T, C, OC, flags):
     check_backward(op, (B, T, C * op.multiple, OC * op.multiple), *flags)
+
+
+def test_models_whose_tiles_are_turned():
+    """Their kernels are compiled at start-up. 2048 columns are 11 tiles of 192, or 16 of 128: 3 % fewer, not 4."""
+    found = {C: cuda_matmul.turned(11, C, 50304) for C in (768, 1024, 1280, 1600, 2048)}
+    assert found == {768: False, 1024: True, 1280: True, 1600: True, 2048: False}
+    assert not cuda_matmul.turned(9, 1024, 50304)

@@ -27,7 +27,7 @@ def start():
 def try_hopper(dtype, HS=64, tall=False):
     """Launches Hopper's matmuls and attention once and compares them with the portable ones -> None, or a line that
     says that these are used from now on, and why. A kernel that breaks the CUDA context itself raises: nothing can
-    follow it. HS: size of the heads; tall: whether the model's widths want the other tile too (matmul.tile_sm90)."""
+    follow it. HS: size of the heads; tall: whether the model's widths want the other tile too (matmul.turned)."""
     if not module.hopper() or np.dtype(dtype) == np.float32:
         return None
     from . import attention, matmul

@@ -7,8 +7,8 @@ from . import module
 FORWARD_PACKS = 4  # kernels/layernorm.cu has the same number
 BACKWARD_ELEMENTS = 24  # elements of a row that a thread of the one-pass backward kernel holds
 ROW_PACKS, ROW_THREADS = 3, 64  # of forward kernel 4; kernels/layernorm.cu has the same 3; threads of a block
-RING_PACKS, RING_STAGES, RING_THREADS = 3, 2, 128  # of backward kernel 4; kernels/layernorm.cu has the same
-PACKS_EACH = (3, 4)  # of forward kernel 5 and backward kernel 6, whichever wastes fewer threads
+RING_PACKS, RING_STAGES, RING_THREADS = 3, 2, 128  # of backward kernels 4 and 6; kernels/layernorm.cu has the same
+PACKS_EACH = (3, 4)  # in their place of forward kernel 5 and backward kernel 6: whichever wastes fewer threads
 RING_SLICES = 264  # blocks, on every GPU the same: two on each of 132 multiprocessors
 SLICES_AHEAD = 9  # of them for each of 32 threads of layernorm_backward6; kernels/layernorm.cu has the same number
 MAX_SLICES = 1024  # slices of rows with sums of their own; a constant, so that every GPU adds in the same order

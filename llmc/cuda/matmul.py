@@ -5,6 +5,8 @@ version for dtype and GPU: for bf16 and fp16 11 (kernels/matmul_sm90.cu) at comp
 for fp32.
 """
 
+import functools
+
 import numpy as np
 from numpy import int32 as i32
 from numpy import int64 as i64
@@ -62,12 +64,27 @@ def tile_sm90(version, M, N):
     return (192, 128) if version >= 10 and tall < (wide * 0.96 if version >= 11 else wide) else (128, 192)
 
 
+def tiles_sm90(version, M, N):
+    rows, columns = tile_sm90(version, M, N)
+    return ceil_div(M, rows) * ceil_div(N, columns)
+
+
+def turned(version, C, Vp):
+    """Whether a step of a model has products whose tiles are turned: its kernels are compiled once more for them. Of
+    few positions others may be; those are compiled at the first step."""
+    BT = 2**20 * 3  # whole tiles of either kind
+    weights = (3 * C, C), (C, C), (4 * C, C), (C, 4 * C), (Vp, C)
+    shapes = (*weights, *((BT, width) for shape in weights for width in shape))
+    return any(tile_sm90(version, *shape)[0] == 192 for shape in shapes)
+
+
+@functools.cache
 def wgrad_ranges_sm90(version, BT, C, OC):
     """(whole, splits): the first `whole` tiles of the weight gradient are made at once, each of the others in `splits`
     ranges of tokens, which leaves 132 multiprocessors idle least. A constant too. 11 cuts what is left after whole
     rounds of 132 tiles, 6 to 10 all tiles or none. Writing and adding one range's sums of 132 tiles takes as long as
     1350 tokens: measured for 1 to 16 ranges with GPT-2's shapes."""
-    tiles = wgrad_tiles_sm90(version, C, OC)
+    tiles = tiles_sm90(version, OC, C)
     whole = tiles // 132 * 132 if version >= 11 else 0
     tail = tiles - whole
 
@@ -78,16 +95,11 @@ def wgrad_ranges_sm90(version, BT, C, OC):
     return (tiles if splits == 1 else whole), splits
 
 
-def wgrad_tiles_sm90(version, C, OC):
-    rows, columns = tile_sm90(version, OC, C)
-    return ceil_div(OC, rows) * ceil_div(C, columns)
-
-
 def wgrad_scratch_sm90(version, BT, C, OC):
     """f32 elements of partial sums: of the weight's gradient, whole tiles of it, and of the bias gradient."""
-    (whole, splits), tiles = wgrad_ranges_sm90(version, BT, C, OC), wgrad_tiles_sm90(version, C, OC)
-    _, columns = tile_sm90(version, OC, C)
-    return (tiles - whole) * splits * 128 * 192, splits * ceil_div(C, columns) * OC
+    (whole, splits), tiles = wgrad_ranges_sm90(version, BT, C, OC), tiles_sm90(version, OC, C)
+    rows, columns = tile_sm90(version, OC, C)
+    return (tiles - whole) * splits * rows * columns, splits * ceil_div(C, columns) * OC
 
 
 def kernel_sm90(name, version, dtype, tall, smem=0, defines=()):
@@ -97,8 +109,8 @@ def kernel_sm90(name, version, dtype, tall, smem=0, defines=()):
 
 def launch_sm90(name, version, dtype, M, N, args, items=None, defines=()):
     """Kernels 6 to 11: each block takes every so many'th tile, or of `items`, every so many'th of these."""
-    rows, columns = tile_sm90(version, M, N)
-    items = items or ceil_div(M, rows) * ceil_div(N, columns)
+    rows, _ = tile_sm90(version, M, N)
+    items = items or tiles_sm90(version, M, N)
     smem = 4 * 40960 + 80 + 1024 + (32768 if version < 8 else 65536 + 96 + 1536)  # sizeof(Shared) and to align it
     kernel = kernel_sm90(name, version, dtype, rows == 192, smem, defines)
     kernel((min(items, module.multiprocessors()),), (384,), args, shared_mem=smem)
@@ -118,7 +130,7 @@ def dgrad_sm90(version, dinp, dout, weight, pre_gelu, gelu_out=None):
 def wgrad_sm90(version, dweight, dbias, scratch, dout, inp, accumulate, defines=()):
     """dbias: from kernel 9 on, or None."""
     (OC, C), BT = dweight.shape, inp.size // dweight.shape[1]
-    (whole, splits), tiles = wgrad_ranges_sm90(version, BT, C, OC), wgrad_tiles_sm90(version, C, OC)
+    (whole, splits), tiles = wgrad_ranges_sm90(version, BT, C, OC), tiles_sm90(version, OC, C)
     (partials, _), (rows, columns) = wgrad_scratch_sm90(version, BT, C, OC), tile_sm90(version, OC, C)
     operands = module.tensor_map(dout, BT, OC, 64), module.tensor_map(inp, BT, C, 64)
     to = operands[0] if defines else module.tensor_map(dweight, OC, C, 64)  # f32 gradients are not stored by TMA

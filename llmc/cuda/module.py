@@ -253,7 +253,7 @@ def compile_all(dtype, defines=None, tall=False):
     """Compiles or loads everything a GPT-2 step needs, several files at a time. Call it while data is being read.
 
     defines  {file: defines} where a model needs some, e.g. {"attention.cu": ("HEAD_SIZE=128",)}
-    tall     Hopper's matmul with the other tile too: llmc/cuda/matmul.py: tile_sm90
+    tall     Hopper's matmul with the other tile too: llmc/cuda/matmul.py: turned
     """
     capability()  # one clear error instead of eight
     device, name = import_cupy().cuda.Device(), getattr(dtype, "name", dtype)
