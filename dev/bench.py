@@ -36,7 +36,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmc import UserError, gpt2
+from llmc import gpt2
+from llmc.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = ("encoder", "layernorm", "matmul", "attention", "gelu", "fused_classifier", "adamw", "global_norm")
@@ -329,7 +330,7 @@ def op_set(device):
     cuda = importlib.import_module("llmc.cuda")
     if device == "executor":
         sys.path.insert(0, str(ROOT / "tests"))
-        simt = importlib.import_module("simt")
+        simt = importlib.import_module("llmc.simt")
         cuda.module.kernel, cuda.device.alloc = simt.kernel, simt.alloc
         cuda.module.capability, cuda.module.multiprocessors = lambda: 80, lambda: 3
         return cuda
@@ -469,7 +470,7 @@ def traffic(case, function):
     sectors: 32-byte sectors of a warp's request. coalescing: fewest sectors for the bytes asked for / sectors, in %.
     conflicts: extra wavefronts of shared memory, in %.
     """
-    simt = importlib.import_module("simt")
+    simt = importlib.import_module("llmc.simt")
     with simt.traffic() as rows:
         function(*case.args.values())
     largest = max(a.nbytes for name, a in case.args.items() if isinstance(a, np.ndarray) and name != "scratch")
@@ -514,7 +515,7 @@ def count_case(b, case):
     results, want, saved = [], case.want(), {name: case.args[name].copy() for name in case.adds.split()}
     for label, function in versions(b.ops, case.op, b.dtype_name):
         try:
-            with importlib.import_module("simt").mode(orders=("forward",)):  # races are for the tests to find
+            with importlib.import_module("llmc.simt").mode(orders=("forward",)):  # races are for the tests to find
                 check(case, label, function, saved, want)
             r = traffic(case, function)
         except Exception as error:

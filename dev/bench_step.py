@@ -33,7 +33,8 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from dev import bench, roofline
-from llmc import UserError, gpt2, rungs
+from llmc import gpt2, rungs
+from llmc.errors import UserError
 
 # The rate is small so that large models, too, can do without warm-up: their losses are compared at every step.
 HYPER = dict(learning_rate=1e-5, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0)
@@ -358,7 +359,7 @@ def peak_flops(b):
     """Peak TFLOP/s of the device by its data sheet, or None."""
     if b.device != "cuda":
         return None
-    from llmc import mfu
+    from llmc.training import mfu
 
     name, multiprocessors, _ = mfu.current_gpu()
     peak = mfu.peak_flops(name, multiprocessors, b.dtype_name)

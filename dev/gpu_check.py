@@ -35,7 +35,10 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from dev import bench, bench_all, bench_step
-from llmc import UserError, cpu, data, gpt2, startup
+from llmc import cpu, gpt2
+from llmc.data import prepare as data
+from llmc.errors import UserError
+from llmc.training import startup
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, ALLOWED = 10, {"bf16": 0.005, "fp16": 0.005, "fp32": 0.0005}  # relative difference of a loss

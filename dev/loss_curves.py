@@ -18,8 +18,10 @@ import numpy as np
 
 from dev import bench_step
 from dev.torch_gpt2 import Trainer
-from llmc import cpu, data, gpt2, startup
-from llmc.schedulers import get_learning_rate
+from llmc import cpu, gpt2
+from llmc.data import prepare as data
+from llmc.training import startup
+from llmc.training.schedulers import get_learning_rate
 
 
 def main(argv=None):

@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from llmc import UserError, gpt2
+from llmc import gpt2
+from llmc.errors import UserError
 
 
 class Work(NamedTuple):

@@ -14,8 +14,9 @@ import os
 import sys
 from typing import NamedTuple
 
-from llmc import UserError, command, startup
-from llmc.flags import Parser, count, positive
+from llmc.command import Parser, command, count, positive
+from llmc.errors import UserError
+from llmc.training import startup
 
 HELLASWAG = os.path.join("hellaswag", "hellaswag_val.bin")
 BLOCK = 64  # rows have a multiple of it in tokens, so that there are few shapes
@@ -92,7 +93,7 @@ def score_line(s):
 
 def load_examples(path, vocab_size, T):
     """(examples, what to say about them or None) of an eval set; UserError for tokens that the model does not have."""
-    from llmc.data import read_eval_set
+    from llmc.data.prepare import read_eval_set
 
     examples = read_eval_set(path)
     for i, (_, context, completions) in enumerate(examples):
@@ -125,7 +126,11 @@ def parser():
     )
     add = p.add_argument
     add("model", help=startup.MODEL_HELP)
-    add("--hellaswag", metavar="FILE", help="a multiple-choice set: llm.c's .bin, or of llmc.data prepare hellaswag")
+    add(
+        "--hellaswag",
+        metavar="FILE",
+        help="a multiple-choice set: llm.c's .bin, or of llmc.data prepare hellaswag",
+    )
     add("-j", "--input-val-bin", metavar="GLOB", help="validation shards")
     add("-m", "--val-max-steps", type=count, default=-1, metavar="N", help="batches of them (-1 = all)")
     add("-b", "--batch-size", type=positive, default=4, metavar="B", help="rows of a batch (4)")
@@ -142,7 +147,7 @@ def main(argv=None):
     import numpy as np
     from tqdm import tqdm
 
-    from llmc.data import DataLoader
+    from llmc.data.prepare import DataLoader
 
     path = startup.model_file(args.model)
     header = startup.model_header(path)

@@ -14,8 +14,9 @@ import json
 import os
 import sys
 
-from llmc import UserError, command, startup
-from llmc.flags import Parser
+from llmc.command import Parser, command
+from llmc.errors import UserError
+from llmc.training import startup
 
 KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
@@ -98,7 +99,8 @@ def read_model(path, dtype):
     """(header, params (N,)) of what startup.model_file() found, in float32, or for "bf16" as uint16."""
     import numpy as np
 
-    from llmc import checkpoint, safetensors_io
+    from llmc.files import checkpoint
+    from llmc.files import huggingface as safetensors_io
 
     header = startup.model_header(path)
     params = np.empty(checkpoint.num_parameters(header), np.uint16 if dtype == "bf16" else np.float32)
@@ -111,7 +113,7 @@ def read_model(path, dtype):
 
 def file_dtype(path):
     """The precision of what startup.model_file() found: "fp32", "fp16" or "bf16"."""
-    from llmc import safetensors_io
+    from llmc.files import huggingface as safetensors_io
 
     if path.startswith("hf:"):
         kinds = {kind: name for name, kind in KINDS.items()}
@@ -121,8 +123,8 @@ def file_dtype(path):
 
 def export_hf(path, out, dtype, tokenizer):
     """Write the folder `out`; config.json comes last: without it there is no model. tokenizer: a Tokenizer or None."""
-    from llmc import safetensors_io
-    from llmc.checkpoint import atomic_write
+    from llmc.files import huggingface as safetensors_io
+    from llmc.files.checkpoint import atomic_write
 
     header, params = read_model(path, dtype)
     try:
@@ -142,7 +144,7 @@ def export_hf(path, out, dtype, tokenizer):
 
 def export_bin(path, out, dtype):
     """Write llm.c's model file."""
-    from llmc import checkpoint
+    from llmc.files import checkpoint
 
     header, params = read_model(path, dtype)
     checkpoint.write_model(out, header, params, 5 if dtype == "bf16" else 3)
@@ -150,8 +152,8 @@ def export_bin(path, out, dtype):
 
 def pick_tokenizer(config, name):
     """(Tokenizer or None, a line about a missing one or None). name: None for that of the vocabulary's size."""
+    from llmc.data.tokenizer import BYTES_VOCAB, GPT2_VOCAB
     from llmc.generate import tokenizer_for
-    from llmc.tokenizer import BYTES_VOCAB, GPT2_VOCAB
 
     if name == "none":
         return None, None

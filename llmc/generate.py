@@ -2,8 +2,9 @@
 
 import sys
 
-from llmc import UserError, command, startup
-from llmc.flags import Parser, natural, number, positive
+from llmc.command import Parser, command, natural, number, positive
+from llmc.errors import UserError
+from llmc.training import startup
 
 WINDOW = 64  # forward passes run at lengths that are multiples of it, so that there are few shapes
 
@@ -34,7 +35,7 @@ def generate(model, prompt, count, rng_state, temperature=1.0, top_k=0):
 
 def tokenizer_for(config, name=None):
     """The tokenizer of a model: the one named, else the one whose vocabulary has the model's size."""
-    from llmc import tokenizer
+    from llmc.data import tokenizer
 
     sizes = {tokenizer.GPT2_VOCAB: "gpt2", tokenizer.BYTES_VOCAB: "bytes"}
     if name is None and config.vocab_size not in sizes:

@@ -18,7 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import UserError, rand, zero
+from llmc.errors import UserError
+from llmc.parallel import zero
+
+from . import rand
 from .buffers import TensorSpec, carve, offsets, plan
 
 ALIGN = 256  # bytes: rows of the activation buffer start at multiples of it

@@ -4,8 +4,8 @@ import os
 import re
 import sys
 
-from llmc import UserError, command
-from llmc.flags import Parser
+from llmc.command import Parser, command
+from llmc.errors import UserError
 
 
 def parse_log(path):

@@ -19,7 +19,7 @@ import os
 
 import numpy as np
 
-from llmc import UserError
+from llmc.errors import UserError
 
 N = 624  # words of MT19937 state
 LOG_EPSILON = np.float32(1e-12)  # llm.c's guard against log(0)

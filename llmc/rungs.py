@@ -5,7 +5,7 @@ import pkgutil
 import re
 import sys
 
-from llmc import UserError
+from llmc.errors import UserError
 
 
 def rungs(ops):

@@ -5,7 +5,7 @@ Source: llm.c llmc/sampler.h sample_softmax. The coin is llmc.rand.random_f32, x
 
 import numpy as np
 
-from llmc import UserError
+from llmc.errors import UserError
 
 
 def sample_softmax(logits, coin, temperature=1.0, top_k=0):

@@ -12,8 +12,9 @@ Source: llm.c test_gpt2.cu, test_gpt2.c, test_gpt2_fp32.cu; the files: checkpoin
 import os
 import sys
 
-from llmc import UserError, command, startup
-from llmc.flags import Parser
+from llmc.command import Parser, command
+from llmc.errors import UserError
+from llmc.training import startup
 
 STARTER_PACK = "https://huggingface.co/datasets/karpathy/llmc-starter-pack"
 PUBLISHED_FOR = dict(num_parameters=124475904, B=4, T=64, loss=5.27)  # the model and batch that the losses are of
@@ -42,7 +43,7 @@ BF16_GRADIENTS = (5e-1, 4e-3, 1e-1, 4e-2, 5e-2, 3.5e-2, 2e-2, 3e-2, 5e-2, 3e-2, 
 
 def read_files(model_path, debug_path):
     """(model header, debug state), checked against each other; UserError where they cannot be used."""
-    from llmc import checkpoint
+    from llmc.files import checkpoint
 
     for path in (model_path, debug_path):
         if not os.path.exists(path):

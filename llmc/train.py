@@ -13,8 +13,9 @@ import signal
 import sys
 import time
 
-from llmc import UserError, command
-from llmc.flags import check, fill_defaults, parser
+from llmc.command import command
+from llmc.errors import UserError
+from llmc.training.flags import check, fill_defaults, parser
 
 # ----------------------------------------------------------------------------------------------------------------------
 # setting up
@@ -26,7 +27,7 @@ def prepare_data(args, default_job):
         if args.input_val_bin is None:
             raise UserError("-i needs -j, the validation shards. HINT: python -m llmc.data prepare makes both.")
         return None
-    from llmc.data import prepare_default
+    from llmc.data.prepare import prepare_default
 
     tokenizer = args.tokenizer or ("bytes" if args.model.startswith("tiny:") else "gpt2")
     try:
@@ -48,7 +49,7 @@ def check_output_dir(args):
         return None
     import tempfile
 
-    from llmc import checkpoint
+    from llmc.files import checkpoint
 
     try:
         os.makedirs(args.output_dir, exist_ok=True)
@@ -67,8 +68,9 @@ def check_output_dir(args):
 
 def model_config(args, resume_step):
     """(GPT2Config, file for startup.read_weights or None): of the checkpoint to resume, a file, or a descriptor."""
-    from llmc import checkpoint, startup
+    from llmc.files import checkpoint
     from llmc.gpt2 import config_from_descriptor, config_from_header
+    from llmc.training import startup
 
     if resume_step is not None:
         path = checkpoint.model_path(args.output_dir, resume_step)
@@ -89,7 +91,7 @@ def model_config(args, resume_step):
 
 def check_resume(args, step, config, dtype):
     """UserError for a checkpoint that load() could not continue from, of which it would know with the memory taken."""
-    from llmc import checkpoint
+    from llmc.files import checkpoint
     from llmc.gpt2 import num_parameters
 
     model_path = checkpoint.model_path(args.output_dir, step)
@@ -111,7 +113,7 @@ def data_vocabulary(pattern):
     """Tokens in the vocabulary of the shards, as their header tells; llm.c's do not: they are GPT-2's or Llama-3's."""
     import glob
 
-    from llmc import data
+    from llmc.data import prepare as data
 
     paths = sorted(glob.glob(pattern)) or [pattern]
     header = data.read_shard_header(paths[0])
@@ -141,7 +143,8 @@ def total_batch_of(args, B, T, P=1):
 
 def check_zero(args, config, P):
     """What there is to say about -z 1, which becomes 0 where the tensors cannot be cut into P equal shares."""
-    from llmc import gpt2, zero
+    from llmc import gpt2
+    from llmc.parallel import zero
 
     if args.zero_stage == 0 or (P > 1 and zero.share_rows(gpt2.parameter_specs(config), P)):
         return None
@@ -156,7 +159,7 @@ def open_data(args, config, B, T, rank=0, P=1):
 
     P processes take turns in the order that one has, so that a step has the same batches however many there are.
     """
-    from llmc.data import DataLoader
+    from llmc.data.prepare import DataLoader
 
     train_pattern, shuffle = (args.input_val_bin, False) if args.overfit_single_batch else (args.input_bin, True)
     options = dict(vocab_size=config.vocab_size, streams=1, rows=B)
@@ -251,7 +254,7 @@ def score_examples(model, examples, sums):
 
 def validate(model, loader, batches, inputs, targets):
     """Mean loss in nats over the first batches of the validation data."""
-    from llmc.distributed import total
+    from llmc.parallel.world import total
 
     loader.reset()
     loss = 0.0
@@ -273,7 +276,7 @@ def sample(model, tokenizer, args):
 
 def save(args, step, model, loader, detectors, ranks=None):
     """Model, train state of each rank and DONE marker of this step; then what -nk and -nm let go."""
-    from llmc import checkpoint
+    from llmc.files import checkpoint
 
     host = model.ops.device.host_view
     header = {field: getattr(model.config, field) for field in checkpoint.MODEL_WORDS}
@@ -299,7 +302,7 @@ def save(args, step, model, loader, detectors, ranks=None):
 
 def let_go(args, step):
     """What -nk and -nm say after the checkpoint of this step."""
-    from llmc.checkpoint import apply_retention
+    from llmc.files.checkpoint import apply_retention
 
     apply_retention(args.output_dir, step, args.checkpoints_keep, args.major_checkpoint_every)
 
@@ -314,8 +317,9 @@ def load(args, step, model, loader, detectors):
     """
     import numpy as np
 
-    from llmc import checkpoint, startup
+    from llmc.files import checkpoint
     from llmc.gpt2 import parameter_specs
+    from llmc.training import startup
 
     model_path, N = checkpoint.model_path(args.output_dir, step), model.params_flat.size
     version = startup.read_weights(model, model_path)
@@ -350,7 +354,7 @@ def train_step(model, loader, args, step, steps, inputs, targets, detectors):
 
     Returns (loss, its z-score, gradient norm, its z-score, learning rate, what there is to say about it or None).
     """
-    from llmc.schedulers import get_learning_rate
+    from llmc.training.schedulers import get_learning_rate
 
     peak, warmup, floor = args.learning_rate, args.warmup_iterations, args.final_learning_rate_frac
     lr = get_learning_rate(args.lr_scheduler, step, peak, warmup, steps, floor)
@@ -377,7 +381,7 @@ def train_step(model, loader, args, step, steps, inputs, targets, detectors):
         notice = f"step {step + 1}: the gradients overflowed in fp16, again with loss scale {scaler.scale:g}"
         loaded, model.rng_state = True, rng_state
     if not finite:
-        from llmc.nonfinite import step_failed
+        from llmc.training.nonfinite import step_failed
 
         model.rng_state_last_update = last_update
         notice = step_failed(args, step, model, inputs, targets, rng_state, loss, grad_norm, settings)
@@ -407,14 +411,14 @@ def open_gpu_stats(args, gpu):
         return None
     if gpu is None:
         raise UserError(f"-lg {args.log_gpu_every} reads a GPU, this run is on the CPU. HINT: leave -lg out.")
-    from llmc.mfu import GpuStats
+    from llmc.training.mfu import GpuStats
 
     return GpuStats(gpu[2])
 
 
 def replay(args):
     """--replay: the step that a run saved because it was not finite, op by op. Exit code 1 if it still is not."""
-    from llmc import nonfinite, startup
+    from llmc.training import nonfinite, startup
 
     ops, _, line = startup.pick_device(args.device, args.threads)
     print(line)
@@ -426,7 +430,7 @@ def replay(args):
 
 @command("llmc.train")
 def main(argv=None):
-    from llmc import distributed
+    from llmc.parallel import world as distributed
 
     with distributed.one_voice():
         args = parser().parse_args(argv)
@@ -436,7 +440,7 @@ def main(argv=None):
     if args.replay:
         return replay(args)
     if args.plan:
-        from llmc.memory import print_plan
+        from llmc.training.memory import print_plan
 
         print_plan(args)
         return 0
@@ -453,10 +457,12 @@ def run(args, notices, ranks, start_time):
     # what is wrong with the flags or files is found here, before anything is allocated
     import numpy as np
 
-    from llmc import distributed, evaluate, gpt2, memory, mfu, rungs, schedulers, startup
-    from llmc.logger import Display, Logger, step_line
-    from llmc.loss_scaler import LossScaler
-    from llmc.outlier_detector import OutlierDetector
+    from llmc import evaluate, gpt2, rungs
+    from llmc.parallel import world as distributed
+    from llmc.training import memory, mfu, schedulers, startup
+    from llmc.training.logger import Display, Logger, step_line
+    from llmc.training.loss_scaler import LossScaler
+    from llmc.training.outlier_detector import OutlierDetector
 
     schedulers.check(args.lr_scheduler)
     ops, device, device_line, sums = distributed.pick_device(args, ranks)

@@ -23,7 +23,8 @@ import urllib.request
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))  # a checkout, not installed
 
-from llmc import UserError, command  # noqa: E402
+from llmc.command import command  # noqa: E402
+from llmc.errors import UserError
 
 URL = "https://huggingface.co/datasets/karpathy/llmc-starter-pack/resolve/main"
 FILES = {  # path: (size in bytes, None where llm.c does not fix it; the first two words, which are magic and version)

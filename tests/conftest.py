@@ -108,7 +108,7 @@ def op_set(kind, monkeypatch):
     if shutil.which("g++") is None:
         pytest.skip("the CPU executor needs g++")
     cuda, cpu = importlib.import_module("llmc.cuda"), importlib.import_module("llmc.cpu")
-    simt = importlib.import_module("simt")
+    simt = importlib.import_module("llmc.simt")
     monkeypatch.setattr(cuda.module, "kernel", simt.kernel)
     monkeypatch.setattr(cuda.module, "tensor_map", simt.tensor_map)
     monkeypatch.setattr(cuda.module, "capability", lambda: 80)
@@ -179,12 +179,12 @@ class Op:
                 if k != "scratch":  # what the first call left in it stays for the second
                     a[...] = garbage if written.get(k) == "=" else before[k]
                 if self.kind == "executor" and (k == "scratch" or written.get(k) == "="):
-                    importlib.import_module("simt").poison(a)
+                    importlib.import_module("llmc.simt").poison(a)
             self.run(*args, **kwargs)
             results.append({k: a.copy() for k, a in arrays.items()})
         for k, a in arrays.items():
             if self.kind == "executor":
-                importlib.import_module("simt").unpoison(a)
+                importlib.import_module("llmc.simt").unpoison(a)
             if k == "scratch":
                 continue
             if k not in written:

@@ -17,7 +17,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmc import UserError, checkpoint
+from llmc.errors import UserError
+from llmc.files import checkpoint
 from llmc.gpt2 import GPT2Config, parameter_specs
 from llmc.rand import MT19937
 
@@ -215,7 +216,7 @@ def test_file_size_limit(tmp_path):
     code = """if 1:
         import resource, sys
         import numpy as np
-        from llmc import checkpoint
+        from llmc.files import checkpoint
         header, N = eval(sys.argv[2]), int(sys.argv[3])
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
         try:
@@ -819,7 +820,7 @@ def test_killed_at_every_file_operation(tmp_path, monkeypatch):
 SAVE_FOREVER = """
 import sys
 import numpy as np
-from llmc import checkpoint
+from llmc.files import checkpoint
 folder, header, N = sys.argv[1], eval(sys.argv[2]), int(sys.argv[3])
 for step in range(1, 10**6):
     values = np.full(N, step, np.float32)

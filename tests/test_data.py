@@ -16,10 +16,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llmc import UserError, checkpoint, data
-from llmc.data import DataLoader, main, pieces, prepare, read_shard, read_shard_header, write_shard
+from llmc.data import prepare as data
+from llmc.data.prepare import DataLoader, main, pieces, prepare, read_shard, read_shard_header, write_shard
+from llmc.data.tokenizer import get
+from llmc.errors import UserError
+from llmc.files import checkpoint
 from llmc.rand import MT19937
-from llmc.tokenizer import get
 
 
 def batches(loader, count):
@@ -712,7 +714,7 @@ def test_disk_full_leaves_no_file(tmp_path, monkeypatch, capsys):
 
 
 def test_import_is_cheap():
-    program = "import sys, llmc.data, llmc.tokenizer; print([m for m in LAZY if m in sys.modules])"
+    program = "import sys, llmc.data.prepare, llmc.data.tokenizer; print([m for m in LAZY if m in sys.modules])"
     lazy = ["torch", "tiktoken", "tqdm", "urllib.request", "requests", "cupy"]
     run = subprocess.run([sys.executable, "-c", program.replace("LAZY", repr(lazy))], capture_output=True, text=True)
     assert run.stdout.strip() == "[]", run.stderr

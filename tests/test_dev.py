@@ -15,7 +15,8 @@ from conftest import ROOT, op_set
 from reference import OPS, file_of
 
 from dev import bench, bench_all, bench_step, gpu_check, roofline
-from llmc import UserError, cpu, cuda, gpt2, rungs
+from llmc import cpu, cuda, gpt2, rungs
+from llmc.errors import UserError
 
 
 @pytest.fixture(autouse=True)

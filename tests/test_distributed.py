@@ -13,7 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmc import UserError, buffers, checkpoint, data, distributed, gpt2, hub, zero
+from llmc import buffers, gpt2
+from llmc.data import prepare as data
+from llmc.errors import UserError
+from llmc.files import checkpoint
+from llmc.parallel import hub, zero
+from llmc.parallel import world as distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 MPIRUN = shutil.which("mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
@@ -136,7 +141,7 @@ def test_one_process_imports_nothing_of_this(shards):
     done = subprocess.run([sys.executable, "-c", code, *flags], env={**os.environ, "PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True, timeout=60)  # fmt: skip
     assert "step    1/1" in done.stdout, done.stderr
-    assert not {"llmc.hub", "mpi4py", "cupy"} & set(done.stdout.splitlines()[-1].split())
+    assert not {"llmc.parallel.hub", "mpi4py", "cupy"} & set(done.stdout.splitlines()[-1].split())
 
 
 def test_errors_are_one_line(shards, tmp_path):
@@ -229,7 +234,8 @@ def test_no_way_to_meet(method, text):
 
 RANK = """
 import os, sys, time
-from llmc import distributed, hub
+from llmc.parallel import world as distributed
+from llmc.parallel import hub
 rank, size, where, does = int(sys.argv[1]), int(sys.argv[2]), eval(sys.argv[3]), sys.argv[4]
 ranks = hub.Ranks(rank, size, rank, where, connect=float(sys.argv[5]), silence=float(sys.argv[6]))
 print(ranks.exchange({"rank": rank}), distributed.on_rank0(ranks, lambda: list(range(-64, 64))), flush=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llmc import tokenizer
+from llmc.data import tokenizer
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "download_starter_pack.py"
 spec = importlib.util.spec_from_file_location("download_starter_pack", SCRIPT)

@@ -10,7 +10,10 @@ import torch
 from conftest import op_set
 from reference import GPT2_TENSORS, cross_entropy, gpt2_logits, to_torch
 
-from llmc import UserError, cpu, data, evaluate, generate, tokenizer, train
+from llmc import cpu, evaluate, generate, train
+from llmc.data import prepare as data
+from llmc.data import tokenizer
+from llmc.errors import UserError
 from llmc.gpt2 import GPT2, GPT2Config
 
 V, T = 61, 80

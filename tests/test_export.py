@@ -11,8 +11,10 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmc import checkpoint, cpu, export, tokenizer
+from llmc import cpu, export
 from llmc.__main__ import main as llmc
+from llmc.data import tokenizer
+from llmc.files import checkpoint
 from llmc.gpt2 import GPT2, GPT2Config
 
 T = 48

@@ -3,7 +3,8 @@ import shlex
 
 import pytest
 
-from llmc import UserError, flags
+from llmc.errors import UserError
+from llmc.training import flags
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import simt
 from conftest import op_set
 from reference import FP16, FP32
 from test_gpt2 import LLMC, batches, weights
 
-from llmc import checkpoint, cpu, loss_scaler, mfu, startup, train
-from llmc.data import write_shard
+from llmc import cpu, simt, train
+from llmc.data.prepare import write_shard
+from llmc.files import checkpoint
 from llmc.gpt2 import GPT2, GPT2Config
-from llmc.loss_scaler import LossScaler
+from llmc.training import loss_scaler, mfu, startup
+from llmc.training.loss_scaler import LossScaler
 
 FLAGS = "-i train.bin -j val.bin -e tiny:d1 -b 2 -t 32 -d 128 -v 0 -s 0 -l 1e-3 -c 0.1".split()  # two micro-steps
 

@@ -7,8 +7,10 @@ import shutil
 import numpy as np
 import pytest
 
-from llmc import checkpoint, cpu, generate, gpt2, tokenizer, train
-from llmc.data import write_shard
+from llmc import cpu, generate, gpt2, train
+from llmc.data import tokenizer
+from llmc.data.prepare import write_shard
+from llmc.files import checkpoint
 from llmc.rand import random_f32
 from llmc.sampler import sample_softmax
 

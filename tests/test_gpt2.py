@@ -24,8 +24,10 @@ from reference import (
     to_torch,
 )
 
-from llmc import UserError, checkpoint, gpt2, rand
 from llmc import cpu as ops
+from llmc import gpt2, rand
+from llmc.errors import UserError
+from llmc.files import checkpoint
 from llmc.gpt2 import GPT2, GPT2Config, config_from_descriptor
 
 DECAYED = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")

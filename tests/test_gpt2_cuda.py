@@ -89,7 +89,7 @@ def compiled_for_turing(tmp_path):
 def test_passes_on_turing(ops, dtype, monkeypatch, tmp_path):
     """What a GPU of compute capability 7.5 runs: kernels for 64 KiB of shared memory, its own mma and copies."""
     monkeypatch.setattr(ops.module, "capability", lambda: 75)
-    if not ops.module.kernel.__module__.startswith("simt"):
+    if not ops.module.kernel.__module__.startswith("llmc.simt"):
         monkeypatch.setattr(ops.module, "kernel", compiled_for_turing(tmp_path))
     check_passes(ops, dtype)
 

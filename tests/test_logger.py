@@ -12,8 +12,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llmc import UserError
-from llmc.logger import Display, Logger, step_line
+from llmc.errors import UserError
+from llmc.training.logger import Display, Logger, step_line
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOATS = st.one_of(st.floats(-1e6, 1e6), st.sampled_from([float("inf"), float("nan")]))
@@ -197,7 +197,7 @@ def test_display_piped_needs_no_tqdm_and_flushes():
     """A pipe reads each line at once: here the process dies without flushing anything."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     for call in ("write('line')", "step('line', 1, 1, 1)"):
-        code = f"import os, sys, llmc.logger; llmc.logger.Display(3, False).{call}; os._exit('tqdm' in sys.modules)"
+        code = f"import os, sys, llmc.training.logger as l; l.Display(3, False).{call}; os._exit('tqdm' in sys.modules)"
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert (done.returncode, done.stdout, done.stderr) == (0, "line\n", "")
 

@@ -11,9 +11,12 @@ import pytest
 from conftest import op_set
 from reference import DTYPES
 
-from llmc import UserError, cpu, cuda, distributed, evaluate, flags, generate, gpt2, memory, train
-from llmc.data import write_shard
+from llmc import cpu, cuda, evaluate, generate, gpt2, train
+from llmc.data.prepare import write_shard
+from llmc.errors import UserError
 from llmc.gpt2 import GPT2, GPT2Config
+from llmc.parallel import world as distributed
+from llmc.training import flags, memory
 
 GIB, MIB = 2**30, 2**20
 CONFIG = GPT2Config(32, 61, 128, 2, 2, 16)

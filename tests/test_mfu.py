@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from llmc import UserError, mfu
+from llmc.errors import UserError
+from llmc.training import mfu
 
 # name as CUDA gives it, multiprocessors, TFLOP/s of dense 16-bit matmuls with fp32 sums as the product's maker states
 DATA_SHEETS = [

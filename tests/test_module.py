@@ -11,14 +11,14 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
-import simt
 from conftest import ROOT, op_set
 
 import llmc
 import llmc.cuda
-from llmc import startup
+from llmc import simt
 from llmc.cuda import module
 from llmc.gpt2 import GPT2Config
+from llmc.training import startup
 
 LOG = """
 ptxas info    : 0 bytes gmem

@@ -13,14 +13,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import simt
 from conftest import op_set, to_host
 from reference import OPS, assert_bits
 from test_gpt2 import LLMC, batches, weights
 from test_gpt2_cuda import CONFIG, B, T, build
 
-from llmc import checkpoint, cpu, gpt2, nonfinite, train
-from llmc.data import DataLoader, write_shard
+from llmc import cpu, gpt2, simt, train
+from llmc.data.prepare import DataLoader, write_shard
+from llmc.files import checkpoint
+from llmc.training import nonfinite
 
 PLACE = 37  # element that is poisoned, of arrays that have as many
 

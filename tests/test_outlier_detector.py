@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmc.outlier_detector import WINDOW, OutlierDetector
+from llmc.training.outlier_detector import WINDOW, OutlierDetector
 
 
 def test_check_value():

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from reference import DTYPES, assert_bits
 
-from llmc import UserError, checkpoint, gpt2, train
+from llmc import gpt2, train
+from llmc.errors import UserError
+from llmc.files import checkpoint
 
 CONFIG = gpt2.GPT2Config(8, 61, 128, 1, 2, 16)
 SETS = pytest.mark.parametrize("ops", ("executor", pytest.param("gpu", marks=pytest.mark.gpu)), indirect=True)

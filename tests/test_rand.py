@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from llmc import UserError, rand
+from llmc import rand
+from llmc.errors import UserError
 from llmc.rand import MT19937, normal_, random_permutation
 
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the bits promised are those of glibc")

@@ -17,9 +17,13 @@ import pytest
 import torch
 import transformers
 
-from llmc import UserError, checkpoint, cpu, generate, safetensors_io, startup, train
-from llmc.data import write_shard
+from llmc import cpu, generate, train
+from llmc.data.prepare import write_shard
+from llmc.errors import UserError
+from llmc.files import checkpoint
+from llmc.files import huggingface as safetensors_io
 from llmc.gpt2 import GPT2, config_from_header
+from llmc.training import startup
 
 V, B, T = 500, 4, 32
 SIZES = dict(max_seq_len=64, vocab_size=V, num_layers=2, num_heads=4, channels=64, padded_vocab_size=512)

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from llmc import UserError
+from llmc.errors import UserError
 from llmc.sampler import sample_softmax
 
 COINS = st.integers(0, 2**24 - 1).map(lambda i: i / 2**24)  # what xorshift64*'s float can be

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmc import UserError, schedulers
-from llmc.schedulers import get_learning_rate
+from llmc.errors import UserError
+from llmc.training import schedulers
+from llmc.training.schedulers import get_learning_rate
 
 RUN = dict(learning_rate=6e-4, warmup_iterations=700, train_num_batches=18865, final_learning_rate_frac=0.1)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llmc import flags
+from llmc.training import flags
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 RUNS = sorted(p.relative_to(SCRIPTS).as_posix() for p in SCRIPTS.rglob("run_*"))

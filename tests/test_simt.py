@@ -19,8 +19,9 @@ import pytest
 if shutil.which("g++") is None:
     pytest.skip("the CPU executor needs g++", allow_module_level=True)
 
-import simt
 from reference import BF16, FP16, FP32
+
+from llmc import simt
 
 HERE = Path(__file__).resolve().parent / "simt"
 i32 = np.int32

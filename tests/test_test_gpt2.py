@@ -13,7 +13,8 @@ import torch
 from reference import GPT2_TENSORS, cross_entropy, gpt2_logits, to_torch
 from test_gpt2 import batches, one_torch_thread, torch_training, weights  # noqa: F401  (the fixture acts by its name)
 
-from llmc import checkpoint, test_gpt2
+from llmc import test_gpt2
+from llmc.files import checkpoint
 from llmc.gpt2 import GPT2Config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,8 +10,8 @@ import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmc import UserError
-from llmc.tokenizer import get, read_tokenizer_bin, write_tokenizer_bin
+from llmc.data.tokenizer import get, read_tokenizer_bin, write_tokenizer_bin
+from llmc.errors import UserError
 
 
 @pytest.fixture(scope="module")

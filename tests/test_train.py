@@ -26,9 +26,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from llmc import checkpoint, cpu, data, gpt2, mfu, train
-from llmc.data import DataLoader, read_shard_header, write_shard
-from llmc.outlier_detector import OutlierDetector
+from llmc import cpu, gpt2, train
+from llmc.data import prepare as data
+from llmc.data.prepare import DataLoader, read_shard_header, write_shard
+from llmc.files import checkpoint
+from llmc.training import mfu
+from llmc.training.outlier_detector import OutlierDetector
 
 ROOT = Path(__file__).resolve().parents[1]
 B, T, V = 2, 32, 257
@@ -395,7 +398,7 @@ def test_help_is_fast():
     imported = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")]
     assert done.returncode == 0 and "argparse" in imported
     heavy = [n for n in imported if n.split(".")[0] in ("numpy", "tiktoken", "tqdm", "threadpoolctl", "cupy", "torch")]
-    light = {"llmc.flags", "llmc.startup", "llmc.distributed"}
+    light = {"llmc.training.flags", "llmc.training.startup", "llmc.parallel.world"}
     assert not heavy and {n for n in imported if n.startswith("llmc.")} <= light, imported
     assert all(flag in done.stdout for letter, name, *_ in FLAGS for flag in (letter, name) if flag)
 
@@ -777,7 +780,7 @@ def test_a_state_that_cannot_be_resumed_is_found_before_memory_is_taken(capsys, 
     headers = checkpoint.read_state_headers
     states = lambda *args: [{**state, "use_master_weights": False} for state in headers(*args)]  # noqa: E731
     monkeypatch.setattr(checkpoint, "read_state_headers", states)
-    monkeypatch.setattr("llmc.startup.model_dtype", lambda name: "bfloat16")
+    monkeypatch.setattr("llmc.training.startup.model_dtype", lambda name: "bfloat16")
     monkeypatch.setattr(gpt2, "GPT2", None)
     capsys.readouterr()
     assert run("-n", 2, "-x", 4, "-o", "out", "-y", 1) == 2
@@ -986,7 +989,7 @@ def test_peak_memory_is_the_plan():
     rng = np.random.default_rng(0)
     for name in ("long.bin", "long_val.bin"):  # wide logits, and no tokenizer has as many tokens: samples are numbers
         write_shard(name, rng.integers(0, 50000, 3 * 1024 + 1, dtype=np.uint16), 50000)
-    modules = "llmc.train, llmc.gpt2, llmc.data, llmc.checkpoint, llmc.logger, llmc.schedulers, llmc.generate"
+    modules = "llmc.train, llmc.gpt2, llmc.data.prepare, llmc.files.checkpoint, llmc.training.logger, llmc.generate"
     product = "import numpy as np; a = np.ones((512, 512), np.float32); cpu.device.parallel(lambda i: a @ a, 1)"
     pool = f"from llmc import cpu; cpu.device.threads(2); {product}"
     baseline = int(python(f"import {modules}; {pool}; print({PEAK})"))

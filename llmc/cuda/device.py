@@ -8,7 +8,8 @@ import collections
 
 import numpy as np
 
-from .. import UserError
+from llmc.errors import UserError
+
 from . import module
 from .global_norm import global_norm_scratch_size, global_norm_squared
 

@@ -22,7 +22,7 @@ import re
 
 import numpy as np
 
-from .. import UserError
+from llmc.errors import UserError
 
 DTYPE_DEFINE = {"float32": "ENABLE_FP32", "float16": "ENABLE_FP16", "bfloat16": "ENABLE_BF16"}
 MIN_CAPABILITY = {"float32": 75, "float16": 75, "bfloat16": 80}

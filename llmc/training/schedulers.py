@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from llmc import UserError
+from llmc.errors import UserError
 
 NAMES = ("cosine", "linear", "constant", "wsd")
 

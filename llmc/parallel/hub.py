@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 
-from llmc import UserError
+from llmc.errors import UserError
 
 BEAT = 2.0  # seconds between signs of life
 SILENCE = 20.0  # seconds without one after which a rank counts as dead
@@ -132,7 +132,7 @@ def start_hub(size, token, host="", port=0, connect=CONNECT, silence=SILENCE):
     except OSError as error:
         raise UserError(f"port {port} of this machine: {error.strerror}. HINT: is another run using it?") from error
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from llmc.hub import hub; "
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from llmc.parallel.hub import hub; "
     code += "hub(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], float(sys.argv[5]), float(sys.argv[6]))"
     argv = [here, listener.fileno(), size, token, connect, silence]
     start_hub.process = subprocess.Popen(  # kept: it holds our end of the pipe
@@ -241,7 +241,7 @@ def find_hub(rank, size, where, connect=CONNECT, silence=SILENCE):
     if where[0] == "tcp":
         hosts, port = [where[1]], where[2]
     if where[0] == "mpi":
-        from llmc.distributed import import_mpi
+        from llmc.parallel.world import import_mpi
 
         comm = import_mpi(size).COMM_WORLD
     if rank == 0:

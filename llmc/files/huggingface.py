@@ -15,9 +15,9 @@ import re
 
 import numpy as np
 
-from llmc import UserError
 from llmc.buffers import carve
-from llmc.checkpoint import MODEL_WORDS, atomic_write, bf16_to_fp32, convert
+from llmc.errors import UserError
+from llmc.files.checkpoint import MODEL_WORDS, atomic_write, bf16_to_fp32, convert
 
 BLOCK_NAMES = {  # of a layer: ours -> theirs, and whether it is a Conv1D, whose matrix is transposed
     "ln1w": ("ln_1.weight", False),
@@ -111,7 +111,7 @@ def _download_plainly(repository):
     import shutil
     import urllib.request
 
-    from llmc.data import writable_cache_dir
+    from llmc.data.prepare import writable_cache_dir
 
     hub = os.environ.get("HF_ENDPOINT") or HUB
     folder = os.path.join(writable_cache_dir(), "hf", repository.replace("/", "--"))

@@ -18,9 +18,9 @@ import zipfile
 
 import numpy as np
 
-from llmc import UserError
 from llmc.buffers import carve
-from llmc.checkpoint import atomic_write
+from llmc.errors import UserError
+from llmc.files.checkpoint import atomic_write
 from llmc.gpt2 import GPT2, GPT2Config, parameter_specs, pieces, rows
 
 WRITES = {  # op -> its arguments that it writes; scratch may hold anything

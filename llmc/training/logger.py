@@ -9,8 +9,8 @@ import os
 import re
 import sys
 
-from llmc import UserError
-from llmc.checkpoint import atomic_write
+from llmc.errors import UserError
+from llmc.files.checkpoint import atomic_write
 
 
 class Logger:

@@ -7,7 +7,7 @@ is its sum for the run at hand. The budget is what a device has for it, without 
 import contextlib
 import re
 
-from llmc import UserError
+from llmc.errors import UserError
 
 
 def largest_batch(needs, recompute, budget, most, divides=None):
@@ -108,8 +108,10 @@ def print_plan(args):
     It works for the cuda op set on machines without a GPU or CuPy: what kernels want as scratch follows from the shapes
     alone. Data need not exist: the vocabulary is then the tokenizer's.
     """
-    from llmc import distributed, gpt2, startup, train
-    from llmc.flags import fill_defaults
+    from llmc import gpt2, train
+    from llmc.parallel import world as distributed
+    from llmc.training import startup
+    from llmc.training.flags import fill_defaults
 
     if args.process_count is None:
         rank, args.process_count, *_ = distributed.world(args)
@@ -161,7 +163,7 @@ def plan_config(args):
 def plan_device(args):
     """pick_device, but for the cuda op set, asked for or meant by a 16-bit --dtype, no GPU is needed."""
     from llmc import cuda
-    from llmc.startup import pick_device
+    from llmc.training.startup import pick_device
 
     if args.device == "cpu" or (args.device == "auto" and args.dtype not in ("bf16", "fp16")):
         return pick_device(args.device, args.threads)

@@ -17,7 +17,7 @@ import os
 import re
 import sys
 
-from llmc import UserError
+from llmc.errors import UserError
 
 PORT = 12345  # of -pi tcp, as in llm.c
 
@@ -324,7 +324,7 @@ def launched(args):
     args.process_count, args.process_rank = size, rank
     if args.device == "cpu":
         import_mpi(size)  # if it is missing, the others need not be waited for
-    from llmc.hub import Ranks
+    from llmc.parallel.hub import Ranks
 
     ranks = Ranks(rank, size, local_rank, meeting_place(args, rank, size, launcher))
     if rank:
@@ -358,7 +358,7 @@ def same_flags(args, ranks):
 
 def pick_device(args, ranks):
     """startup.pick_device for this process or rank, and the Mpi or Nccl of the ranks, None for one process."""
-    from llmc import startup
+    from llmc.training import startup
 
     if ranks is None:
         return *startup.pick_device(args.device, args.threads), None

@@ -2,7 +2,7 @@
 
 import os
 
-from llmc import UserError
+from llmc.errors import UserError
 
 MODEL_HELP = "a .bin file, the output folder of a run (its newest checkpoint), or Hugging Face's: hf:DIR or hf:NAME"
 
@@ -73,10 +73,10 @@ def prepare_kernels(config, dtype, check=False, grad_dtype=None):
 
 def model_file(path):
     """What to load: path itself, the newest checkpoint of an output folder, or hf:FOLDER for what is Hugging Face's."""
-    from llmc import checkpoint
+    from llmc.files import checkpoint
 
     if path.startswith("hf:"):
-        from llmc import safetensors_io
+        from llmc.files import huggingface as safetensors_io
 
         return "hf:" + safetensors_io.find(path[3:])
     if not os.path.isdir(path):
@@ -91,7 +91,7 @@ def model_file(path):
 
 def add_device_flags(add):
     """--device, --dtype and --threads of the commands that only use a model; add: parser.add_argument."""
-    from llmc.flags import thread_count
+    from llmc.command import thread_count
 
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where it works, else cpu")
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="of parameters and activations (bf16 on a GPU, else fp32)")
@@ -100,10 +100,10 @@ def add_device_flags(add):
 
 def model_header(path):
     """The sizes of what model_file() found, under their names in checkpoint.MODEL_WORDS. Errors: UserError."""
-    from llmc import checkpoint
+    from llmc.files import checkpoint
 
     if path.startswith("hf:"):
-        from llmc import safetensors_io
+        from llmc.files import huggingface as safetensors_io
 
         return safetensors_io.read_hf_header(path[3:])
     return checkpoint.read_model_header(path)
@@ -114,11 +114,11 @@ def read_weights(model, path):
 
     Returns the version of a .bin file, None of other ones.
     """
-    from llmc import checkpoint
+    from llmc.files import checkpoint
 
     host = model.host_parameters()
     if path.startswith("hf:"):
-        from llmc import safetensors_io
+        from llmc.files import huggingface as safetensors_io
 
         safetensors_io.read_hf(path[3:], host)
         version = None
@@ -130,8 +130,8 @@ def read_weights(model, path):
 
 def open_model(path, args, B=1, T=None):
     """(model, line about the device): the weights of a model file on --device in --dtype, for forward passes alone."""
-    from llmc import memory
     from llmc.gpt2 import GPT2, config_from_header
+    from llmc.training import memory
 
     config = config_from_header(model_header(path))
     ops, device, line = pick_device(args.device, args.threads)

@@ -11,8 +11,8 @@ import os
 
 import numpy as np
 
-from llmc import UserError
-from llmc.checkpoint import atomic_write
+from llmc.errors import UserError
+from llmc.files.checkpoint import atomic_write
 
 MAGIC, VERSION = 20240328, 2  # gpt2_tokenizer.bin
 HEADER_BYTES = 1024
@@ -83,7 +83,7 @@ def _gpt2():
         ) from error
     # tiktoken's default cache is in the folder for temporary files: keep the vocabulary where it survives a reboot
     if not os.environ.get("TIKTOKEN_CACHE_DIR") and not os.environ.get("DATA_GYM_CACHE_DIR"):
-        from llmc.data import writable_cache_dir
+        from llmc.data.prepare import writable_cache_dir
 
         os.environ["TIKTOKEN_CACHE_DIR"] = os.path.join(writable_cache_dir(), "tiktoken")
     try:

@@ -11,7 +11,7 @@ Sources: for each product its maker's boost clock and stated tensor rate, which 
 rate and multiprocessors alone, from which the clock follows. llm.c llmc/mfu.h for GeForce 30 and 40.
 """
 
-from llmc import UserError
+from llmc.errors import UserError
 
 # FLOPs of a multiprocessor in a clock (16-bit, dense), whether it has bf16 and TF32, {name without NVIDIA: MHz}. The
 # clock is the one that the stated tensor rates hold at: H100 SXM runs at up to 1980 MHz, its 989 TFLOP/s are at 1830.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .buffers import TensorSpec
+from llmc.buffers import TensorSpec
 
 TABLE = 16  # rows that one call of AdamW takes
 NOISE = 0xD2A80A3F, 198491317  # the hash of kernels/common.cuh: noise(low + 2^32 high, seed) starts from

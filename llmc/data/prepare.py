@@ -22,8 +22,10 @@ from collections import namedtuple
 
 import numpy as np
 
-from llmc import UserError, command, flags
-from llmc.checkpoint import atomic_write, open_checked
+from llmc import command as flags
+from llmc.command import command
+from llmc.errors import UserError
+from llmc.files.checkpoint import atomic_write, open_checked
 from llmc.rand import MT19937, random_permutation
 
 HEADER_BYTES = 1024
@@ -664,7 +666,7 @@ def prepare(names, tokenizer="gpt2", out=None, val_fraction=None, blank_lines=Fa
     is for validation. `out` defaults to a folder in the user's cache.
     Files of the same names and other content are kept and an error raised, unless `overwrite` is set.
     """
-    from llmc import tokenizer as tokenizers
+    from llmc.data import tokenizer as tokenizers
 
     known = "tinyshakespeare" in names
     if known and len(names) > 1:
@@ -708,7 +710,7 @@ def prepare_hellaswag(path, tokenizer="gpt2", out=None, overwrite=False):
     A line is a JSON object: ctx, the context; endings, four completions; label, the number of the right one.
     Completions are encoded apart from the context, with a space in front. Source: llm.c dev/data/hellaswag.py.
     """
-    from llmc import tokenizer as tokenizers
+    from llmc.data import tokenizer as tokenizers
 
     labels, texts = [], []
     for number, line in enumerate(_read_bytes(path).splitlines(), 1):

@@ -1,0 +1,1 @@
+"""Token shards, the loader that serves batches of them, and what makes them of text."""

@@ -1,0 +1,1 @@
+"""Files of others: llm.c's .bin files, Hugging Face's folders."""

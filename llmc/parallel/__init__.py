@@ -1,0 +1,1 @@
+"""Many processes: who is who, sums over all of them, who has died, and ZeRO-1."""
