@@ -173,7 +173,9 @@ def threads(n=None):
 def parallel(body, n):
     """body(0) ... body(n-1) on all threads, in any order; returns when all are done. An exception is raised here.
 
-    Results do not depend on the number of threads as long as each body(i) writes memory of its own.
+    Results do not depend on which thread does what, as each body(i) writes memory of its own. They can depend on the
+    number of threads, because `split` cuts by it: some BLAS kernels (OpenBLAS's for Haswell) round the same element
+    differently in blocks of other sizes.
     """
     if n > 0:
         threads()
@@ -196,10 +198,15 @@ def scratch_bytes():
     return threads() * SCRATCH * 4
 
 
+def shares():
+    """Into how many equal parts the blocks of an op are to divide: one for each thread."""
+    return threads()
+
+
 def split(n, block, multiple=1):
-    """Cuts range(n) into equal pieces of about `block`, as many as a multiple of the threads: [(start, stop), ...]."""
+    """Cuts range(n) into equal pieces of about `block`, as many as a multiple of the shares: [(start, stop), ...]."""
     pieces = -(-n // block)
-    pieces = -(-pieces // threads()) * threads()
+    pieces = -(-pieces // shares()) * shares()
     size = -(-n // pieces)
     size = -(-size // multiple) * multiple
     return [(a, min(a + size, n)) for a in range(0, n, size)]
