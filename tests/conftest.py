@@ -107,16 +107,7 @@ def op_set(kind, monkeypatch):
         return importlib.import_module("llmc.cuda")
     if shutil.which("g++") is None:
         pytest.skip("the CPU executor needs g++")
-    cuda, cpu = importlib.import_module("llmc.cuda"), importlib.import_module("llmc.cpu")
-    simt = importlib.import_module("llmc.simt")
-    monkeypatch.setattr(cuda.module, "kernel", simt.kernel)
-    monkeypatch.setattr(cuda.module, "tensor_map", simt.tensor_map)
-    monkeypatch.setattr(cuda.module, "capability", lambda: 80)
-    monkeypatch.setattr(cuda.module, "multiprocessors", lambda: 3)  # few: blocks that stay make several rounds
-    monkeypatch.setattr(cuda.device, "alloc", simt.alloc)
-    for name in ("zero", "upload", "download", "host_view", "synchronize", "timer", "memory", "describe"):
-        monkeypatch.setattr(cuda.device, name, getattr(cpu.device, name))
-    return cuda
+    return importlib.import_module("llmc.simt").install(patch=monkeypatch.setattr)
 
 
 def to_dev(kind, array):

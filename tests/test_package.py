@@ -107,6 +107,8 @@ def test_contents_of_the_wheel(wheel, source):
         kernels = {Path(name).name: archive.read(name) for name in names if name.startswith("llmc/kernels/")}
     python = {str(path.relative_to(source)) for path in (source / "llmc").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == python
+    executor = {str(p.relative_to(source)) for p in (source / "llmc" / "simt").rglob("*") if p.suffix in (".cpp", ".h")}
+    assert executor <= set(names) and "llmc/simt/runtime.cpp" in executor and len(executor) >= 10
     assert kernels == kernel_files(source / "kernels") and "common.cuh" in kernels and len(kernels) >= 9
     assert {name.split("/")[0] for name in names} == {"llmc", info}
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
@@ -135,6 +137,25 @@ def test_wheel_trains_from_an_empty_folder(installed, source, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "runs"]
     done = run(python, "-m", "llmc.generate", "runs/shakespeare-001", "-g", 20, "-p", "ROMEO:", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.startswith("ROMEO:"), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the CPU executor needs g++")
+def test_wheel_runs_kernels_without_a_gpu(installed, tmp_path):
+    """The executor's own example, and one of the package's kernels under its launcher."""
+    program = (
+        "import textwrap, numpy as np\n"
+        "from llmc import simt\n"
+        "try: exec(textwrap.dedent(simt.__doc__.split('\\n\\n')[1]))\n"
+        "except simt.KernelFault as fault: print(fault)\n"
+        "ops, out = simt.install(), np.zeros((1, 2, 8), np.float32)\n"
+        "ops.gelu_forward(out, np.ones((1, 2, 8), np.float32))\n"
+        "print(out[0, 0, 0])\n"
+    )
+    done = run(installed[0], "-c", program, cwd=tmp_path)
+    fault, number = done.stdout.splitlines()
+    assert fault.startswith("reverse: uninitialised read") and "reverse.cu:5" in fault, done.stderr
+    assert abs(float(number) - 0.8412) < 1e-4
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ what CUDA's does.
 
 import importlib
 import shutil
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -22,6 +23,8 @@ if shutil.which("g++") is None:
 from reference import BF16, FP16, FP32
 
 from llmc import simt
+from llmc.errors import UserError
+from llmc.simt import build
 
 HERE = Path(__file__).resolve().parent / "simt"
 i32 = np.int32
@@ -51,6 +54,35 @@ def caught(*args, orders=("forward",), **kwargs):
         launch(*args, **kwargs)
     print(caught.value)
     return caught.value
+
+
+def test_example_of_the_package(tmp_path, monkeypatch):
+    """The ten lines in simt's docstring: a .cu file of one's own, and the line that it names."""
+    monkeypatch.chdir(tmp_path)
+    example = textwrap.dedent(simt.__doc__.split("\n\n")[1])
+    promised = "".join(simt.__doc__.split("\n\n")[2].partition("KernelFault: ")[2]).split()
+    with pytest.raises(simt.KernelFault) as caught:
+        exec(example, {})
+    assert str(caught.value).split() == promised, str(caught.value)
+    source = (tmp_path / "reverse.cu").read_text()
+    assert caught.value.file == str(tmp_path / "reverse.cu")
+    assert "__syncthreads is missing" in source.splitlines()[caught.value.line - 1]
+    (tmp_path / "reverse.cu").write_text(source.replace("= inp[threadIdx.x];", "= inp[threadIdx.x]; __syncthreads();"))
+    inp = floats(64)
+    out = np.zeros_like(inp)
+    simt.kernel("reverse.cu", "reverse", FP32)((1,), (64,), (out, inp, i32(64)))  # the file has changed
+    np.testing.assert_array_equal(out, inp[::-1])
+
+
+def test_a_file_that_is_not_there():
+    with pytest.raises(UserError, match="no kernel file 'absent.cu'"):
+        simt.kernel("absent.cu", "absent", FP32)
+
+
+def test_without_a_compiler(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="needs g\\+\\+.*HINT"):
+        build.gxx("--version")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -383,7 +415,7 @@ def test_launch_limits():
 
 
 def test_endless_loop_ends():
-    with simt.mode(TIMEOUT=0.3):
+    with simt.mode(timeout=0.3):
         assert caught("undefined.cu", "endless", (np.zeros(1, i32),)).kind == "timeout"
 
 
@@ -408,9 +440,9 @@ def test_compile_error_is_shown(tmp_path):
 
 def test_second_process_compiles_nothing(monkeypatch):
     launch("blocks.cu", "own_good", (ints(64),), grid=2)
-    simt.load.cache_clear()
-    monkeypatch.setattr(simt, "gxx", lambda *args, **kwargs: pytest.fail("compiled again"))
-    simt.load(str(HERE / "faults" / "blocks.cu"), "float32", (), False)
+    build.load.cache_clear()
+    monkeypatch.setattr(build, "gxx", lambda *args, **kwargs: pytest.fail("compiled again"))
+    build.load(HERE / "faults" / "blocks.cu", 0, "float32", (), False)
 
 
 def test_traffic():

@@ -6,7 +6,7 @@
 // switches fibers and keeps the shadow memory.
 //
 // `__shared__`, `__global__` and `__launch_bounds__` stay undefined on purpose: the Python layer rewrites them after
-// preprocessing (see __init__.py).
+// preprocessing (see translate.py).
 #pragma once
 #include <limits.h>
 #include <float.h>

@@ -40,7 +40,7 @@ inline bool mbarrier_try_wait(u64* barrier, u32 parity, SIMT_AT) {
     return simt::simt_mbarrier_ended(barrier, parity, SIMT_HERE);
 }
 
-// The map's words: address, rows, columns, rows of the box; made by tensor_map in simt/__init__.py
+// The map's words: address, rows, columns, rows of the box; made by tensor_map in simt/launch.py
 inline void tma_load(void* smem, const TensorMap& map, int column, int row, u64* barrier, SIMT_AT) {
     simt::simt_tma_load(map.words, column, row, smem, barrier, SIMT_HERE);
 }
