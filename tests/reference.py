@@ -289,3 +289,15 @@ def gpt2_logits(params, inp, NH, V):
 def gpt2_loss(params, inp, targets, NH, V):
     """Mean loss in nats per token."""
     return cross_entropy(gpt2_logits(params, inp, NH, V), targets).mean()
+
+
+def noise(position, seed):
+    """SquirrelNoise5 as its description states it, on Python integers."""
+    mask = 0xFFFFFFFF
+    position = (position & mask) + 198491317 * (position >> 32)
+    m = (position * 0xD2A80A3F + seed) & mask
+    m = ((m ^ (m >> 9)) + 0xA884F197) & mask
+    m = ((m ^ (m >> 11)) * 0x6C736F4B) & mask
+    m = ((m ^ (m >> 13)) + 0xB79F3ABB) & mask
+    m = ((m ^ (m >> 15)) * 0x1B56C4F5) & mask
+    return m ^ (m >> 17)

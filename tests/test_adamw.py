@@ -214,10 +214,26 @@ def test_init_from_master(op):
         ref.assert_bits(op, "params", arena.params, arena.master.astype(op.dtype))
 
 
+@pytest.mark.op("init_from_master", dtypes=("bf16",))
+def test_init_from_master_rounds_with_this_noise(op):
+    """Element by element: up in magnitude where the low 16 bits exceed those of the noise of the tensor's seed and the
+    index in the tensor. Blocks of 2048 elements begin at the arena's first tensor and inside the second and third."""
+    sizes = [7, 3000, 3001, *[8] * 13]
+    arena = Arena(op, sizes)
+    op(arena.params, arena.master, arena.ends, arena.seeds)
+    want, bits = [], iter(arena.master.view(np.uint32).tolist())
+    for size, seed in zip(sizes, arena.seeds.tolist(), strict=True):
+        for index in range(size):
+            value = next(bits)
+            want.append((value >> 16) + ((value & 0xFFFF) > (ref.noise(index, seed) & 0xFFFF)))
+    assert arena.params.view(np.uint16).tolist() == want
+
+
+@pytest.mark.parametrize("sizes", (SIZES, [7, 3000, 3001, *[8] * 13]), ids=("tiny", "blocks"))
 @pytest.mark.op("adamw_update", dtypes=("bf16",))
-def test_adamw_rounds_as_init_from_master(op):
+def test_adamw_rounds_as_init_from_master(op, sizes):
     """A step of learning rate 0 leaves the master alone: its rounding is that of init_from_master, bit for bit."""
-    arena = Arena(op)
+    arena = Arena(op, sizes)
     arena.update(ref.normal(np.random.default_rng(1), arena.params.size, op.dtype), lr=0.0)
     params = np.empty_like(arena.params)
     op.sibling("init_from_master")(params, arena.master, arena.ends, arena.seeds)

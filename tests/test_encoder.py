@@ -77,10 +77,10 @@ def test_encoder_backward(op, shape):
     check_backward(op, shape)
 
 
-@pytest.mark.op("encoder_backward")
-def test_encoder_backward_one_token_everywhere(op):
-    shape = (3, 130, 40, 10, 16, 130)
-    check_backward(op, shape, np.full((3, 130), 7, np.int32))
+@pytest.mark.op("encoder_backward", shapes=[(3, 130, 40, 10, 16, 130), (2, 64, 8, 10, 16, 64)])
+def test_encoder_backward_one_token_everywhere(op, shape):
+    """Its sum crosses all pieces of the sorted list; the second shape's list ends where a piece ends."""
+    check_backward(op, shape, np.full(shape[:2], 7, np.int32))
 
 
 @pytest.mark.op("encoder_backward")

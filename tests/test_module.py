@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import ROOT, op_set
+from reference import noise
 
 import llmc
 import llmc.cuda
@@ -331,18 +332,6 @@ def test_errors_in_a_kernel_are_not_hidden(cupy):
 # common.cuh: the noise of stochastic rounding
 
 
-def noise(position, seed):
-    """SquirrelNoise5 as its description states it, on Python integers."""
-    mask = 0xFFFFFFFF
-    position = (position & mask) + 198491317 * (position >> 32)
-    m = (position * 0xD2A80A3F + seed) & mask
-    m = ((m ^ (m >> 9)) + 0xA884F197) & mask
-    m = ((m ^ (m >> 11)) * 0x6C736F4B) & mask
-    m = ((m ^ (m >> 13)) + 0xB79F3ABB) & mask
-    m = ((m ^ (m >> 15)) * 0x1B56C4F5) & mask
-    return m ^ (m >> 17)
-
-
 def test_noise_has_the_published_values():
     assert [noise(0, 0), noise(1, 0), noise(123, 456)] == [377036288, 3365260061, 124875327]
     assert noise(5 + (7 << 32), 1337) == 272267180  # the two-dimensional form, x = 5, y = 7
@@ -361,21 +350,6 @@ def test_noise_on_the_device(tmp_path):
     out = np.zeros(64, np.uint32)
     simt.kernel(str(tmp_path / "noise.cu"), "noise_kernel", "float32")((1,), (64,), (out, positions, seeds))
     assert out.tolist() == [noise(int(p), int(s)) for p, s in zip(positions, seeds, strict=True)]
-
-
-def test_parameters_round_with_this_noise(monkeypatch):
-    """init_from_master, element by element: up in magnitude where the low 16 bits exceed the noise's."""
-    monkeypatch.setattr(module, "kernel", simt.kernel)
-    master = np.random.default_rng(0).standard_normal(300).astype(np.float32)
-    params, ends = np.zeros(300, ml_dtypes.bfloat16), np.array([7, 100, *[300] * 14], np.int64)
-    seeds = np.arange(16, dtype=np.uint32) * 1000
-    llmc.cuda.init_from_master(params, master, ends, seeds)
-    want = []
-    for i, bits in enumerate(master.view(np.uint32).tolist()):
-        tensor = (i >= 7) + (i >= 100)
-        index = i - (0, 7, 100)[tensor]
-        want.append((bits >> 16) + ((bits & 0xFFFF) > (noise(index, int(seeds[tensor])) & 0xFFFF)))
-    assert params.view(np.uint16).tolist() == want
 
 
 # ----------------------------------------------------------------------------------------------------------------------
