@@ -36,7 +36,8 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 from dev import bench, bench_all, bench_step
 from llmc import cpu, gpt2
-from llmc.data import prepare as data
+from llmc.data.prepare import prepare_default
+from llmc.data.shards import write_shard
 from llmc.errors import UserError
 from llmc.training import startup
 
@@ -186,13 +187,13 @@ def rungs(args, rows):
 def shards(folder, count, vocab_size):
     """(train path, val path, tokenizer, what it is): Tiny Shakespeare in GPT-2's tokens, else tokens drawn."""
     try:
-        train, val, _ = data.prepare_default("gpt2", allow_fallback=False)
+        train, val, _ = prepare_default("gpt2", allow_fallback=False)
         return train, val, "gpt2", "Tiny Shakespeare"
     except UserError:
         paths = [os.path.join(folder, f"drawn_{split}.bin") for split in ("train", "val")]
         for seed, path in enumerate(paths):
             ((tokens, _),) = draw(argparse.Namespace(vocab_size=vocab_size), 1, 1, count, seed)
-            data.write_shard(path, tokens[0].astype(np.uint16), vocab_size)
+            write_shard(path, tokens[0].astype(np.uint16), vocab_size)
         return *paths, "none", "tokens drawn at random"
 
 

@@ -19,7 +19,9 @@ import numpy as np
 from dev import bench_step
 from dev.torch_gpt2 import Trainer
 from llmc import cpu, gpt2
-from llmc.data import prepare as data
+from llmc.data.loader import DataLoader
+from llmc.data.prepare import prepare_default
+from llmc.data.shards import read_shard_header
 from llmc.training import startup
 from llmc.training.schedulers import get_learning_rate
 
@@ -39,8 +41,8 @@ def main(argv=None):
 
     ops, device, line = startup.pick_device(args.device)
     dtype = startup.model_dtype(startup.check_dtype(None, device))
-    train, _, text = data.prepare_default("bytes" if args.model.startswith("tiny:") else "gpt2")
-    vocabulary = data.read_shard_header(train).vocab_size or 50257
+    train, _, text = prepare_default("bytes" if args.model.startswith("tiny:") else "gpt2")
+    vocabulary = read_shard_header(train).vocab_size or 50257
     config = gpt2.config_from_descriptor(args.model, vocabulary, args.sequence_length)
     B, T = args.batch_size, args.sequence_length
     print(f"{line}\n{text}\n{args.model} B={B} T={T}, {args.steps} steps, learning rate {args.learning_rate:g}")
@@ -55,7 +57,7 @@ def main(argv=None):
     theirs = Trainer(config, device, compiled=False, params=params)
     theirs.net.classes = config.vocab_size
     hyper = {**bench_step.HYPER}
-    loader = data.DataLoader(train, B, T, should_shuffle=True, vocab_size=config.vocab_size)
+    loader = DataLoader(train, B, T, should_shuffle=True, vocab_size=config.vocab_size)
     x, y = np.empty((2, B, T), np.int32)
     rows, worst = [], 0.0
     print("  step       ours    PyTorch   difference")

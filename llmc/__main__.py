@@ -19,7 +19,8 @@ COMMANDS = {
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
-        return importlib.import_module(f"llmc.{argv[0]}").main(argv[1:])
+        module = "data.__main__" if argv[0] == "data" else argv[0]  # the one command that is a package
+        return importlib.import_module(f"llmc.{module}").main(argv[1:])
     if argv == ["--version"]:
         print(f"llmc {__version__}")
         return 0

@@ -93,7 +93,7 @@ def score_line(s):
 
 def load_examples(path, vocab_size, T):
     """(examples, what to say about them or None) of an eval set; UserError for tokens that the model does not have."""
-    from llmc.data.prepare import read_eval_set
+    from llmc.data.eval_sets import read_eval_set
 
     examples = read_eval_set(path)
     for i, (_, context, completions) in enumerate(examples):
@@ -147,7 +147,7 @@ def main(argv=None):
     import numpy as np
     from tqdm import tqdm
 
-    from llmc.data.prepare import DataLoader
+    from llmc.data.loader import DataLoader
 
     path = startup.model_file(args.model)
     header = startup.model_header(path)

@@ -3,7 +3,6 @@
 import sys
 
 from llmc.command import Parser, command, natural, number, positive
-from llmc.errors import UserError
 from llmc.training import startup
 
 WINDOW = 64  # forward passes run at lengths that are multiples of it, so that there are few shapes
@@ -33,20 +32,6 @@ def generate(model, prompt, count, rng_state, temperature=1.0, top_k=0):
         yield ids[-1]
 
 
-def tokenizer_for(config, name=None):
-    """The tokenizer of a model: the one named, else the one whose vocabulary has the model's size."""
-    from llmc.data import tokenizer
-
-    sizes = {tokenizer.GPT2_VOCAB: "gpt2", tokenizer.BYTES_VOCAB: "bytes"}
-    if name is None and config.vocab_size not in sizes:
-        raise UserError(f"no tokenizer has {config.vocab_size} tokens, as this model. HINT: give --tokenizer.")
-    found = tokenizer.get(name or sizes[config.vocab_size])
-    if found.n_vocab != config.vocab_size:
-        have = f"the tokenizer {found.name} has {found.n_vocab} tokens, the model {config.vocab_size}"
-        raise UserError(f"--tokenizer {found.name}: {have}. HINT: leave --tokenizer out.")
-    return found
-
-
 def start_tokens(tokenizer):
     """What a text starts from: end-of-text for GPT-2 as in llm.c; a newline for bytes, whose data has few of those."""
     return [tokenizer.eot] if tokenizer.name == "gpt2" else [ord("\n")]
@@ -70,10 +55,10 @@ def main(argv=None):
     args = parser().parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding does not have
-    from llmc.gpt2 import config_from_header
+    from llmc.data.tokenizer import tokenizer_for
 
     path = startup.model_file(args.model)
-    tokenizer = tokenizer_for(config_from_header(startup.model_header(path)), args.tokenizer)
+    tokenizer = tokenizer_for(startup.model_header(path)["vocab_size"], args.tokenizer)
     model, _ = startup.open_model(path, args)
     prompt = tokenizer.encode(args.prompt) if args.prompt else []
     sys.stdout.write(args.prompt)

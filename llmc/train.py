@@ -68,6 +68,7 @@ def check_output_dir(args):
 
 def model_config(args, resume_step):
     """(GPT2Config, file for startup.read_weights or None): of the checkpoint to resume, a file, or a descriptor."""
+    from llmc.data.shards import vocabulary_of
     from llmc.files import checkpoint
     from llmc.gpt2 import config_from_descriptor, config_from_header
     from llmc.training import startup
@@ -86,7 +87,7 @@ def model_config(args, resume_step):
     if path.endswith(".bin") or path.startswith("hf:"):
         path = startup.model_file(path)
         return config_from_header(startup.model_header(path)), path
-    return config_from_descriptor(path, data_vocabulary(args.input_bin), args.sequence_length), None
+    return config_from_descriptor(path, vocabulary_of(args.input_bin), args.sequence_length), None
 
 
 def check_resume(args, step, config, dtype):
@@ -109,23 +110,12 @@ def precision_of(args):
     return dict(use_master_weights=bool(args.use_master_weights), grad_dtype=grad_dtype, shards=shards)
 
 
-def data_vocabulary(pattern):
-    """Tokens in the vocabulary of the shards, as their header tells; llm.c's do not: they are GPT-2's or Llama-3's."""
-    import glob
-
-    from llmc.data import prepare as data
-
-    paths = sorted(glob.glob(pattern)) or [pattern]
-    header = data.read_shard_header(paths[0])
-    return header.vocab_size or (50257 if header.dtype.itemsize == 2 else data.LLAMA3_VOCAB)
-
-
 def sample_tokenizer(config, name):
     """(tokenizer or None, a line about it or None). Without one, samples are printed as token ids, as llm.c does."""
-    from llmc.generate import tokenizer_for
+    from llmc.data.tokenizer import tokenizer_for
 
     try:
-        return tokenizer_for(config, name), None
+        return tokenizer_for(config.vocab_size, name), None
     except UserError as error:
         if name is not None:
             raise
@@ -159,7 +149,7 @@ def open_data(args, config, B, T, rank=0, P=1):
 
     P processes take turns in the order that one has, so that a step has the same batches however many there are.
     """
-    from llmc.data.prepare import DataLoader
+    from llmc.data.loader import DataLoader
 
     train_pattern, shuffle = (args.input_val_bin, False) if args.overfit_single_batch else (args.input_bin, True)
     options = dict(vocab_size=config.vocab_size, streams=1, rows=B)

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from llmc import buffers, gpt2
-from llmc.data import prepare as data
+from llmc.data.loader import DataLoader
+from llmc.data.shards import write_shard
 from llmc.errors import UserError
 from llmc.files import checkpoint
 from llmc.parallel import hub, zero
@@ -75,8 +76,8 @@ def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     rng = np.random.default_rng(5)
     text = np.cumsum(rng.integers(-3, 4, 30000)) % 96 + 32
-    data.write_shard(folder / "train.bin", text[:24000].astype(np.uint16), 257)
-    data.write_shard(folder / "val.bin", text[24000:].astype(np.uint16), 257)
+    write_shard(folder / "train.bin", text[:24000].astype(np.uint16), 257)
+    write_shard(folder / "val.bin", text[24000:].astype(np.uint16), 257)
     return folder
 
 
@@ -109,7 +110,7 @@ def test_results_do_not_depend_on_the_number_of_processes(alone, shards, tmp_pat
             )
             for name in ("step", "rng_state", "rng_state_last_update"):
                 assert state[name] == first[name]
-            llmc = data.DataLoader(str(shards / "train.bin"), 2, 32, rank, P, should_shuffle=True)
+            llmc = DataLoader(str(shards / "train.bin"), 2, 32, rank, P, should_shuffle=True)
             for _ in range(step * 512 // (P * 2 * 32)):
                 llmc.next_batch(*np.empty((2, 2, 32), np.int32))
             for name, value in llmc.state().items():  # llm.c can go on from here, in an order of its own

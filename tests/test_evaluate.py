@@ -11,8 +11,10 @@ from conftest import op_set
 from reference import GPT2_TENSORS, cross_entropy, gpt2_logits, to_torch
 
 from llmc import cpu, evaluate, generate, train
-from llmc.data import prepare as data
+from llmc.data import __main__ as prepare_command
 from llmc.data import tokenizer
+from llmc.data.eval_sets import read_eval_set, write_eval_set
+from llmc.data.shards import write_shard
 from llmc.errors import UserError
 from llmc.gpt2 import GPT2, GPT2Config
 
@@ -141,7 +143,7 @@ def folder(tmp_path, monkeypatch):
     tmp_path.joinpath("hellaswag_val.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
     tokens = np.random.default_rng(0).integers(97, 123, 2000).astype(np.uint16)
     for name in ("train.bin", "val.bin"):
-        data.write_shard(name, tokens, 257)
+        write_shard(name, tokens, 257)
     return tmp_path
 
 
@@ -156,7 +158,7 @@ def run(command, capsys, *argv):
 
 
 def prepare(capsys, *argv):
-    return run(data, capsys, "prepare", "hellaswag", "hellaswag_val.jsonl", *argv)
+    return run(prepare_command, capsys, "prepare", "hellaswag", "hellaswag_val.jsonl", *argv)
 
 
 @pytest.mark.parametrize("name", ("bytes", "gpt2"))
@@ -165,7 +167,7 @@ def test_prepare(name, folder, capsys):
     code, out, _ = prepare(capsys, "--tokenizer", name)
     assert code == 0 and "hellaswag_val.bin: 3 examples" in out and "llmc.evaluate MODEL --hellaswag" in out
     decode = tokenizer.get(name).decode
-    for line, (label, context, completions) in zip(LINES, data.read_eval_set("hellaswag_val.bin"), strict=True):
+    for line, (label, context, completions) in zip(LINES, read_eval_set("hellaswag_val.bin"), strict=True):
         assert (label, decode(context)) == (line["label"], line["ctx"])
         assert [decode(c) for c in completions] == [" " + ending for ending in line["endings"]]
     if name == "gpt2":
@@ -265,8 +267,8 @@ def test_bad_input(argv, message, trained, monkeypatch, capsys):
 def trained(tmp_path_factory):
     """A folder with a run in "out", its data, and an eval set of another tokenizer's."""
     folder = tmp_path_factory.mktemp("trained")
-    data.write_shard(str(folder / "val.bin"), np.full(2000, 97, np.uint16), 257)
-    data.write_eval_set(str(folder / "gpt2.bin"), [(0, [1, 2], [[3], [4], [50000], [5]])])
+    write_shard(str(folder / "val.bin"), np.full(2000, 97, np.uint16), 257)
+    write_eval_set(str(folder / "gpt2.bin"), [(0, [1, 2], [[3], [4], [50000], [5]])])
     paths = {"-i": folder / "val.bin", "-j": folder / "val.bin", "-o": folder / "out"}
     flags = [*TRAIN[4:-2], "-x", "1", "-n", "1"]
     assert train.main([*map(str, itertools.chain(*paths.items())), *[f for f in flags if f not in ("-o", "out")]]) == 0

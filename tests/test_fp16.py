@@ -13,7 +13,7 @@ from reference import FP16, FP32
 from test_gpt2 import LLMC, batches, weights
 
 from llmc import cpu, simt, train
-from llmc.data.prepare import write_shard
+from llmc.data.shards import write_shard
 from llmc.files import checkpoint
 from llmc.gpt2 import GPT2, GPT2Config
 from llmc.training import loss_scaler, mfu, startup

@@ -9,7 +9,7 @@ import pytest
 
 from llmc import cpu, generate, gpt2, train
 from llmc.data import tokenizer
-from llmc.data.prepare import write_shard
+from llmc.data.shards import write_shard
 from llmc.files import checkpoint
 from llmc.rand import random_f32
 from llmc.sampler import sample_softmax

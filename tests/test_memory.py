@@ -12,7 +12,7 @@ from conftest import op_set
 from reference import DTYPES
 
 from llmc import cpu, cuda, evaluate, generate, gpt2, train
-from llmc.data.prepare import write_shard
+from llmc.data.shards import write_shard
 from llmc.errors import UserError
 from llmc.gpt2 import GPT2, GPT2Config
 from llmc.parallel import world as distributed

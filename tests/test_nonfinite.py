@@ -19,7 +19,8 @@ from test_gpt2 import LLMC, batches, weights
 from test_gpt2_cuda import CONFIG, B, T, build
 
 from llmc import cpu, gpt2, simt, train
-from llmc.data.prepare import DataLoader, write_shard
+from llmc.data.loader import DataLoader
+from llmc.data.shards import write_shard
 from llmc.files import checkpoint
 from llmc.training import nonfinite
 

@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from llmc import cpu, generate, train
-from llmc.data.prepare import write_shard
+from llmc.data.shards import write_shard
 from llmc.errors import UserError
 from llmc.files import checkpoint
 from llmc.files import huggingface as safetensors_io

@@ -10,7 +10,7 @@ import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmc.data.tokenizer import get, read_tokenizer_bin, write_tokenizer_bin
+from llmc.data.tokenizer import get, read_tokenizer_bin, tokenizer_for, vocabulary, write_tokenizer_bin
 from llmc.errors import UserError
 
 
@@ -86,6 +86,15 @@ def test_unknown_id_is_named(wrong):
 def test_unknown_tokenizer_lists_the_known():
     with pytest.raises(UserError, match="'gpt3'.*HINT.*gpt2, bytes"):
         get("gpt3")
+
+
+def test_a_model_s_tokenizer_follows_from_its_vocabulary():
+    assert tokenizer_for(257).name == "bytes" and tokenizer_for(50257).name == "gpt2"
+    assert tokenizer_for(257, "bytes").n_vocab == vocabulary("bytes") == 257 and vocabulary("gpt2") == 50257
+    with pytest.raises(UserError, match="no tokenizer has 300 tokens.*HINT"):
+        tokenizer_for(300)
+    with pytest.raises(UserError, match="gpt2 has 50257 tokens, the model 257.*HINT"):
+        tokenizer_for(257, "gpt2")
 
 
 def test_gpt2_offline(monkeypatch, tmp_path):

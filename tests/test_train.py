@@ -27,8 +27,8 @@ import numpy as np
 import pytest
 
 from llmc import cpu, gpt2, train
-from llmc.data import prepare as data
-from llmc.data.prepare import DataLoader, read_shard_header, write_shard
+from llmc.data.loader import DataLoader
+from llmc.data.shards import read_shard, read_shard_header, vocabulary_of, write_shard
 from llmc.files import checkpoint
 from llmc.training import mfu
 from llmc.training.outlier_detector import OutlierDetector
@@ -534,12 +534,12 @@ def test_start_from_a_model_file(version, capsys):
 def test_llama3_shards_train_where_the_vocabulary_fits(capsys):
     """uint32 tokens give the same run as uint16 ones; without a stated vocabulary they are Llama-3's 128,256."""
     for name in ("train_0", "train_1", "train_2", "val"):
-        write_shard(f"wide_{name}.bin", data.read_shard(f"{name}.bin").astype(np.uint32), V)
+        write_shard(f"wide_{name}.bin", read_shard(f"{name}.bin").astype(np.uint32), V)
     assert run("-x", 2, "-o", "narrow") == 0
     assert run("-x", 2, "-o", "wide", "-i", "wide_train_*.bin", "-j", "wide_val.bin") == 0
     assert without_timings("narrow") == without_timings("wide")
     write_shard("llama.bin", np.full(200, 128000, np.uint32))
-    assert train.data_vocabulary("llama.bin") == 128256
+    assert vocabulary_of("llama.bin") == 128256
     trained_model()
     capsys.readouterr()
     assert run("-e", "model.bin", "-i", "llama.bin", "-j", "llama.bin") == 2

@@ -8,9 +8,13 @@ Source: llm.c llmc/tokenizer.h (tokenizer_init, tokenizer_decode), train_gpt2.py
 
 import codecs
 import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
+from llmc.data.cache import writable_cache_dir
+from llmc.data.shards import Path
 from llmc.errors import UserError
 from llmc.files.checkpoint import atomic_write
 
@@ -18,29 +22,33 @@ MAGIC, VERSION = 20240328, 2  # gpt2_tokenizer.bin
 HEADER_BYTES = 1024
 GPT2_VOCAB, GPT2_EOT = 50257, 50256
 BYTES_VOCAB, BYTES_EOT = 257, 256
-NAMES = ("gpt2", "bytes")
+NAMES = {"gpt2": GPT2_VOCAB, "bytes": BYTES_VOCAB}
 EOT_PIECE = b"<|endoftext|>"
+
+Ids = NDArray[np.uint16]
 
 
 class Tokenizer:
     """name, n_vocab, eot (the id of the end-of-text token) and pieces: the bytes of each token id."""
 
-    def __init__(self, name, pieces, eot, encode_batch=None):
+    def __init__(
+        self, name: str, pieces: list[bytes], eot: int, encode_batch: Callable[[Sequence[str]], list[Ids]] | None = None
+    ):
         self.name, self.pieces, self.eot = name, pieces, eot
         self.n_vocab = len(pieces)
         self._encode_batch = encode_batch
 
-    def encode_batch(self, texts):
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """One uint16 array of token ids per text. GPT-2 uses all cores."""
         if self._encode_batch is None:
             raise UserError(f"the tokenizer {self.name} can only decode. HINT: encode with one of {', '.join(NAMES)}")
         return self._encode_batch(texts)
 
-    def encode(self, text):
+    def encode(self, text: str) -> Ids:
         """The token ids of a text, as a uint16 array."""
         return self.encode_batch([text])[0]
 
-    def decode_bytes(self, ids):
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of the tokens, concatenated; UserError for an id that is not in the vocabulary."""
         ids = [int(i) for i in ids]
         for i in ids:
@@ -51,11 +59,11 @@ class Tokenizer:
                 )
         return b"".join([self.pieces[i] for i in ids])
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         """The text of the tokens; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def stream(self, ids):
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yield text, token by token, from an iterator of ids; a character cut between tokens comes when complete."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for i in ids:
@@ -63,8 +71,8 @@ class Tokenizer:
         yield decoder.decode(b"", final=True)
 
 
-def get(name):
-    """The tokenizer called 'gpt2' or 'bytes'."""
+def get(name: str) -> Tokenizer:
+    """The tokenizer called 'gpt2' or 'bytes'. Errors: UserError for other names, or where GPT-2's cannot be had."""
     if name == "gpt2":
         return _gpt2()
     if name == "bytes":
@@ -72,7 +80,28 @@ def get(name):
     raise UserError(f"unknown tokenizer {name!r}. HINT: known tokenizers: {', '.join(NAMES)}")
 
 
-def _gpt2():
+def vocabulary(name: str) -> int:
+    """Tokens in the vocabulary of 'gpt2' or 'bytes', without loading it. Errors: UserError for another name."""
+    return NAMES[name] if name in NAMES else get(name).n_vocab
+
+
+def tokenizer_for(vocab_size: int, name: str | None = None) -> Tokenizer:
+    """The tokenizer of a model with this vocabulary: the one named, else the one whose vocabulary has its size.
+
+    Errors: UserError where there is none, or where the one named has another size.
+    """
+    if name is None:
+        name = next((known for known, size in NAMES.items() if size == vocab_size), None)
+        if name is None:
+            raise UserError(f"no tokenizer has {vocab_size} tokens, as this model. HINT: give --tokenizer.")
+    found = get(name)
+    if found.n_vocab != vocab_size:
+        have = f"the tokenizer {found.name} has {found.n_vocab} tokens, the model {vocab_size}"
+        raise UserError(f"--tokenizer {found.name}: {have}. HINT: leave --tokenizer out.")
+    return found
+
+
+def _gpt2() -> Tokenizer:
     from concurrent.futures import ThreadPoolExecutor
 
     try:
@@ -83,8 +112,6 @@ def _gpt2():
         ) from error
     # tiktoken's default cache is in the folder for temporary files: keep the vocabulary where it survives a reboot
     if not os.environ.get("TIKTOKEN_CACHE_DIR") and not os.environ.get("DATA_GYM_CACHE_DIR"):
-        from llmc.data.prepare import writable_cache_dir
-
         os.environ["TIKTOKEN_CACHE_DIR"] = os.path.join(writable_cache_dir(), "tiktoken")
     try:
         bpe = tiktoken.get_encoding("gpt2")
@@ -96,10 +123,10 @@ def _gpt2():
         ) from error
     pieces = [bpe.decode_single_token_bytes(i) for i in range(GPT2_EOT)] + [EOT_PIECE]
 
-    def encode_group(texts):
+    def encode_group(texts: Sequence[str]) -> list[Ids]:
         return [np.array(bpe.encode_ordinary(text), np.uint16) for text in texts]
 
-    def encode_batch(texts):
+    def encode_batch(texts: Sequence[str]) -> list[Ids]:
         step = -(-len(texts) // (os.cpu_count() or 1)) or 1
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken releases the interpreter's lock
             groups = pool.map(encode_group, [texts[i : i + step] for i in range(0, len(texts), step)])
@@ -108,8 +135,8 @@ def _gpt2():
     return Tokenizer("gpt2", pieces, GPT2_EOT, encode_batch)
 
 
-def _bytes():
-    def encode_batch(texts):
+def _bytes() -> Tokenizer:
+    def encode_batch(texts: Sequence[str]) -> list[Ids]:
         return [np.frombuffer(text.encode("utf-8", errors="replace"), np.uint8).astype(np.uint16) for text in texts]
 
     return Tokenizer("bytes", [bytes([i]) for i in range(BYTES_EOT)] + [EOT_PIECE], BYTES_EOT, encode_batch)
@@ -119,7 +146,7 @@ def _bytes():
 # gpt2_tokenizer.bin: 256 words of header (magic, version, vocabulary size, EOT id), then per token a length byte, bytes
 
 
-def read_tokenizer_bin(path):
+def read_tokenizer_bin(path: Path) -> Tokenizer:
     """The decode-only tokenizer in a file of llm.c, version 2, or version 1 (GPT-2's vocabulary, no EOT id stored)."""
     try:
         with open(path, "rb") as file:
@@ -139,7 +166,8 @@ def read_tokenizer_bin(path):
             raise UserError(f"{path} (version 1) has {n_vocab} tokens, expected {GPT2_VOCAB}. HINT: use version 2")
     if not eot < n_vocab:
         raise UserError(f"{path} has end-of-text id {eot}, vocabulary size {n_vocab}. HINT: damaged file?")
-    pieces, position = [], HEADER_BYTES
+    pieces: list[bytes] = []
+    position = HEADER_BYTES
     while len(pieces) < n_vocab and position < len(data):
         length = data[position]
         pieces.append(data[position + 1 : position + 1 + length])
@@ -152,7 +180,7 @@ def read_tokenizer_bin(path):
     return Tokenizer(os.path.basename(path), pieces, eot)
 
 
-def write_tokenizer_bin(path, tokenizer):
+def write_tokenizer_bin(path: Path, tokenizer: Tokenizer) -> None:
     """Write a tokenizer as llm.c's version 2 file (atomically)."""
     header = np.zeros(HEADER_BYTES // 4, "<u4")
     header[:4] = MAGIC, VERSION, tokenizer.n_vocab, tokenizer.eot

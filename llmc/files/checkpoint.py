@@ -291,7 +291,7 @@ def write_state(
     """Write one rank's train state atomically. step = number of completed updates.
 
     m, v, master  (S,) float32, master None without master weights; S = N, or N / num_processes under ZeRO-1
-    loader_state  dict of llmc.data.prepare.DataLoader.state(), None for a loader at the start that does not shuffle
+    loader_state  dict of llmc.data.loader.DataLoader.state(), None for a loader at the start that does not shuffle
     extra         dict that JSON can hold, stored behind everything llm.c reads, as is loader_state["streams"]
     """
     loader = loader_state or dict(should_shuffle=False, current_shard_idx=0, current_sample_idx=0)

@@ -111,7 +111,7 @@ def _download_plainly(repository):
     import shutil
     import urllib.request
 
-    from llmc.data.prepare import writable_cache_dir
+    from llmc.data.cache import writable_cache_dir
 
     hub = os.environ.get("HF_ENDPOINT") or HUB
     folder = os.path.join(writable_cache_dir(), "hf", repository.replace("/", "--"))

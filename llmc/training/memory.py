@@ -149,13 +149,14 @@ def print_plan(args):
 def plan_config(args):
     """The GPT2Config of a run whose data need not be there."""
     from llmc import train
+    from llmc.data.shards import vocabulary_of
     from llmc.gpt2 import config_from_descriptor
 
     if re.match(r"(gpt2:)?d\d|gpt3:|tiny:", args.model):
         tokenizer = args.tokenizer or ("bytes" if args.model.startswith("tiny:") else "gpt2")
         vocab_size = {"gpt2": 50257, "bytes": 257}[tokenizer]
         with contextlib.suppress(UserError):  # no such file
-            vocab_size = train.data_vocabulary(args.input_bin) if args.input_bin else vocab_size
+            vocab_size = vocabulary_of(args.input_bin) if args.input_bin else vocab_size
         return config_from_descriptor(args.model, vocab_size, args.sequence_length)
     return train.model_config(args, None)[0]
 
