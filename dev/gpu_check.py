@@ -35,11 +35,10 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from dev import bench, bench_all, bench_step
-from llmc import cpu, gpt2
+from llmc import cpu, gpt2, loading
 from llmc.data.prepare import prepare_default
 from llmc.data.shards import write_shard
 from llmc.errors import UserError
-from llmc.training import startup
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, ALLOWED = 10, {"bf16": 0.005, "fp16": 0.005, "fp32": 0.0005}  # relative difference of a loss
@@ -228,8 +227,8 @@ def logit_difference(checkpoint, folder, B, T, device):
         import transformers
     except ImportError:
         return None
-    path = startup.model_file(checkpoint)
-    model, _ = startup.open_model(path, argparse.Namespace(device=device, dtype="fp32", threads=None), B, T)
+    path = loading.model_file(checkpoint)
+    model, _ = loading.open_model(path, device, "fp32", None, B, T)
     x = np.random.default_rng(0).integers(0, model.config.vocab_size, (B, T), np.int32)
     ours = model.ops.device.download(model.forward(x).output)[..., : model.config.vocab_size]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).float()

@@ -18,11 +18,10 @@ import numpy as np
 
 from dev import bench_step
 from dev.torch_gpt2 import Trainer
-from llmc import cpu, gpt2
+from llmc import cpu, devices, gpt2
 from llmc.data.loader import DataLoader
 from llmc.data.prepare import prepare_default
 from llmc.data.shards import read_shard_header
-from llmc.training import startup
 from llmc.training.schedulers import get_learning_rate
 
 
@@ -39,8 +38,8 @@ def main(argv=None):
     p.add_argument("--csv", type=Path)
     args = p.parse_args(argv)
 
-    ops, device, line = startup.pick_device(args.device)
-    dtype = startup.model_dtype(startup.check_dtype(None, device))
+    ops, device, line = devices.pick_device(args.device)
+    dtype = devices.model_dtype(devices.check_dtype(None, device))
     train, _, text = prepare_default("bytes" if args.model.startswith("tiny:") else "gpt2")
     vocabulary = read_shard_header(train).vocab_size or 50257
     config = gpt2.config_from_descriptor(args.model, vocabulary, args.sequence_length)

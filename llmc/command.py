@@ -100,3 +100,10 @@ def memory_size(text):
     if not match or float(match[1]) == 0:
         raise argparse.ArgumentTypeError(f"{text} is not a number with a unit, as 80GiB, 80GB or 500MiB")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2].upper())))
+
+
+def add_device_flags(add):
+    """--device, --dtype and --threads of the commands that only use a model; add: parser.add_argument."""
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where it works, else cpu")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="of parameters and activations (bf16 on a GPU, else fp32)")
+    add("--threads", type=thread_count, metavar="N", help="CPU threads (default: all)")

@@ -14,9 +14,9 @@ import os
 import sys
 from typing import NamedTuple
 
-from llmc.command import Parser, command, count, positive
+from llmc import loading
+from llmc.command import Parser, add_device_flags, command, count, positive
 from llmc.errors import UserError
-from llmc.training import startup
 
 HELLASWAG = os.path.join("hellaswag", "hellaswag_val.bin")
 BLOCK = 64  # rows have a multiple of it in tokens, so that there are few shapes
@@ -125,7 +125,7 @@ def parser():
         allow_abbrev=False,
     )
     add = p.add_argument
-    add("model", help=startup.MODEL_HELP)
+    add("model", help=loading.MODEL_HELP)
     add(
         "--hellaswag",
         metavar="FILE",
@@ -135,7 +135,7 @@ def parser():
     add("-m", "--val-max-steps", type=count, default=-1, metavar="N", help="batches of them (-1 = all)")
     add("-b", "--batch-size", type=positive, default=4, metavar="B", help="rows of a batch (4)")
     add("-t", "--sequence-length", type=positive, metavar="T", help="tokens in a row (1024, or what the model allows)")
-    startup.add_device_flags(add)
+    add_device_flags(add)
     return p
 
 
@@ -149,12 +149,12 @@ def main(argv=None):
 
     from llmc.data.loader import DataLoader
 
-    path = startup.model_file(args.model)
-    header = startup.model_header(path)
+    path = loading.model_file(args.model)
+    header = loading.model_header(path)
     B, T = args.batch_size, args.sequence_length or min(header["max_seq_len"], 1024)
     loader = args.input_val_bin and DataLoader(args.input_val_bin, B, T, vocab_size=header["vocab_size"])
     examples, notice = load_examples(args.hellaswag, header["vocab_size"], T) if args.hellaswag else (None, None)
-    model, device = startup.open_model(path, args, B, T)
+    model, device = loading.open_model(path, args.device, args.dtype, args.threads, B, T)
     print(f"{path} on {device}")
     if loader:
         from llmc.train import validate

@@ -14,9 +14,9 @@ import json
 import os
 import sys
 
+from llmc import loading
 from llmc.command import Parser, command
 from llmc.errors import UserError
-from llmc.training import startup
 
 KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
@@ -96,13 +96,13 @@ def tokenizer_files(tokenizer, max_seq_len):
 
 
 def read_model(path, dtype):
-    """(header, params (N,)) of what startup.model_file() found, in float32, or for "bf16" as uint16."""
+    """(header, params (N,)) of what loading.model_file() found, in float32, or for "bf16" as uint16."""
     import numpy as np
 
     from llmc.files import checkpoint
     from llmc.files import huggingface as safetensors_io
 
-    header = startup.model_header(path)
+    header = loading.model_header(path)
     params = np.empty(checkpoint.num_parameters(header), np.uint16 if dtype == "bf16" else np.float32)
     if path.startswith("hf:"):
         safetensors_io.read_hf(path[3:], params)
@@ -112,13 +112,13 @@ def read_model(path, dtype):
 
 
 def file_dtype(path):
-    """The precision of what startup.model_file() found: "fp32", "fp16" or "bf16"."""
+    """The precision of what loading.model_file() found: "fp32", "fp16" or "bf16"."""
     from llmc.files import huggingface as safetensors_io
 
     if path.startswith("hf:"):
         kinds = {kind: name for name, kind in KINDS.items()}
         return kinds.get(next(iter(safetensors_io.open_tensors(path[3:]).values()))[0], "fp32")
-    return "bf16" if startup.model_header(path)["version"] == 5 else "fp32"
+    return "bf16" if loading.model_header(path)["version"] == 5 else "fp32"
 
 
 def export_hf(path, out, dtype, tokenizer):
@@ -163,7 +163,7 @@ def pick_tokenizer(config, name):
 
 def parser():
     p = Parser(prog="llmc.export", description="Write a model for other programs.", allow_abbrev=False)
-    p.add_argument("model", metavar="MODEL", help=startup.MODEL_HELP)
+    p.add_argument("model", metavar="MODEL", help=loading.MODEL_HELP)
     p.add_argument("out", metavar="OUT", nargs="?", help="folder, or .bin file, to write (default: beside MODEL)")
     p.add_argument("--format", choices=("hf", "bin"), default="hf", help="Hugging Face's folder, or llm.c's file (hf)")
     p.add_argument("--dtype", choices=tuple(KINDS), help="of the weights (default: as they are; fp16 for hf only)")
@@ -177,8 +177,8 @@ def main(argv=None):
     args = parser().parse_args(argv)
     from llmc.gpt2 import config_from_header
 
-    path = startup.model_file(args.model)
-    config = config_from_header(startup.model_header(path))
+    path = loading.model_file(args.model)
+    config = config_from_header(loading.model_header(path))
     dtype = args.dtype or file_dtype(path)
     if args.format == "bin" and dtype == "fp16":
         raise UserError("--dtype fp16: llm.c's model files are fp32 or bf16. HINT: --dtype fp32 loses nothing.")

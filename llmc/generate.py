@@ -2,8 +2,8 @@
 
 import sys
 
-from llmc.command import Parser, command, natural, number, positive
-from llmc.training import startup
+from llmc import loading
+from llmc.command import Parser, add_device_flags, command, natural, number, positive
 
 WINDOW = 64  # forward passes run at lengths that are multiples of it, so that there are few shapes
 
@@ -39,14 +39,14 @@ def start_tokens(tokenizer):
 
 def parser():
     p = Parser(prog="llmc.generate", description="Continue a text with a trained model.", allow_abbrev=False)
-    p.add_argument("model", help=startup.MODEL_HELP)
+    p.add_argument("model", help=loading.MODEL_HELP)
     p.add_argument("-p", "--prompt", default="", help="text to continue (default: none, a fresh start)")
     p.add_argument("-g", "--tokens", type=positive, default=256, help="tokens to generate (256)")
     p.add_argument("--temperature", type=number, default=0.8, help="0 is greedy, 1 the model's own distribution (0.8)")
     p.add_argument("--top-k", type=natural, default=0, help="draw from the k most likely tokens only (0 = off)")
     p.add_argument("--seed", type=natural, default=1337, help="the same seed gives the same text (1337)")
     p.add_argument("--tokenizer", choices=("gpt2", "bytes"), help="default: by the size of the model's vocabulary")
-    startup.add_device_flags(p.add_argument)
+    add_device_flags(p.add_argument)
     return p
 
 
@@ -57,9 +57,9 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding does not have
     from llmc.data.tokenizer import tokenizer_for
 
-    path = startup.model_file(args.model)
-    tokenizer = tokenizer_for(startup.model_header(path)["vocab_size"], args.tokenizer)
-    model, _ = startup.open_model(path, args)
+    path = loading.model_file(args.model)
+    tokenizer = tokenizer_for(loading.model_header(path)["vocab_size"], args.tokenizer)
+    model, _ = loading.open_model(path, args.device, args.dtype, args.threads)
     prompt = tokenizer.encode(args.prompt) if args.prompt else []
     sys.stdout.write(args.prompt)
     ids = generate(model, [*start_tokens(tokenizer), *prompt], args.tokens, args.seed, args.temperature, args.top_k)

@@ -12,9 +12,9 @@ Source: llm.c test_gpt2.cu, test_gpt2.c, test_gpt2_fp32.cu; the files: checkpoin
 import os
 import sys
 
-from llmc.command import Parser, command
+from llmc import devices, loading
+from llmc.command import Parser, add_device_flags, command
 from llmc.errors import UserError
-from llmc.training import startup
 
 STARTER_PACK = "https://huggingface.co/datasets/karpathy/llmc-starter-pack"
 PUBLISHED_FOR = dict(num_parameters=124475904, B=4, T=64, loss=5.27)  # the model and batch that the losses are of
@@ -153,7 +153,7 @@ def parser():
     p.add_argument("model", nargs="?", default="gpt2_124M.bin", help="model file (gpt2_124M.bin)")
     p.add_argument("debug_state", nargs="?", default="gpt2_124M_debug_state.bin", help="(gpt2_124M_debug_state.bin)")
     p.add_argument("-r", "--recompute", type=int, choices=(0, 1, 2), default=1, help="as in llmc.train (1)")
-    startup.add_device_flags(p.add_argument)
+    add_device_flags(p.add_argument)
     return p
 
 
@@ -164,20 +164,20 @@ def main(argv=None):
 
     from llmc.gpt2 import GPT2, config_from_header, num_parameters
 
-    ops, device, line = startup.pick_device(args.device, args.threads)
+    ops, device, line = devices.pick_device(args.device, args.threads)
     stored = {3: "fp32", 5: "bf16"}[header["version"]]
-    dtype = startup.check_dtype(args.dtype or (stored if device == "cuda" else None), device)
+    dtype = devices.check_dtype(args.dtype or (stored if device == "cuda" else None), device)
     config, (B, T) = config_from_header(header), debug["x"].shape
     if device == "cuda":
-        startup.prepare_kernels(config, startup.model_dtype(dtype))
-    model = GPT2(config, ops, B, T, args.recompute, dtype=startup.model_dtype(dtype))
+        devices.prepare_kernels(config, devices.model_dtype(dtype))
+    model = GPT2(config, ops, B, T, args.recompute, dtype=devices.model_dtype(dtype))
     exact = stored == dtype == "fp32"
 
     N = num_parameters(config)
     print(f"{line}, {dtype}")
     print(f"{args.model}: {N:,} parameters, {stored} (version {header['version']})")
     print(f"{args.debug_state}: B = {B}, T = {T}, loss {debug['loss']:.6f}")
-    startup.read_weights(model, args.model)
+    loading.read_weights(model, args.model)
     all_ok = compare_passes(model, debug, exact)
     debug = {name: debug[name] for name in ("x", "y", "loss")}  # the rest is as large as the model
 
@@ -186,7 +186,7 @@ def main(argv=None):
     for name, settings, expected, limit in RUNS:
         shown = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in settings.items())
         print(f"\n10 steps as {name}: learning rate {LEARNING_RATE:g}, {shown}")
-        startup.read_weights(model, args.model)
+        loading.read_weights(model, args.model)
         losses = train(model, debug, settings)
         if published:
             all_ok &= compare_losses(losses, expected, limit if exact else BF16_LOSS)

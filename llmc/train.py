@@ -67,11 +67,11 @@ def check_output_dir(args):
 
 
 def model_config(args, resume_step):
-    """(GPT2Config, file for startup.read_weights or None): of the checkpoint to resume, a file, or a descriptor."""
+    """(GPT2Config, file for loading.read_weights or None): of the checkpoint to resume, a file, or a descriptor."""
+    from llmc import loading
     from llmc.data.shards import vocabulary_of
     from llmc.files import checkpoint
     from llmc.gpt2 import config_from_descriptor, config_from_header
-    from llmc.training import startup
 
     if resume_step is not None:
         path = checkpoint.model_path(args.output_dir, resume_step)
@@ -85,8 +85,8 @@ def model_config(args, resume_step):
         return config, path
     path = args.model
     if path.endswith(".bin") or path.startswith("hf:"):
-        path = startup.model_file(path)
-        return config_from_header(startup.model_header(path)), path
+        path = loading.model_file(path)
+        return config_from_header(loading.model_header(path)), path
     return config_from_descriptor(path, vocabulary_of(args.input_bin), args.sequence_length), None
 
 
@@ -307,12 +307,12 @@ def load(args, step, model, loader, detectors):
     """
     import numpy as np
 
+    from llmc import loading
     from llmc.files import checkpoint
     from llmc.gpt2 import parameter_specs
-    from llmc.training import startup
 
     model_path, N = checkpoint.model_path(args.output_dir, step), model.params_flat.size
-    version = startup.read_weights(model, model_path)
+    version = loading.read_weights(model, model_path)
     arrays = [model.m, model.v]
     weights = model.share.params if model.share else model.params_flat  # in fp32 their own master
     in_state = checkpoint.read_state_headers(args.output_dir, step, N)[0]["use_master_weights"]
@@ -408,11 +408,12 @@ def open_gpu_stats(args, gpu):
 
 def replay(args):
     """--replay: the step that a run saved because it was not finite, op by op. Exit code 1 if it still is not."""
-    from llmc.training import nonfinite, startup
+    from llmc import devices
+    from llmc.training import nonfinite
 
-    ops, _, line = startup.pick_device(args.device, args.threads)
+    ops, _, line = devices.pick_device(args.device, args.threads)
     print(line)
-    about, found = nonfinite.replay(args.replay, ops, startup.model_dtype(args.dtype) if args.dtype else None)
+    about, found = nonfinite.replay(args.replay, ops, devices.model_dtype(args.dtype) if args.dtype else None)
     print(f"as it was saved: {about['found']}")
     print(f"done again:      {found or 'every tensor is finite'}")
     return 1 if found else 0
@@ -447,9 +448,9 @@ def run(args, notices, ranks, start_time):
     # what is wrong with the flags or files is found here, before anything is allocated
     import numpy as np
 
-    from llmc import evaluate, gpt2, rungs
+    from llmc import devices, evaluate, gpt2, loading, rungs
     from llmc.parallel import world as distributed
-    from llmc.training import memory, mfu, schedulers, startup
+    from llmc.training import memory, mfu, schedulers
     from llmc.training.logger import Display, Logger, step_line
     from llmc.training.loss_scaler import LossScaler
     from llmc.training.outlier_detector import OutlierDetector
@@ -462,7 +463,7 @@ def run(args, notices, ranks, start_time):
     gpu = mfu.current_gpu() if device == "cuda" else None
     peak = mfu.peak_flops(*gpu[:2], args.dtype) if gpu else None
     gpu_stats = open_gpu_stats(args, gpu)
-    dtype = startup.model_dtype(args.dtype)
+    dtype = devices.model_dtype(args.dtype)
     data_line = distributed.rank0_first(ranks, lambda: prepare_data(args, default_job))
     resume_step = distributed.on_rank0(ranks, lambda: check_output_dir(args))
     config, model_path = model_config(args, resume_step)
@@ -501,7 +502,7 @@ def run(args, notices, ranks, start_time):
 
     graphs = device == "cuda" and not (args.no_graph or args.check)
     if device == "cuda":
-        print(startup.prepare_kernels(config, dtype, args.check, precision["grad_dtype"]))
+        print(devices.prepare_kernels(config, dtype, args.check, precision["grad_dtype"]))
     try:
         model = gpt2.GPT2(config, ops, B, T, args.recompute, dtype=dtype, graphs=graphs, ranks=sums, **precision)
     except MemoryError:
@@ -514,7 +515,7 @@ def run(args, notices, ranks, start_time):
         if rank == 0:
             let_go(args, resume_step)  # a kill may have come between its save and the removal of an old one
     elif model_path:
-        startup.read_weights(model, model_path)
+        loading.read_weights(model, model_path)
     else:
         model.init_weights(args.seed)
 

@@ -12,11 +12,11 @@ from conftest import op_set
 from reference import FP16, FP32
 from test_gpt2 import LLMC, batches, weights
 
-from llmc import cpu, simt, train
+from llmc import cpu, devices, simt, train
 from llmc.data.shards import write_shard
 from llmc.files import checkpoint
 from llmc.gpt2 import GPT2, GPT2Config
-from llmc.training import loss_scaler, mfu, startup
+from llmc.training import loss_scaler, mfu
 from llmc.training.loss_scaler import LossScaler
 
 FLAGS = "-i train.bin -j val.bin -e tiny:d1 -b 2 -t 32 -d 128 -v 0 -s 0 -l 1e-3 -c 0.1".split()  # two micro-steps
@@ -28,10 +28,10 @@ def executor(monkeypatch, tmp_path):
     ops = op_set("executor", monkeypatch)
     for name in ("host_view", "capture"):
         monkeypatch.setattr(ops.device, name, getattr(cpu.device, name))
-    pick = startup.pick_device
+    pick = devices.pick_device
     there = (ops, "cuda", "the CPU executor")
-    monkeypatch.setattr(startup, "pick_device", lambda wanted, *_: there if wanted == "cuda" else pick(wanted))
-    monkeypatch.setattr(startup, "prepare_kernels", lambda *_: "kernels compile when they are used")
+    monkeypatch.setattr(devices, "pick_device", lambda wanted, *_: there if wanted == "cuda" else pick(wanted))
+    monkeypatch.setattr(devices, "prepare_kernels", lambda *_: "kernels compile when they are used")
     monkeypatch.setattr(mfu, "current_gpu", lambda: ("the CPU executor", 1, None))
     monkeypatch.chdir(tmp_path)
     for name, seed in (("train.bin", 1), ("val.bin", 2)):

@@ -16,10 +16,9 @@ from reference import noise
 
 import llmc
 import llmc.cuda
-from llmc import simt
+from llmc import devices, simt
 from llmc.cuda import module
 from llmc.gpt2 import GPT2Config
-from llmc.training import startup
 
 LOG = """
 ptxas info    : 0 bytes gmem
@@ -244,7 +243,7 @@ def test_hopper_kernels_are_tried_before_they_are_trusted(monkeypatch, capsys):
 
     monkeypatch.setattr(module, "compile_all", lambda *_: None)
     monkeypatch.setattr(ops.device, "try_hopper", lambda dtype, HS, tall: line + why)
-    assert startup.prepare_kernels(GPT2Config(), bf16).startswith("kernels ready after")
+    assert devices.prepare_kernels(GPT2Config(), bf16).startswith("kernels ready after")
     out, err = capsys.readouterr()
     assert not out and err == line + why + "\n"  # also of commands that print a text on stdout
 

@@ -17,13 +17,12 @@ import pytest
 import torch
 import transformers
 
-from llmc import cpu, generate, train
+from llmc import cpu, generate, loading, train
 from llmc.data.shards import write_shard
 from llmc.errors import UserError
 from llmc.files import checkpoint
 from llmc.files import huggingface as safetensors_io
 from llmc.gpt2 import GPT2, config_from_header
-from llmc.training import startup
 
 V, B, T = 500, 4, 32
 SIZES = dict(max_seq_len=64, vocab_size=V, num_layers=2, num_heads=4, channels=64, padded_vocab_size=512)
@@ -53,7 +52,7 @@ def folder(theirs, tmp_path_factory):
 
 def build(folder, training=False):
     model = GPT2(config_from_header(safetensors_io.read_hf_header(folder)), cpu, B, T, training=training)
-    startup.read_weights(model, f"hf:{folder}")
+    loading.read_weights(model, f"hf:{folder}")
     return model
 
 
@@ -303,7 +302,7 @@ def test_download_with_the_library(folder, hub, tmp_path):
     settings = {
         "NO_PROXY": "127.0.0.1",
         "HF_HOME": str(tmp_path / "home"),
-        "PYTHONPATH": str(Path(startup.__file__).parents[1]),
+        "PYTHONPATH": str(Path(loading.__file__).parents[1]),
     }
     flags = "-i val.bin -j val.bin --device cpu --threads 1 -x 1 -o out -n 1 -v 0 -s 0 -l 0".split()
     flags += ["-b", str(B), "-t", str(T)]

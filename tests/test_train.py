@@ -398,7 +398,8 @@ def test_help_is_fast():
     imported = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")]
     assert done.returncode == 0 and "argparse" in imported
     heavy = [n for n in imported if n.split(".")[0] in ("numpy", "tiktoken", "tqdm", "threadpoolctl", "cupy", "torch")]
-    light = {"llmc.training.flags", "llmc.training.startup", "llmc.parallel.world"}
+    light = {"llmc.errors", "llmc.command", "llmc.devices", "llmc.training", "llmc.training.flags", "llmc.parallel"}
+    light.add("llmc.parallel.world")
     assert not heavy and {n for n in imported if n.startswith("llmc.")} <= light, imported
     assert all(flag in done.stdout for letter, name, *_ in FLAGS for flag in (letter, name) if flag)
 
@@ -780,7 +781,7 @@ def test_a_state_that_cannot_be_resumed_is_found_before_memory_is_taken(capsys, 
     headers = checkpoint.read_state_headers
     states = lambda *args: [{**state, "use_master_weights": False} for state in headers(*args)]  # noqa: E731
     monkeypatch.setattr(checkpoint, "read_state_headers", states)
-    monkeypatch.setattr("llmc.training.startup.model_dtype", lambda name: "bfloat16")
+    monkeypatch.setattr("llmc.devices.model_dtype", lambda name: "bfloat16")
     monkeypatch.setattr(gpt2, "GPT2", None)
     capsys.readouterr()
     assert run("-n", 2, "-x", 4, "-o", "out", "-y", 1) == 2

@@ -357,14 +357,14 @@ def same_flags(args, ranks):
 
 
 def pick_device(args, ranks):
-    """startup.pick_device for this process or rank, and the Mpi or Nccl of the ranks, None for one process."""
-    from llmc.training import startup
+    """devices.pick_device for this process or rank, and the Mpi or Nccl of the ranks, None for one process."""
+    from llmc.devices import pick_device
 
     if ranks is None:
-        return *startup.pick_device(args.device, args.threads), None
+        return *pick_device(args.device, args.threads), None
     if args.device != "cpu":
         choose_gpu(ranks.local_rank)
-    ops, device, line = startup.pick_device(args.device, args.threads or threads_each(ranks))
+    ops, device, line = pick_device(args.device, args.threads or threads_each(ranks))
     devices = ranks.exchange(device)
     for rank, other in enumerate(devices):
         if other != devices[0]:

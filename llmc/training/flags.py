@@ -15,8 +15,8 @@ from llmc.command import (
     positive,
     thread_count,
 )  # fmt: skip
+from llmc.devices import check_dtype
 from llmc.errors import UserError
-from llmc.training.startup import check_dtype
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the trainer's

@@ -109,8 +109,8 @@ def print_plan(args):
     alone. Data need not exist: the vocabulary is then the tokenizer's.
     """
     from llmc import gpt2, train
+    from llmc.devices import model_dtype
     from llmc.parallel import world as distributed
-    from llmc.training import startup
     from llmc.training.flags import fill_defaults
 
     if args.process_count is None:
@@ -125,7 +125,7 @@ def print_plan(args):
         raise UserError(f"-t {T}: the model has positions for 1 to {config.max_seq_len} tokens. HINT: lower -t.")
     stand_in = False
     try:
-        dtype = startup.model_dtype(args.dtype)
+        dtype = model_dtype(args.dtype)
     except ImportError:  # ml_dtypes, which only bf16 arrays need: the other 16-bit type has the same plan
         dtype, stand_in = "float16", True
     P = args.process_count
@@ -164,7 +164,7 @@ def plan_config(args):
 def plan_device(args):
     """pick_device, but for the cuda op set, asked for or meant by a 16-bit --dtype, no GPU is needed."""
     from llmc import cuda
-    from llmc.training.startup import pick_device
+    from llmc.devices import pick_device
 
     if args.device == "cpu" or (args.device == "auto" and args.dtype not in ("bf16", "fp16")):
         return pick_device(args.device, args.threads)
