@@ -11,7 +11,10 @@ them all.
 The fixture `ops` is the op set as a module, for tests of more than one op.
 """
 
+import ctypes
+import functools
 import importlib
+import importlib.util
 import inspect
 import re
 import shutil
@@ -33,6 +36,47 @@ settings.register_profile(
 settings.load_profile("llmc")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="every rung, dtype and shape, also those marked full")
+
+
+@functools.cache
+def gpu_is_there():
+    """Whether a CUDA device and CuPy can be had. The driver is asked itself, as importing CuPy takes a second."""
+    if importlib.util.find_spec("cupy") is None:
+        return False
+    try:
+        cuda, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+    except OSError:
+        return False
+    return cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+LEFT_OUT = {  # why -> the tests with which marker, and when
+    "GPU tests are not collected, as there is no GPU here": ("gpu", lambda config: not gpu_is_there()),
+    "further tests run with pytest --full": ("full", lambda config: not config.getoption("--full")),
+}
+left_out = dict.fromkeys(LEFT_OUT, 0)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests that cannot run here, or that only --full runs, are left out, and counted."""
+    for why, (marker, applies) in LEFT_OUT.items():
+        if applies(config):
+            gone = [item for item in items if item.get_closest_marker(marker)]
+            left_out[why] += len(gone)
+            config.hook.pytest_deselected(items=gone)
+            items[:] = [item for item in items if not item.get_closest_marker(marker)]
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["left_out"] = left_out
+
+
+def pytest_terminal_summary(terminalreporter):
+    for why, count in left_out.items():
+        if count:
+            terminalreporter.write_line(f"{count:,} {why}.")
+
+
 def pytest_configure(config):
     torch.set_num_threads(1)  # the shapes are small, and the cores busy with other workers
     config.addinivalue_line("markers", "op(name, shapes, big, cpu, dtypes, sets, public, rungs): see conftest.py")
@@ -41,7 +85,9 @@ def pytest_configure(config):
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node, error):
     """xdist's workers have no terminal: what test_compile.py found out in one of them is printed here."""
-    table = getattr(node, "workeroutput", {}).get("compile_table")
+    output = getattr(node, "workeroutput", {})
+    left_out.update(output.get("left_out", {}))  # every worker collects the same tests
+    table = output.get("compile_table")
     if table:
         node.config.pluginmanager.getplugin("terminalreporter").write_line("\n" + table)
 

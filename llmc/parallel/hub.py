@@ -131,7 +131,7 @@ def start_hub(size, token, host="", port=0, connect=CONNECT, silence=SILENCE):
         listener = socket.create_server((host, port), backlog=size)
     except OSError as error:
         raise UserError(f"port {port} of this machine: {error.strerror}. HINT: is another run using it?") from error
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     code = "import sys; sys.path.insert(0, sys.argv[1]); from llmc.parallel.hub import hub; "
     code += "hub(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], float(sys.argv[5]), float(sys.argv[6]))"
     argv = [here, listener.fileno(), size, token, connect, silence]
