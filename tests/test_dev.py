@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, op_set
 from reference import OPS, file_of
 
-from dev import bench, bench_all, bench_step, gpu_check, roofline
+from dev import bench, bench_all, bench_step, compare_sass, gpu_check, roofline
 from llmc import cpu, cuda, gpt2, rungs
 from llmc.errors import UserError
 
@@ -267,6 +267,35 @@ def test_gpu_check_rungs(capsys, monkeypatch):
     assert {(r["bench"], r["op"]) for r in rows} == {("op", "gelu_forward"), ("op", "gelu_backward_inplace")}
     monkeypatch.setattr(importlib.import_module("llmc.cpu.gelu"), "gelu_forward", lambda out, inp: None)
     assert gpu_check.rungs(None, rows) is False and "FAILED" in capsys.readouterr().out
+
+
+def test_compare_sass(capsys):
+    """Kernels are matched by name, else by code, else by name without numbers; whatever is not identical is said."""
+
+    def row(kernel, *code, file="a.cu", defines=(), resources="8 registers"):
+        common = dict(dtype="bfloat16", arch="sm_80", resources=resources)
+        return dict(file=file, kernel=kernel, defines=list(defines), code=[[c, c] for c in code], **common)
+
+    old = [
+        row("f_kernel2", "A", "B"),
+        row("g", "C"),
+        row("h", "D", defines=["HEAD_SIZE=64"]),
+        row("h", "E", defines=["TALL"]),
+    ]
+    assert compare_sass.compare(
+        old, [row("f_kernel", "A", "B"), row("g", "C"), row("h", "D"), row("h", "E", defines=["TALL"])]
+    )
+    assert "identical, renamed from f_kernel2" in capsys.readouterr().out
+    for new, said in (
+        ([row("f_kernel2", "A", "X")], "at instruction 1: B  ->  X"),
+        ([row("f_kernel", "A", "X")], "at instruction 1: B  ->  X, renamed from f_kernel2"),
+        ([row("f_kernel2", "A")], "2 instructions before"),
+        ([row("f_kernel2", "A", "B", resources="9 registers")], "8 registers  ->  9 registers"),
+        ([row("f_kernel2", "A", "B"), row("other", "Z")], "NEW"),
+        ([row("g", "C")], "GONE"),
+    ):
+        assert not compare_sass.compare(old[:1] if len(new) > 1 or said != "GONE" else old[:2], new), said
+        assert said in capsys.readouterr().out, said
 
 
 def test_gpu_check_without_a_gpu(capsys):
