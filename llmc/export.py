@@ -152,11 +152,11 @@ def export_bin(path, out, dtype):
 
 def pick_tokenizer(config, name):
     """(Tokenizer or None, a line about a missing one or None). name: None for that of the vocabulary's size."""
-    from llmc.data.tokenizer import BYTES_VOCAB, GPT2_VOCAB, tokenizer_for
+    from llmc.data.tokenizer import tokenizer_for, tokenizer_name
 
     if name == "none":
         return None, None
-    if name is None and config.vocab_size not in (BYTES_VOCAB, GPT2_VOCAB):
+    if name is None and tokenizer_name(config.vocab_size) is None:
         return None, f"no tokenizer files: no tokenizer of llmc has {config.vocab_size} tokens, as this model"
     return tokenizer_for(config.vocab_size, name), None
 

@@ -8,11 +8,12 @@ from llmc.command import Parser, add_device_flags, command, natural, number, pos
 WINDOW = 64  # forward passes run at lengths that are multiples of it, so that there are few shapes
 
 
-def generate(model, prompt, count, rng_state, temperature=1.0, top_k=0):
+def generate(model, prompt, count, rng_state, temperature=1.0, top_k=0, n_vocab=None):
     """Yield `count` token ids that continue `prompt` (a non-empty list of ids), drawn by sampler.sample_softmax.
 
     Each token is one forward pass over the last T tokens at most (llm.c's sampling: no cache of keys and values).
     rng_state: xorshift64* state; the same state gives the same tokens.
+    n_vocab: tokens of the tokenizer, where the model may have more: those beyond are never drawn.
     """
     import numpy as np
 
@@ -28,7 +29,7 @@ def generate(model, prompt, count, rng_state, temperature=1.0, top_k=0):
         acts = model.forward(row)
         logits = model.ops.device.download(acts.output[0, len(context) - 1, : model.config.vocab_size])
         coin, rng_state = random_f32(rng_state)
-        ids.append(sample_softmax(logits.astype(np.float32), coin, temperature, top_k))
+        ids.append(sample_softmax(logits.astype(np.float32), coin, temperature, top_k, n_vocab))
         yield ids[-1]
 
 
@@ -62,7 +63,8 @@ def main(argv=None):
     model, _ = loading.open_model(path, args.device, args.dtype, args.threads)
     prompt = tokenizer.encode(args.prompt) if args.prompt else []
     sys.stdout.write(args.prompt)
-    ids = generate(model, [*start_tokens(tokenizer), *prompt], args.tokens, args.seed, args.temperature, args.top_k)
+    prompt, drawn = [*start_tokens(tokenizer), *prompt], (args.temperature, args.top_k, tokenizer.n_vocab)
+    ids = generate(model, prompt, args.tokens, args.seed, *drawn)
     for text in tokenizer.stream(ids):
         sys.stdout.write(text)
         sys.stdout.flush()

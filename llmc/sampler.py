@@ -8,10 +8,11 @@ import numpy as np
 from llmc.errors import UserError
 
 
-def sample_softmax(logits, coin, temperature=1.0, top_k=0):
+def sample_softmax(logits, coin, temperature=1.0, top_k=0, n_vocab=None):
     """Index drawn with probability softmax(logits / temperature): the first whose cumulative sum exceeds the coin.
 
     logits (V,) float32, not changed; coin in [0, 1). temperature 0: the largest logit, the first one of equals.
+    n_vocab: ids from there on are never drawn: those that the model has and its tokenizer has not. None: all can be.
     top_k > 0: only the top_k largest logits, and all equal to the smallest of these, can be drawn; 0: off.
     Sums run as in llm.c, in index order: the normaliser in float64, the cumulative sum in float32. Unlike there the
     largest logit is subtracted first, so that no exponential overflows.
@@ -20,6 +21,7 @@ def sample_softmax(logits, coin, temperature=1.0, top_k=0):
     assert logits.ndim == 1 and logits.dtype == np.float32 and 0 <= coin < 1, (logits.shape, logits.dtype, coin)
     if not 0 <= temperature < np.inf or top_k < 0:
         raise UserError(f"temperature {temperature}, top_k {top_k}: must be >= 0. HINT: 0 is greedy, and no limit")
+    logits = logits[:n_vocab]
     temperature = np.float32(temperature)
     largest = logits.max()
     if not np.isfinite(largest):  # max() propagates NaN; -Inf below the largest is a mask and allowed

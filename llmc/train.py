@@ -259,7 +259,8 @@ def sample(model, tokenizer, args):
     from llmc.generate import generate, start_tokens
 
     start = start_tokens(tokenizer) if tokenizer else [model.config.vocab_size - 1]
-    ids = generate(model, start, args.sample_length - 1, 1337, args.temperature)
+    n_vocab = tokenizer.n_vocab if tokenizer else None
+    ids = generate(model, start, args.sample_length - 1, 1337, args.temperature, n_vocab=n_vocab)
     text = "".join(tokenizer.stream(ids)) if tokenizer else " ".join(str(i) for i in ids)
     return f"generating:\n---\n{text}\n---"
 

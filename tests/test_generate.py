@@ -213,6 +213,22 @@ def test_gpt2_tokens(capsys, monkeypatch):
     assert list(encoded) == [15496, 995]
 
 
+@pytest.mark.parametrize("vocab_size", (50258, 50304))
+def test_ids_that_the_tokenizer_does_not_have_are_never_drawn(vocab_size, capsys):
+    """A token was added to GPT-2's, or its vocabulary padded; the model likes those ids best."""
+    model = fresh_model(16, vocab_size)
+    model.params.wte[:] = 0
+    model.params.lnfb[:] = 1
+    model.params.wte[50257:vocab_size] = 0.1  # their logits: 32 * 0.1; those of all others are 0
+    header = {field: getattr(model.config, field) for field in checkpoint.MODEL_WORDS}
+    checkpoint.write_model("padded.bin", header, model.params_flat)
+    assert next(generate.generate(model, [50256], 1, 1, temperature=0)) >= 50257, "left free, the loop draws them"
+    for flags in (("--temperature", 0), ("--temperature", 1), ("--temperature", 1, "--top-k", 3)):
+        text = run(capsys, "padded.bin", "-g", 8, *flags)
+        assert text == run(capsys, "padded.bin", "-g", 8, *flags, "--tokenizer", "gpt2") != "\n"
+    assert "has 257 tokens, the model" in run(capsys, "padded.bin", "--tokenizer", "bytes", code=2)
+
+
 def test_a_reader_sees_text_as_it_comes(trained, capsys, monkeypatch):
     """The text is flushed token by token: what was drawn before Ctrl-C is there."""
 

@@ -415,6 +415,11 @@ def test_data_of_another_vocabulary_is_refused_at_start(tmp_path):
     with pytest.raises(UserError, match="257 tokens, the model has 50257.*HINT.*--tokenizer"):
         DataLoader(str(path), 2, 8, vocab_size=50257)
     DataLoader(str(path), 2, 8, vocab_size=257)
+    write_shard(path, np.zeros(99, np.uint16), vocab_size=50257)
+    DataLoader(str(path), 2, 8, vocab_size=50304)  # padded, of the same tokenizer
+    for vocab_size in (257, 50256, 51201):
+        with pytest.raises(UserError, match=f"50257 tokens, the model has {vocab_size}"):
+            DataLoader(str(path), 2, 8, vocab_size=vocab_size)
 
 
 def test_file_that_shrinks_while_training(tmp_path):

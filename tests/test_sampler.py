@@ -138,3 +138,10 @@ def test_diverged_model(bad, temperature):
 def test_bad_arguments(kwargs):
     with pytest.raises(UserError, match=f"{next(iter(kwargs.values()))}.*HINT"):
         sample_softmax(np.zeros(4, np.float32), 0.5, **kwargs)
+
+
+@given(LOGITS, COINS, st.integers(1, 300))
+def test_ids_beyond_n_vocab_are_as_if_not_there(logits, coin, n_vocab):
+    for options in (dict(), dict(temperature=0), dict(top_k=3), dict(temperature=0.5)):
+        drawn = sample_softmax(logits, coin, n_vocab=n_vocab, **options)
+        assert drawn == sample_softmax(logits[:n_vocab].copy(), coin, **options) < n_vocab

@@ -10,7 +10,7 @@ import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmc.data.tokenizer import get, read_tokenizer_bin, tokenizer_for, vocabulary, write_tokenizer_bin
+from llmc.data.tokenizer import get, read_tokenizer_bin, tokenizer_for, tokenizer_name, vocabulary, write_tokenizer_bin
 from llmc.errors import UserError
 
 
@@ -89,12 +89,34 @@ def test_unknown_tokenizer_lists_the_known():
 
 
 def test_a_model_s_tokenizer_follows_from_its_vocabulary():
-    assert tokenizer_for(257).name == "bytes" and tokenizer_for(50257).name == "gpt2"
-    assert tokenizer_for(257, "bytes").n_vocab == vocabulary("bytes") == 257 and vocabulary("gpt2") == 50257
-    with pytest.raises(UserError, match="no tokenizer has 300 tokens.*HINT"):
-        tokenizer_for(300)
-    with pytest.raises(UserError, match="gpt2 has 50257 tokens, the model 257.*HINT"):
-        tokenizer_for(257, "gpt2")
+    """Also where tokens were added or the vocabulary was padded: GPT-2's by one, to 128, to 1024."""
+    for size, name in ((257, "bytes"), (50257, "gpt2"), (50258, "gpt2"), (50304, "gpt2"), (51200, "gpt2")):
+        assert tokenizer_name(size) == tokenizer_for(size).name == tokenizer_for(size, name).name == name
+    assert vocabulary("bytes") == get("bytes").n_vocab == 257 and vocabulary("gpt2") == get("gpt2").n_vocab == 50257
+    for size in (1, 256, 258, 500, 50256, 51201, 128256):
+        assert tokenizer_name(size) is None
+    assert tokenizer_for(60000, "gpt2").name == "gpt2"
+
+
+@pytest.mark.parametrize(
+    "size, name, hint",
+    [
+        (257, "gpt2", "gpt2 has 50257 tokens, the model 257. HINT: give --tokenizer bytes"),
+        (50304, "bytes", "bytes has 257 tokens, the model 50304. HINT: give --tokenizer gpt2"),
+        (60000, None, "no tokenizer has 60000 tokens, as this model. HINT: give --tokenizer gpt2"),
+        (500, None, "no tokenizer has 500 tokens, as this model. HINT: llmc has gpt2 50257, bytes 257"),
+        (300, "bytes", "bytes has 257 tokens, the model 300. HINT: llmc has gpt2 50257, bytes 257"),
+        (300, "gpt2", "gpt2 has 50257 tokens, the model 300. HINT: llmc has gpt2 50257, bytes 257"),
+        (300, "words", "unknown tokenizer 'words'"),
+    ],
+)
+def test_hints_about_a_tokenizer_lead_somewhere(size, name, hint):
+    """What a hint says to give works: no two hints send a user in a circle."""
+    with pytest.raises(UserError, match=hint) as error:
+        tokenizer_for(size, name)
+    advised = str(error.value).partition("HINT: give --tokenizer ")[2].rstrip(".")
+    if advised:
+        assert tokenizer_for(size, advised).name == advised
 
 
 def test_gpt2_offline(monkeypatch, tmp_path):

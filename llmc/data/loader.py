@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmc.data.shards import HEADER_BYTES, Dataset, ShardHeader, read_shard_header, shard_paths
+from llmc.data.tokenizer import tokenizer_name
 from llmc.errors import UserError
 from llmc.rand import MT19937, random_permutation
 
@@ -26,8 +27,14 @@ def source_of(source: str | Dataset, vocab_size: int | None) -> tuple[str, int |
 
 
 def check_vocabulary(path: str, header: ShardHeader, vocab_size: int | None) -> None:
-    """UserError for a shard that states another vocabulary than that of the model; None: any will do."""
-    if header.vocab_size and vocab_size and header.vocab_size != vocab_size:
+    """UserError for a shard that states another vocabulary than that of the model; None: any will do.
+
+    A model with more ids than the shard states is fine where both have the same tokenizer.
+    """
+    stated = header.vocab_size
+    if not stated or not vocab_size or stated == vocab_size:
+        return
+    if stated > vocab_size or tokenizer_name(stated) is None or tokenizer_name(stated) != tokenizer_name(vocab_size):
         raise UserError(
             f"{path} was made with a vocabulary of {header.vocab_size} tokens, the model has {vocab_size}. "
             "HINT: prepare the data with the model's tokenizer (--tokenizer)"

@@ -23,6 +23,7 @@ HEADER_BYTES = 1024
 GPT2_VOCAB, GPT2_EOT = 50257, 50256
 BYTES_VOCAB, BYTES_EOT = 257, 256
 NAMES = {"gpt2": GPT2_VOCAB, "bytes": BYTES_VOCAB}
+LARGEST_GPT2_VOCAB = 51200  # GPT-2's, padded to a multiple of 1024: a model with more ids has another tokenizer
 EOT_PIECE = b"<|endoftext|>"
 
 Ids = NDArray[np.uint16]
@@ -85,20 +86,31 @@ def vocabulary(name: str) -> int:
     return NAMES[name] if name in NAMES else get(name).n_vocab
 
 
-def tokenizer_for(vocab_size: int, name: str | None = None) -> Tokenizer:
-    """The tokenizer of a model with this vocabulary: the one named, else the one whose vocabulary has its size.
+def tokenizer_name(vocab_size: int) -> str | None:
+    """The name of the tokenizer whose ids a model with this vocabulary has, or None where that cannot be told.
 
-    Errors: UserError where there is none, or where the one named has another size.
+    A GPT-2 can have more ids than the tokenizer: tokens that were added for fine-tuning, or a vocabulary that was
+    padded to a round number. Text has none of them, and sampling does not draw them (sampler.sample_softmax).
     """
-    if name is None:
-        name = next((known for known, size in NAMES.items() if size == vocab_size), None)
-        if name is None:
-            raise UserError(f"no tokenizer has {vocab_size} tokens, as this model. HINT: give --tokenizer.")
-    found = get(name)
-    if found.n_vocab != vocab_size:
-        have = f"the tokenizer {found.name} has {found.n_vocab} tokens, the model {vocab_size}"
-        raise UserError(f"--tokenizer {found.name}: {have}. HINT: leave --tokenizer out.")
-    return found
+    if vocab_size == BYTES_VOCAB:
+        return "bytes"
+    return "gpt2" if GPT2_VOCAB <= vocab_size <= LARGEST_GPT2_VOCAB else None
+
+
+def tokenizer_for(vocab_size: int, name: str | None = None) -> Tokenizer:
+    """The tokenizer of a model with this vocabulary: the one named, else the one that tokenizer_name finds.
+
+    Errors: UserError where there is none, and for a name whose ids cannot be those of the model.
+    """
+    fitting = tokenizer_name(vocab_size) or ("gpt2" if vocab_size >= GPT2_VOCAB else None)
+    if name in NAMES and name != fitting:
+        wrong = f"--tokenizer {name}: the tokenizer {name} has {NAMES[name]} tokens, the model {vocab_size}"
+    elif name is None and tokenizer_name(vocab_size) is None:
+        wrong = f"no tokenizer has {vocab_size} tokens, as this model"
+    else:
+        return get(name or str(fitting))
+    known = ", ".join(f"{known} {size}" for known, size in NAMES.items())
+    raise UserError(f"{wrong}. HINT: {f'give --tokenizer {fitting}' if fitting else f'llmc has {known}'}.")
 
 
 def _gpt2() -> Tokenizer:
