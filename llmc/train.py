@@ -244,7 +244,7 @@ def score_examples(model, examples, sums):
 
 def validate(model, loader, batches, inputs, targets):
     """Mean loss in nats over the first batches of the validation data."""
-    from llmc.parallel.world import total
+    from llmc.parallel.communicators import total
 
     loader.reset()
     loss = 0.0
@@ -422,13 +422,14 @@ def replay(args):
 
 @command("llmc.train")
 def main(argv=None):
-    from llmc.parallel import world as distributed
+    from llmc.parallel.launch import launched, one_voice, same_flags
+    from llmc.parallel.world import meeting_place, world
 
-    with distributed.one_voice():
+    with one_voice():
         args = parser().parse_args(argv)
         notices = check(args)
         if not (args.replay or args.plan):
-            distributed.world(args)
+            who = world(args.process_count, args.process_rank, args.gpus_per_node)
     if args.replay:
         return replay(args)
     if args.plan:
@@ -437,7 +438,11 @@ def main(argv=None):
         print_plan(args)
         return 0
     start_time = time.perf_counter()
-    with distributed.launched(args) as ranks:
+    place = meeting_place(who, args.nccl_init_method, args.server_ip, args.fs_path)
+    with launched(who, place, args.device) as ranks:
+        if ranks:
+            args.process_count, args.process_rank = ranks.size, ranks.rank
+            same_flags(ranks, {k: v for k, v in vars(args).items() if k not in ("process_rank", "threads")})
         return run(args, notices, ranks, start_time)
 
 
@@ -450,23 +455,24 @@ def run(args, notices, ranks, start_time):
     import numpy as np
 
     from llmc import devices, evaluate, gpt2, loading, rungs
-    from llmc.parallel import world as distributed
+    from llmc.parallel import launch
+    from llmc.parallel.communicators import total
     from llmc.training import memory, mfu, schedulers
     from llmc.training.logger import Display, Logger, step_line
     from llmc.training.loss_scaler import LossScaler
     from llmc.training.outlier_detector import OutlierDetector
 
     schedulers.check(args.lr_scheduler)
-    ops, device, device_line, sums = distributed.pick_device(args, ranks)
+    ops, device, device_line, sums = launch.pick_device(args.device, args.threads, ranks)
     rank, P = (ranks.rank, ranks.size) if ranks else (0, 1)
     default_job = fill_defaults(args, device)
-    args.output_dir = distributed.on_rank0(ranks, lambda: args.output_dir)
+    args.output_dir = launch.on_rank0(ranks, lambda: args.output_dir)
     gpu = mfu.current_gpu() if device == "cuda" else None
     peak = mfu.peak_flops(*gpu[:2], args.dtype) if gpu else None
     gpu_stats = open_gpu_stats(args, gpu)
     dtype = devices.model_dtype(args.dtype)
-    data_line = distributed.rank0_first(ranks, lambda: prepare_data(args, default_job))
-    resume_step = distributed.on_rank0(ranks, lambda: check_output_dir(args))
+    data_line = launch.rank0_first(ranks, lambda: prepare_data(args, default_job))
+    resume_step = launch.on_rank0(ranks, lambda: check_output_dir(args))
     config, model_path = model_config(args, resume_step)
     if resume_step is not None:
         check_resume(args, resume_step, config, dtype)
@@ -494,7 +500,7 @@ def run(args, notices, ranks, start_time):
     needs = memory.needs_of(config, ops, T, dtype, **precision)
     plan_bytes = needs(B, args.recompute)
     print(memory.plan_text(plan, ops, dtype))
-    limits = memory.limits(args, config, ops, T, dtype, P, sharing=distributed.ranks_here(ranks, device))
+    limits = memory.limits(args, config, ops, T, dtype, P, sharing=launch.ranks_here(ranks, device))
     memory.check(needs, B, T, args.recompute, *limits)
     baseline = peak_memory()
     each = "1 micro-step" if micro_steps == 1 else f"{micro_steps} micro-steps"
@@ -527,7 +533,7 @@ def run(args, notices, ranks, start_time):
     with contextlib.closing(Display(steps, live, first)) as display, contextlib.closing(Interrupt()) as interrupt:
         for step in range(first, steps + 1):
             last = step == steps
-            stop = distributed.total(sums, interrupt.seen) > 0
+            stop = total(sums, interrupt.seen) > 0
 
             if args.val_loss_every and (step % args.val_loss_every == 0 or last):
                 batches = all_val_batches if default_job and last else val_batches

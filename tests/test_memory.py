@@ -15,7 +15,7 @@ from llmc import cpu, cuda, evaluate, generate, gpt2, train
 from llmc.data.shards import write_shard
 from llmc.errors import UserError
 from llmc.gpt2 import GPT2, GPT2Config
-from llmc.parallel import world as distributed
+from llmc.parallel import launch
 from llmc.training import flags, memory
 
 GIB, MIB = 2**30, 2**20
@@ -135,7 +135,7 @@ def test_budgets(monkeypatch):
 
 def test_ranks_of_a_machine_share_its_memory(monkeypatch):
     ranks = SimpleNamespace(rank=0, exchange=lambda value: [value, value, "another machine"])
-    assert [distributed.ranks_here(r, d) for r, d in ((ranks, "cpu"), (ranks, "cuda"), (None, "cpu"))] == [2, 1, 1]
+    assert [launch.ranks_here(r, d) for r, d in ((ranks, "cpu"), (ranks, "cuda"), (None, "cpu"))] == [2, 1, 1]
     monkeypatch.setattr(cpu.device, "memory", lambda: (0, 3 * GIB))
     args = SimpleNamespace(memory=None, total_batch_size=1200)
     assert memory.limits(args, CONFIG, cpu, 10, "float32", P=3, sharing=2)[::2] == (1.5 * GIB, 40)

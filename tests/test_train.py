@@ -399,7 +399,7 @@ def test_help_is_fast():
     assert done.returncode == 0 and "argparse" in imported
     heavy = [n for n in imported if n.split(".")[0] in ("numpy", "tiktoken", "tqdm", "threadpoolctl", "cupy", "torch")]
     light = {"llmc.errors", "llmc.command", "llmc.devices", "llmc.training", "llmc.training.flags", "llmc.parallel"}
-    light.add("llmc.parallel.world")
+    light |= {"llmc.parallel.launch", "llmc.parallel.world"}
     assert not heavy and {n for n in imported if n.startswith("llmc.")} <= light, imported
     assert all(flag in done.stdout for letter, name, *_ in FLAGS for flag in (letter, name) if flag)
 

@@ -150,16 +150,17 @@ class Ranks:
     A thread answers the hub meanwhile: when another rank fails, it ends this process, whatever it is waiting for.
     """
 
-    def __init__(self, rank, size, local_rank, where, connect=CONNECT, silence=SILENCE):
-        self.rank, self.size, self.local_rank, self.arrays = rank, size, local_rank, None  # arrays: an Mpi or Nccl
+    def __init__(self, who, place, connect=CONNECT, silence=SILENCE):
+        self.rank, self.size, self.local_rank, *_ = who
+        self.communicator = None  # an Mpi or Nccl, which launch.py makes
         self.replies, self.lock, self.closed = queue.SimpleQueue(), threading.Lock(), threading.Event()
-        self.sock, self.lines = find_hub(rank, size, where, connect, silence)
+        self.sock, self.lines = find_hub(who.rank, who.size, place, connect, silence)
         self.sock.settimeout(silence)
         for work in (self._listen, self._beat):
             threading.Thread(target=work, daemon=True, name="llmc.ranks").start()
         self.barrier()
-        if where[0] == "fs" and rank == 0:
-            os.remove(where[1])
+        if place.method == "fs" and who.rank == 0:
+            os.remove(place.path)
 
     def _send(self, message):
         with self.lock:
@@ -201,8 +202,8 @@ class Ranks:
     def close(self):
         """The end of a run that went well, on all ranks."""
         self.barrier()
-        if self.arrays:
-            self.arrays.close()
+        if self.communicator:
+            self.communicator.close()
         self.closed.set()
         with contextlib.suppress(OSError):
             self._send({"bye": 1})
@@ -229,8 +230,8 @@ def leave(code):
     os._exit(code)
 
 
-def find_hub(rank, size, where, connect=CONNECT, silence=SILENCE):
-    """(socket to the hub, the lines it sends). On rank 0 the hub is started first. where: meeting_place()'s.
+def find_hub(rank, size, place, connect=CONNECT, silence=SILENCE):
+    """(socket to the hub, the lines it sends). On rank 0 the hub is started first. place: where they meet.
 
     A file that an earlier run left leads to a closed port, or to a hub that wants another token: it is read again
     until rank 0 has replaced it.
@@ -238,23 +239,23 @@ def find_hub(rank, size, where, connect=CONNECT, silence=SILENCE):
     import secrets
 
     token, hosts, port = "", [], 0
-    if where[0] == "tcp":
-        hosts, port = [where[1]], where[2]
-    if where[0] == "mpi":
-        from llmc.parallel.world import import_mpi
+    if place.method == "tcp":
+        hosts, port = [place.host], place.port
+    if place.method == "mpi":
+        from llmc.parallel.communicators import import_mpi
 
         comm = import_mpi(size).COMM_WORLD
     if rank == 0:
-        token = "" if where[0] == "tcp" else secrets.token_hex(8)
+        token = "" if place.method == "tcp" else secrets.token_hex(8)
         hosts, port = addresses(), start_hub(size, token, port=port, connect=connect, silence=silence)
-    if where[0] == "mpi":
+    if place.method == "mpi":
         token, hosts, port = comm.bcast((token, hosts, port))
-    elif where[0] == "fs" and rank == 0:
-        write_place(where[1], token, hosts, port)
+    elif place.method == "fs" and rank == 0:
+        write_place(place.path, token, hosts, port)
     deadline = time.monotonic() + connect
     while True:
-        if where[0] == "fs" and rank:
-            token, hosts, port = read_place(where[1])
+        if place.method == "fs" and rank:
+            token, hosts, port = read_place(place.path)
         for host in hosts:
             with contextlib.suppress(OSError, ValueError):
                 sock = socket.create_connection((host, port), timeout=10)
@@ -266,7 +267,7 @@ def find_hub(rank, size, where, connect=CONNECT, silence=SILENCE):
                     leave(answer["stop"])
                 return sock, lines
         if time.monotonic() > deadline:
-            at = where[1] if where[0] == "fs" else f"{hosts[0]} port {port}"
+            at = place.path if place.method == "fs" else f"{hosts[0]} port {port}"
             raise UserError(f"rank {rank} did not find rank 0 within {connect:.0f} s: {at}. HINT: is rank 0 running?")
         time.sleep(0.2)
 

@@ -110,11 +110,11 @@ def print_plan(args):
     """
     from llmc import gpt2, train
     from llmc.devices import model_dtype
-    from llmc.parallel import world as distributed
+    from llmc.parallel.world import world
     from llmc.training.flags import fill_defaults
 
     if args.process_count is None:
-        rank, args.process_count, *_ = distributed.world(args)
+        rank, args.process_count, *_ = world(args.process_count, args.process_rank, args.gpus_per_node)
         if rank > 0:
             return
     ops, device, line = plan_device(args)
