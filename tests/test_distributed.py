@@ -146,7 +146,10 @@ def test_errors_are_one_line(shards, tmp_path):
         (start(1, *different), "rank 1 was started with --seed 43, rank 0 with --seed 42. HINT: the flags"),
         (start(3, *both), "-d 512 is not a multiple of -b 2 x -t 32 x 3 processes = 192. HINT: -d 192."),
         (start(3, *both, "-d", "192", "-o", str(shards / "val.bin" / "x")), "-o "),  # rank 0 alone finds out
-        (start(0, *both, RANK="0", WORLD_SIZE="2"), "this process is one of 2, but MPI sees 1. HINT: the CPU op set"),
+        (
+            start(0, *both, RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1"),
+            "this process is one of 2, but MPI sees 1. HINT: the CPU op set",
+        ),
         (start(0, *both, "-pn", "2"), "-pn 2 needs -pr, the rank of this process. HINT: mpirun -n 2 tells both."),
     ]
     for done, text in cases:

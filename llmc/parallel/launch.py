@@ -119,10 +119,10 @@ def pick_device(wanted: str, threads: int | None, ranks: "Ranks | None") -> "tup
     if wanted != "cpu":
         choose_gpu(ranks.local_rank)
     ops, device, line = devices.pick_device(wanted, threads or threads_each(ranks))
-    devices = ranks.exchange(device)
-    for rank, other in enumerate(devices):
-        if other != devices[0]:
-            raise UserError(f"rank {rank} would run on {other}, rank 0 on {devices[0]}. HINT: give --device.")
+    picked = ranks.exchange(device)
+    for rank, other in enumerate(picked):
+        if other != picked[0]:
+            raise UserError(f"rank {rank} would run on {other}, rank 0 on {picked[0]}. HINT: give --device.")
     return ops, device, line, communicator(ranks, device)
 
 
