@@ -37,6 +37,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llmc import gpt2
+from llmc.cuda import ladder
 from llmc.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,7 +67,7 @@ class Case(NamedTuple):
     naive   a NumPy function of no arguments: the peer on a CPU. None: there is none
     peers   () -> {name: (function, "torch")}, called where PyTorch can be imported; None for what is absent
     ulps    roundings to the output's precision that a right result may be off by
-    rungs   None: all, or the version numbers to run besides the public function
+    rungs   None: all, or the numbers of those to run besides the public function
     """
 
     op: str
@@ -363,22 +364,17 @@ def quantiles(ms):
 # rungs and peers
 
 
-def versions(ops, op, dtype_name):
-    """[(label, function)]: the rungs of llmc/cuda that the dtype has, and the public function, marked as production."""
+def rungs_of(ops, op, dtype_name):
+    """[(label, function)]: the rungs of the ladder that the dtype and the GPU have, and the public function. "4" is the
+    label of rung 4, "4 production" that of the one which is the public function; "production" is a public function that
+    chooses among rungs."""
     file = next(name for name in OPS if hasattr(importlib.import_module(f"{ops.__name__}.{name}"), op))
-    module = importlib.import_module(f"{ops.__name__}.{file}")
-    public = getattr(module, op)
+    public = getattr(importlib.import_module(f"{ops.__name__}.{file}"), op)
     if ops.__name__ == "llmc.cpu":
         return [("llmc.cpu", public)]
-    numbers = sorted(int(n[len(op) :]) for n in dir(module) if re.fullmatch(rf"{op}\d+", n))
-    if dtype_name == "fp32":
-        numbers = [n for n in numbers if n not in getattr(module, "SIXTEEN_BIT", ())]
-    if ops.module.capability() != 90:
-        numbers = [n for n in numbers if n not in getattr(module, "HOPPER", ())]
-    found = [(str(n), getattr(module, f"{op}{n}")) for n in numbers]
-    if any(function is public for _, function in found):
-        return [(label + " production" * (function is public), function) for label, function in found]
-    return [*found, ("production", public)]
+    rungs = [rung for rung in ladder.of(op) if ladder.why_not(rung, dtype_name) is None]
+    found = [(f"{rung.number}" + " production" * (rung.call is public), rung.call) for rung in rungs]
+    return found if any(rung.call is public for rung in rungs) else [*found, ("production", public)]
 
 
 def numpy_only(function, *arrays):
@@ -500,16 +496,16 @@ def failure(b, case, label, error):
     text = " ".join(text.split())
     if not b.keep_going:
         sys.exit(text)
-    return {"op": case.op, "shape": case.shape, "dtype": b.dtype_name, "version": label, "failed": text}
+    return {"op": case.op, "shape": case.shape, "dtype": b.dtype_name, "name": label, "failed": text}
 
 
 def count_case(b, case):
     """Checks every rung and counts its traffic -> list of result dictionaries, printed as a table."""
     print(f"\n{case.op}  {case.shape} {b.dtype_name} | at least {case.bytes / 1e3:.1f} kB")
     heads = ("launches", "requests", "read kB", "written kB", "x least", "sectors/req", "coalesced%", "conflicts%")
-    print(f"{'version':<24}" + "".join(f"{h:>12}" for h in heads))
+    print(f"{'rung':<24}" + "".join(f"{h:>12}" for h in heads))
     results, want, saved = [], case.want(), {name: case.args[name].copy() for name in case.adds.split()}
-    for label, function in versions(b.ops, case.op, b.dtype_name):
+    for label, function in rungs_of(b.ops, case.op, b.dtype_name):
         try:
             with importlib.import_module("llmc.simt").mode(orders=("forward",)):  # races are for the tests to find
                 check(case, label, function, saved, want)
@@ -521,7 +517,7 @@ def count_case(b, case):
         kilo = "".join(f"{r[k] / 1e3:>12.1f}" for k in ("read", "written"))
         exact = f"{r['ratio']:>12.3f}{r['sectors']:>12.2f}{r['coalescing']:>12.1f}{r['conflicts']:>12.1f}"
         print(f"{label:<24}{r['launches']:>12}{r['requests']:>12}{kilo}{exact}")
-        results.append({"op": case.op, "shape": case.shape, "dtype": b.dtype_name, "version": label} | r)
+        results.append({"op": case.op, "shape": case.shape, "dtype": b.dtype_name, "name": label} | r)
     return results
 
 
@@ -534,7 +530,7 @@ def run_case(b, case):
     want = case.want()
     saved = {name: case.args[name].copy() for name in case.adds.split()}
     rows, results = [], []
-    for label, function in versions(b.ops, case.op, b.dtype_name):
+    for label, function in rungs_of(b.ops, case.op, b.dtype_name):
         if case.rungs is not None and label.isdigit() and int(label) not in case.rungs:
             continue
         try:
@@ -555,7 +551,7 @@ def run_case(b, case):
         rows += [Row(name, call, case.bytes, case.flops, "torch") for name, call in peers.items()]
     floor = b.limit_us(case.bytes, case.flops)
     for row in rows:
-        result = {"op": case.op, "shape": case.shape, "dtype": b.dtype_name, "version": row.name}
+        result = {"op": case.op, "shape": case.shape, "dtype": b.dtype_name, "name": row.name}
         if row.call is None:
             results.append(result | {"absent": True})
             continue
@@ -580,22 +576,22 @@ def bind(function, args):
     return lambda: function(*values)
 
 
-def find(results, version):
-    return next((r for r in results if r["version"] == version and "p50" in r), None)
+def find(results, name):
+    return next((r for r in results if r["name"] == name and "p50" in r), None)
 
 
 def print_table(case, results, floor):
     print(f"\n{case.op}  {case.shape} | {case.bytes / 1e6:.1f} MB, {case.flops / 1e9:.1f} GFLOP | limit {floor:.1f} us")
     heads = ("us p50", "p20", "p80", "GB/s", "TFLOP/s", "% limit", "x torch", "x compile")
-    print(f"{'version':<24}" + "".join(f"{h:>11}" for h in heads))
+    print(f"{'rung':<24}" + "".join(f"{h:>11}" for h in heads))
     eager, comp = find(results, "torch"), find(results, "torch.compile")
     for r in results:
         if "p50" not in r:
             why = f"FAILED  {r['failed']}" if "failed" in r else f"{'absent':>11}  {r.get('why', '')}"
-            print(f"{r['version']:<24}{why}")
+            print(f"{r['name']:<24}{why}")
             continue
         ratios = "".join(f"{peer['p50'] / r['p50']:>11.2f}" if peer else f"{'-':>11}" for peer in (eager, comp))
-        name = r["version"] + "*" * r["graph"]
+        name = r["name"] + "*" * r["graph"]
         times = "".join(f"{r[q]:>11.1f}" for q in ("p50", "p20", "p80"))
         print(f"{name:<24}{times}{r['GBs']:>11.0f}{r['TFLOPs']:>11.2f}{r['limit']:>11.1f}{ratios}")
 
@@ -606,9 +602,9 @@ BRIEF_HEAD = f"{'op':<24}{'shape':<29}{'rung':<13}{'us p50':>9}{'% limit':>9}{'%
 def print_brief(case, results, floor):
     """The production rung and those that take up to 1.3 times as long as the fastest; what failed; what to change.
     % copy: of the speed of a copy of as many bytes."""
-    ours = [r for r in results if re.fullmatch(r"\d+|(\d+ )?production|llmc.cpu", r["version"]) and "p50" in r]
+    ours = [r for r in results if re.fullmatch(r"\d+|(\d+ )?production|llmc.cpu", r["name"]) and "p50" in r]
     fastest, copy = min(ours, key=lambda r: r["p50"], default=None), find(results, "copy of as many bytes")
-    production = next((r for r in ours if not r["version"].isdigit()), None)
+    production = next((r for r in ours if not r["name"].isdigit()), None)
     name = f"{case.op:<24}{case.shape[:28]:<29}"
     for r in ours:
         if r is not production and r["p50"] > 1.3 * fastest["p50"]:
@@ -617,8 +613,8 @@ def print_brief(case, results, floor):
         note = ""
         if r is fastest and production and r["p80"] < production["p20"]:  # by more than the spread of both
             gain = 100 * (production["p50"] / r["p50"] - 1)
-            note = f"  <- production to {r['version']}: +{gain:.0f} %"
-        print(f"{name}{r['version']:<13}{r['p50']:>9.1f}{r['limit']:>9.1f}{same}{note}", flush=True)
+            note = f"  <- production to {r['name']}: +{gain:.0f} %"
+        print(f"{name}{r['name']:<13}{r['p50']:>9.1f}{r['limit']:>9.1f}{same}{note}", flush=True)
         name = f"{'':<53}"
     for r in results:
         if "failed" in r:
@@ -638,7 +634,7 @@ def software(b):
 
 
 def csv_rows(b, results):
-    """A row for each timed version."""
+    """A row for each time: of a rung or of a peer."""
     common = {"bench": "op", "date": datetime.date.today().isoformat(), "commit": commit(), "mode": MODE}
     common |= {"device": b.description.split(",")[0], "software": software(b)} | b.ceilings
     names = {q: f"us_{q}" for q in ("p50", "p20", "p80")} | {"calls": None, "graph": None}
@@ -665,11 +661,11 @@ def compare(old, results):
     """Prints what is faster or slower than in an earlier CSV by more than the spread of both (p20 to p80)."""
     with open(old, newline="") as file:
         rows = [r for r in csv.DictReader(file) if r["bench"] == "op"]
-    before = {tuple(r[k] for k in ("op", "shape", "dtype", "version")): r for r in rows}
+    before = {tuple(r[k] for k in ("op", "shape", "dtype", "name")): r for r in rows}
     moved = 0
     print(f"\nmoved against {old}:")
     for r in results:
-        was = before.get(tuple(r[k] for k in ("op", "shape", "dtype", "version")))
+        was = before.get(tuple(r[k] for k in ("op", "shape", "dtype", "name")))
         if was is None or "p50" not in r:
             continue
         faster, slower = r["p80"] < float(was["us_p20"]), r["p20"] > float(was["us_p80"])
@@ -677,7 +673,7 @@ def compare(old, results):
             moved += 1
             change = f"{float(was['us_p50']):.1f} -> {r['p50']:.1f} us"
             ratio = float(was["us_p50"]) / r["p50"]
-            name = f"{r['op']} {r['version']} ({r['shape']})"
+            name = f"{r['op']} {r['name']} ({r['shape']})"
             how = was["commit"] + ("" if was.get("mode") == MODE else ", timed otherwise")
             print(f"  {'faster' if faster else 'SLOWER'}  {name:<70} {change}, x {ratio:.2f}, was {how}")
     print(f"  {moved} moved, the rest is within the noise")
@@ -733,7 +729,7 @@ def main(*modules, argv=None, description=None, keep_going=False):
                 raise
             text = " ".join(f"{module.__name__}: {type(error).__name__}: {error}".split())
             print(f"FAILED  {text}", flush=True)
-            results.append({"op": module.__name__, "shape": "", "version": "", "failed": text})
+            results.append({"op": module.__name__, "shape": "", "name": "", "failed": text})
     if args.compare and not b.executor:
         compare(args.compare, results)
     if args.csv and not b.executor:

@@ -18,7 +18,7 @@ def summary(results):
         cases.setdefault((r["op"], r["shape"]), []).append(r)
     print(f"\n{'op':<24}{'shape':<36}{'production':>14}{'us p50':>12}{'% limit':>10}{'x torch':>10}{'x compile':>12}")
     for (op, shape), rows in cases.items():
-        own = next((r for r in rows if r["version"].endswith(("production", "llmc.cpu")) and "p50" in r), None)
+        own = next((r for r in rows if r["name"].endswith(("production", "llmc.cpu")) and "p50" in r), None)
         if own is None:
             print(f"{op:<24}{shape[:35]:<36}{'FAILED':>14}")
             continue
@@ -26,7 +26,7 @@ def summary(results):
         for name, width in (("torch", 10), ("torch.compile", 12)):
             peer = bench.find(rows, name)
             ratios += f"{peer['p50'] / own['p50']:>{width}.2f}" if peer else f"{'absent':>{width}}"
-        label = own["version"].replace("production", "").strip() or "by dtype"
+        label = own["name"].replace("production", "").strip() or "by dtype"
         print(f"{op:<24}{shape[:35]:<36}{label:>14}{own['p50']:>12.1f}{own['limit']:>10.1f}{ratios}")
 
 

@@ -33,7 +33,8 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from dev import bench, roofline
-from llmc import gpt2, rungs
+from llmc import gpt2
+from llmc.cuda import ladder
 from llmc.errors import UserError
 
 # The rate is small so that large models, too, can do without warm-up: their losses are compared at every step.
@@ -189,8 +190,8 @@ def start_table(B, T, model, device):
             env = dict.fromkeys(variables, folder)
             for state in ("cold", "warm"):
                 first, tenth = start_times(command, env)
-                rows.append(dict(version=f"{name}, {state} cache", first_s=round(first, 2), tenth_s=round(tenth, 2)))
-                print(f"{rows[-1]['version']:<24}{first:>12.2f}{tenth:>12.2f}", flush=True)
+                rows.append(dict(name=f"{name}, {state} cache", first_s=round(first, 2), tenth_s=round(tenth, 2)))
+                print(f"{rows[-1]['name']:<24}{first:>12.2f}{tenth:>12.2f}", flush=True)
     return rows
 
 
@@ -220,7 +221,7 @@ def trainers(b, args):
             if setting in ("recompute=0", "recompute=1", "recompute=2"):
                 recompute = int(setting[-1])
             else:
-                rungs.use(ops, setting, b.dtype_name, b.C // b.NH)
+                ladder.use(ops, setting, b.dtype_name, b.C // b.NH)
         weights = b.ops.device.download(found["llmc"].model.params_flat)
         found[text] = Ours(b, recompute, graphs, ops, weights)
     if args.no_peers:
@@ -291,7 +292,7 @@ def run(args):
     if device == "cuda":
         b.ops.device.stream().use()  # ours, where graphs can be captured; each step ends with a wait
     for text in args.kernel:
-        rungs.use(b.ops, text, b.dtype_name, b.C // b.NH)
+        ladder.use(b.ops, text, b.dtype_name, b.C // b.NH)
     batches = []
     for _ in range(8):
         tokens = b.draw_tokens((B, T + 1))
@@ -340,16 +341,16 @@ def run(args):
         ratio = q["ms_p50"] / rows[0]["ms_p50"] if rows else 1.0
         numbers = f"{rate:>11.0f}{mfu:>11.1f}{100 * share / matmul:>11.1f}{gib:>11.2f}{ratio:>11.2f}"
         print(f"{name:<{width}}{q['ms_p50']:>11.2f}{q['ms_p20']:>11.2f}{q['ms_p80']:>11.2f}{numbers}")
-        version = f"llmc {name}" if name in args.variant else name
-        version += "".join(f" {k}" for k in args.kernel) * (name == "llmc")
+        label = f"llmc {name}" if name in args.variant else name
+        label += "".join(f" {k}" for k in args.kernel) * (name == "llmc")
         mfu, gib = (None if math.isnan(x) else x for x in (round(mfu, 1), round(gib, 2)))  # JSON has no NaN
-        own = dict(version=version, tokens_per_second=round(rate), mfu=mfu, GiB=gib)
+        own = dict(name=label, tokens_per_second=round(rate), mfu=mfu, GiB=gib)
         rows.append(dict(bench="step", **common, **own, **q))
     count = launches(peers["llmc"], batches[0])
     print("x: how many times longer than llmc" + (f" | llmc: {count} launches a step" if count else ""))
     if args.ops:
         times = print_op_times(b, op_times(peers["llmc"], batches), args.recompute)
-        rows += [dict(bench="step_op", **common, version="llmc", **row) for row in times]
+        rows += [dict(bench="step_op", **common, name="llmc", **row) for row in times]
     if args.csv:
         bench.append_rows(args.csv, rows)
     print(json.dumps({**common, "launches": count, "rows": [{k: r[k] for k in r if k not in common} for r in rows]}))

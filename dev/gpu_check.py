@@ -145,7 +145,7 @@ def speed(args, rows):
         used = cupy.get_default_memory_pool().used_bytes() / 2**20
         times = f"{q['ms_p50']:>10.2f}{q['ms_p20']:>10.2f}{q['ms_p80']:>10.2f}"
         print(f"{B:<6}{times}{rate:>12.0f}{mfu:>8.1f}{plan:>12.0f}{used:>12.0f}", flush=True)
-        common = dict(bench="step", version="llmc", model="d12", dtype="bf16", B=B, T=1024, mode="graph", recompute=1)
+        common = dict(bench="step", name="llmc", model="d12", dtype="bf16", B=B, T=1024, mode="graph", recompute=1)
         measured = dict(tokens_per_second=round(rate), mfu=round(mfu, 1), plan_MiB=round(plan), device_MiB=round(used))
         rows.append(common | q | measured)
         del model
@@ -159,7 +159,7 @@ def ops(args, rows):
     print(f"measured now: copy {b.ceilings['copy_GBs']:.0f} GB/s, matmul {b.ceilings['matmul_TFLOPs']:.0f} TFLOP/s")
     ours = bench_step.Ours(b, 1, False)
     times = bench_step.print_op_times(b, bench_step.op_times(ours, draw(b.config, 4, 32, 1024)), 1)
-    common = dict(bench="step_op", version="llmc", model="d12", dtype="bf16", B=32, T=1024, recompute=1, **b.ceilings)
+    common = dict(bench="step_op", name="llmc", model="d12", dtype="bf16", B=32, T=1024, recompute=1, **b.ceilings)
     rows += [common | row for row in times]
     print(f"launches in a step: {bench_step.launches(ours, draw(b.config, 1, 32, 1024)[0])}")
 
@@ -173,7 +173,7 @@ def start(args, rows):
             command = [sys.executable, "-m", "llmc.train", "--device", "cuda", *flags]
             first, tenth = bench_step.start_times(command, {"CUPY_CACHE_DIR": f"{folder}/kernels"})
             print(f"{state:<12}{first:>12.2f}{tenth:>12.2f}", flush=True)
-            rows.append(dict(bench="start", version=f"llmc, {state} cache", first_s=round(first, 2), tenth_s=tenth))
+            rows.append(dict(bench="start", name=f"llmc, {state} cache", first_s=round(first, 2), tenth_s=tenth))
 
 
 def rungs(args, rows):
@@ -272,7 +272,7 @@ def run(args, rows, model="d12", B=16, T=1024, steps=20, every=5, device="cuda",
             "transformers is absent" if worst is None else f"largest difference to transformers' {100 * worst:.4f} %"
         )
         print(f"evaluated: val loss {loss:.6f}, in training {losses[-1]:.6f}; exported: logits, {compared}")
-    row = dict(bench="run", version="llmc", model=model, dtype="bf16" if device == "cuda" else "fp32", B=B, T=T)
+    row = dict(bench="run", name="llmc", model=model, dtype="bf16" if device == "cuda" else "fp32", B=B, T=T)
     row |= dict(steps=steps, seconds=round(seconds, 1), resumed_s=round(resumed, 1), val_loss=loss)
     row |= dict(tokens_per_second=round(statistics.median(rates)), bit_equal="yes" if equal else "no")
     rows.append(row | dict(difference="absent" if worst is None else round(worst, 7)))

@@ -454,7 +454,8 @@ def run(args, notices, ranks, start_time):
     # what is wrong with the flags or files is found here, before anything is allocated
     import numpy as np
 
-    from llmc import devices, evaluate, gpt2, loading, rungs
+    from llmc import devices, evaluate, gpt2, loading
+    from llmc.cuda import ladder
     from llmc.parallel import launch
     from llmc.parallel.communicators import total
     from llmc.training import memory, mfu, schedulers
@@ -477,7 +478,7 @@ def run(args, notices, ranks, start_time):
     if resume_step is not None:
         check_resume(args, resume_step, config, dtype)
     for text in args.kernel:
-        rungs.use(ops, text, args.dtype, config.channels // config.num_heads)
+        ladder.use(ops, text, args.dtype, config.channels // config.num_heads)
     B, T = args.batch_size, args.sequence_length or min(1024, config.max_seq_len)
     total_batch, micro_steps = total_batch_of(args, B, T, P)
     train_loader, val_loader = open_data(args, config, B, T, rank, P)

@@ -3,10 +3,9 @@
     @pytest.mark.op("layernorm_forward", shapes=[(2, 3, 16)], big=[(2, 65, 768)], cpu=[(2, 3, 5)])
     def test_forward(op, shape): ...
 
-runs once for every op set, dtype, rung (layernorm_forward1, layernorm_forward2, ... in llmc/cuda) and shape: `shapes`
-on every op set, `big` not on the executor, `cpu` on the cpu set alone. dtypes=("bf16",), sets=("cpu",) and rungs=(4,)
-restrict it, public=True leaves the rungs out. A public name that chooses among rungs gets the last shape only: they get
-them all.
+runs once for every op set, dtype, rung (the table RUNGS of llmc/cuda/ladder) and shape: `shapes` on every op set, `big`
+not on the executor, `cpu` on the cpu set alone. dtypes=("bf16",), sets=("cpu",) and rungs=(4,) restrict it, public=True
+leaves the rungs out. A public function that chooses among rungs gets the last shape only: they get them all.
 `op` is then called with NumPy arrays, wherever it runs. Each call is a test of its own, see Op.__call__.
 The fixture `ops` is the op set as a module, for tests of more than one op.
 """
@@ -16,7 +15,6 @@ import functools
 import importlib
 import importlib.util
 import inspect
-import re
 import shutil
 from pathlib import Path
 
@@ -25,6 +23,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from reference import DTYPES, OPS, assert_bits, file_of
+
+from llmc.cuda import ladder
 
 ROOT = Path(__file__).resolve().parents[1]
 SETS = ("cpu", "executor", "gpu")
@@ -92,22 +92,17 @@ def pytest_testnodedown(node, error):
         node.config.pluginmanager.getplugin("terminalreporter").write_line("\n" + table)
 
 
-def versions(kind, dtype, name):
-    """Names to test: every numbered rung in llmc/cuda, and the public name unless it is an alias of a rung.
-    SIXTEEN_BIT = (4, 5) in a file lists the rungs that bf16 and fp16 alone have, HOPPER = (6, 7) those that need a GPU
-    of capability 9.0. On the executor, where these take long, they run in bf16: fp16 changes nothing but conversions
-    that they share with the other rungs."""
-    path = ROOT / "llmc" / "cuda" / f"{file_of(name)}.py"
-    if kind == "cpu" or not path.exists():
-        return [name]
-    source = path.read_text()  # read, not imported: collecting tests needs no CuPy
-    rungs = {int(n) for n in re.findall(rf"^(?:def )?{name}(\d+)\b", source, re.M)}
-    left_out = ["SIXTEEN_BIT"] * (dtype == "fp32") + ["HOPPER"] * (dtype == "fp16" and kind == "executor")
-    for names in left_out:
-        numbers = re.search(rf"^{names} = \(([\d, ]*)\)", source, re.M)
-        rungs -= {int(n) for n in re.findall(r"\d+", numbers.group(1))} if numbers else set()
-    alias = re.search(rf"^{name} = {name}\d+\b", source, re.M)
-    return [f"{name}{n}" for n in sorted(rungs)] + ([] if alias else [name])
+def rungs_to_test(kind, dtype, name):
+    """The rungs of an op that a dtype has, and None for the public function where that is not one of them. The executor
+    takes long for those of Hopper: it runs them in bf16, since fp16 changes nothing but conversions that they share
+    with the other rungs."""
+    if kind == "cpu":
+        return [None]
+    rungs = [rung for rung in ladder.of(name) if dtype in rung.dtypes]
+    if kind == "executor" and dtype == "fp16":
+        rungs = [rung for rung in rungs if rung.arch is None]
+    public = getattr(importlib.import_module("llmc.cuda"), name)
+    return [*rungs, *([] if any(rung.call is public for rung in rungs) else [None])]
 
 
 def pytest_generate_tests(metafunc):
@@ -126,17 +121,17 @@ def pytest_generate_tests(metafunc):
         for dtype in options.get("dtypes", DTYPES):
             if kind == "cpu" and dtype != "fp32":
                 continue
-            names = [name] if options.get("public") else versions(kind, dtype, name)
+            rungs = [None] if options.get("public") else rungs_to_test(kind, dtype, name)
             if "rungs" in options:
-                names = [n for n in names if n in [f"{name}{rung}" for rung in options["rungs"]]]
-            for version in names:
-                label = f"{kind}-{dtype}" + (f"-{version}" if kind != "cpu" else "")
+                rungs = [rung for rung in rungs if rung and rung.number in options["rungs"]]
+            for rung in rungs:
+                label = f"{kind}-{dtype}" + (f"-{name}{rung.number if rung else ''}" if kind != "cpu" else "")
                 if "shape" not in metafunc.fixturenames:
-                    add(label, (kind, dtype, name, version))
+                    add(label, (kind, dtype, name, rung))
                     continue
-                for shape in shapes[-1:] if version == name and len(names) > 1 else shapes:
+                for shape in shapes[-1:] if rung is None and len(rungs) > 1 else shapes:
                     size = "x".join(map(str, shape))
-                    add(f"{label}-{size}", (kind, dtype, name, version), shape)
+                    add(f"{label}-{size}", (kind, dtype, name, rung), shape)
     metafunc.parametrize("op,shape" if "shape" in metafunc.fixturenames else "op", cases, indirect=["op"])
 
 
@@ -168,17 +163,17 @@ def to_host(array):
 
 
 class Op:
-    """One rung of one op in one op set, called with NumPy arrays."""
+    """One rung of one op in one op set, or the op set's public function (rung None), called with NumPy arrays."""
 
-    def __init__(self, ops, kind, dtype, name, version):
-        self.ops, self.kind, self.dtype, self.name, self.version = ops, kind, DTYPES[dtype], name, version
+    def __init__(self, ops, kind, dtype, name, rung=None):
+        self.ops, self.kind, self.dtype, self.name, self.rung = ops, kind, DTYPES[dtype], name, rung
         self.file = importlib.import_module(f"{ops.__name__}.{file_of(name)}")
-        self.function = getattr(self.file, version)
+        self.function = rung.call if rung else getattr(self.file, name)
         self.signature = inspect.signature(self.function)
         self.multiple = 1 if kind == "cpu" else 8  # what C must be divisible by: 16-byte accesses
 
     def __str__(self):
-        return f"{self.version} [{self.kind} {self.dtype}]"
+        return f"{self.name}{self.rung.number if self.rung else ''} [{self.kind} {self.dtype}]"
 
     def scratch(self, *dims, dtype=np.float32):
         """Scratch of exactly the size that the op's file states, full of garbage."""
@@ -190,7 +185,7 @@ class Op:
     def sibling(self, name):
         """Another op of the same op set and dtype."""
         dtype = next(label for label, dtype in DTYPES.items() if dtype == self.dtype)
-        return Op(self.ops, self.kind, dtype, name, name)
+        return Op(self.ops, self.kind, dtype, name)
 
     def run(self, *args, **kwargs):
         """Call the op once. On a GPU: upload every array, call, copy every array back into the caller's."""
@@ -233,8 +228,7 @@ class Op:
 def op(request, monkeypatch):
     kind, *rest = request.param
     op = Op(op_set(kind, monkeypatch), kind, *rest)
-    hopper = [f"{op.name}{n}" for n in getattr(op.file, "HOPPER", ())]
-    if kind == "gpu" and op.version in hopper and op.ops.module.capability() != 90:
+    if kind == "gpu" and op.rung and op.rung.arch not in (None, op.ops.module.capability()):
         pytest.skip("a kernel for compute capability 9.0")
     return op
 

@@ -42,10 +42,8 @@ def largest_score(qkvr, NH):
 
 def skip_other_heads(op, HS):
     """Some rungs are for some head sizes alone."""
-    rung = op.version.removeprefix(op.name)
-    sizes = getattr(op.file, "HEAD_SIZES", {}).get(int(rung or 0), (HS,))
-    if HS not in sizes:
-        pytest.skip(f"kernel {rung} is for head sizes {sizes}")
+    if op.rung and op.rung.head_sizes and HS not in op.rung.head_sizes:
+        pytest.skip(f"rung {op.rung.number} is for head sizes {op.rung.head_sizes}")
 
 
 def check_forward(op, shape, qkvr=None):

@@ -15,7 +15,8 @@ from conftest import ROOT, op_set
 from reference import OPS, file_of
 
 from dev import bench, bench_all, bench_step, compare_sass, gpu_check, roofline
-from llmc import cpu, cuda, gpt2, rungs
+from llmc import cpu, cuda, gpt2
+from llmc.cuda import ladder
 from llmc.errors import UserError
 
 
@@ -109,15 +110,15 @@ def test_a_rung_that_fails_does_not_stop_bench_all(tmp_path, capsys, monkeypatch
     assert failed == {"gelu_forward", "global_norm_squared"}
     assert "FAILED  gelu_forward llmc.cpu: out is off by inf" in text and "ZeroDivisionError" in text, text
     with open(path, newline="") as file:
-        timed = {row["op"] for row in csv.DictReader(file) if row["version"] == "llmc.cpu"}
+        timed = {row["op"] for row in csv.DictReader(file) if row["name"] == "llmc.cpu"}
     assert timed == {op for names in OPS.values() for op in names} - failed
 
 
 def test_brief_names_a_faster_rung(capsys):
     """By more than the spread of both; rungs that are far from the fastest are left out."""
 
-    def result(version, p50):
-        return dict(version=version, p20=p50 - 1, p50=p50, p80=p50 + 1, limit=80.0)
+    def result(name, p50):
+        return dict(name=name, p20=p50 - 1, p50=p50, p80=p50 + 1, limit=80.0)
 
     case = bench.Case("gelu_forward", "B=1", {}, "", "", None, 1)
     copy = result("copy of as many bytes", 90.0)
@@ -166,7 +167,7 @@ def test_bench_step_on_the_cpu(tmp_path, capsys):
     bench_step.main([*argv, "--variant", "recompute=0"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=pytest.fail)  # NaN is no JSON
     steps = [r for r in result["rows"] if r["bench"] == "step"]
-    assert [r["version"] for r in steps] == ["llmc", "llmc recompute=0", "torch eager"]
+    assert [r["name"] for r in steps] == ["llmc", "llmc recompute=0", "torch eager"]
     assert all(r["ms_p50"] > 0 for r in steps)
     config = gpt2.config_from_descriptor("tiny:d1")
     calls = {r["op"]: r["calls"] for r in result["rows"] if r["bench"] == "step_op"}
@@ -228,23 +229,23 @@ def test_roofline_counts_what_the_model_does(recompute, monkeypatch):
 
 def test_rungs(monkeypatch):
     ops = argparse.Namespace(**vars(op_set("executor", monkeypatch)))
-    rungs.use(ops, "gelu_forward=1", "bf16", 64)
-    assert ops.gelu_forward is importlib.import_module("llmc.cuda.gelu").gelu_forward1
+    ladder.use(ops, "gelu_forward=1", "bf16", 64)
+    assert ops.gelu_forward is ladder.of("gelu_forward")[0].call
     assert cuda.gelu_forward is not ops.gelu_forward
     for text, hint in (("gelu=1", "HINT: one of .*gelu_forward"), ("gelu_forward=9", "N one of 1, 2"), ("x", "HINT")):
         with pytest.raises(UserError, match=hint):
-            rungs.use(ops, text, "bf16", 64)
+            ladder.use(ops, text, "bf16", 64)
     with pytest.raises(UserError, match="--device cuda"):
-        rungs.use(cpu, "gelu_forward=1", "fp32", 64)
+        ladder.use(cpu, "gelu_forward=1", "fp32", 64)
     with pytest.raises(UserError, match="bf16 and fp16, not fp32. HINT"):
-        rungs.use(ops, "matmul_forward=5", "fp32", 64)
+        ladder.use(ops, "matmul_forward=5", "fp32", 64)
     with pytest.raises(UserError, match="for Hopper, sm_90; this is sm_80. HINT"):
-        rungs.use(ops, "attention_forward=4", "bf16", 64)
+        ladder.use(ops, "attention_forward=4", "bf16", 64)
     monkeypatch.setattr(cuda.module, "capability", lambda: 90)
     with pytest.raises(UserError, match="head sizes 64 and 128, not 80. HINT"):
-        rungs.use(ops, "attention_forward=4", "bf16", 80)
-    rungs.use(ops, "attention_forward=4", "bf16", 128)
-    assert ops.attention_forward.__name__ == "attention_forward4"
+        ladder.use(ops, "attention_forward=4", "bf16", 80)
+    ladder.use(ops, "attention_forward=4", "bf16", 128)
+    assert ops.attention_forward is next(rung for rung in ladder.of("attention_forward") if rung.number == 4).call
 
 
 def test_set_a_constant(monkeypatch):

@@ -132,7 +132,7 @@ def test_matmul_backward_with_fp32_gradients(op, shape, accumulate):
 def test_matmul_backward_of_exact_numbers(op, shape):
     """Small integers have no rounding in any dtype: sums of them, added to what was there, are exact."""
     B, T, C, OC = shape
-    if op.kind == "executor" and op.version[-1] in "678":
+    if op.kind == "executor" and op.rung and op.rung.number in (6, 7, 8):
         pytest.skip("the kernels of the bias gradient are those of matmul_backward5, and the executor takes long")
     rng = np.random.default_rng(0)
     inp = rng.integers(-1, 2, (B, T, C)).astype(np.float32)

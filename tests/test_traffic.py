@@ -180,7 +180,7 @@ def test_traffic_of_every_rung(file, monkeypatch):
     changed = []
     for case in importlib.import_module(f"dev.bench_{file}").cases(bench.Bench("executor", True, config, B, T, "bf16")):
         name, rungs = " ".join([case.op, *case.shape.split()[:1]]) if file == "matmul" else case.op, {}
-        for label, function in bench.versions(ops, case.op, "bf16"):
+        for label, function in bench.rungs_of(ops, case.op, "bf16"):
             if name.endswith("fcproj") and label in ("1", "2"):
                 continue  # slow, and the same as on fc
             r = bench.traffic(case, function)
@@ -215,5 +215,5 @@ def test_counts_follow_the_kernel(monkeypatch):
     monkeypatch.setattr(bench, "op_set", lambda device: ops)
     b = bench.Bench("executor", True, GPT2Config(4, 1000, 1024, 1, 2, 64), 1, 4, "bf16")
     (case,) = importlib.import_module("dev.bench_fused_classifier").cases(b)
-    ratios = {label[0]: bench.traffic(case, f)["ratio"] for label, f in bench.versions(ops, case.op, "bf16")}
+    ratios = {label[0]: bench.traffic(case, f)["ratio"] for label, f in bench.rungs_of(ops, case.op, "bf16")}
     assert ratios["4"] < 1.1 < 1.4 < ratios["3"] < 1.6 < 1.9 < ratios["2"]

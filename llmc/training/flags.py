@@ -164,7 +164,7 @@ def parser():
     add("--no-graph", action="store_true", help="GPU: launch each kernel, do not replay CUDA graphs")
     text = "GPU: wait for each kernel and name the one that fails (implies --no-graph)"
     add("--check", action="store_true", help=text)
-    text = "GPU: a numbered version of an op, matmul_forward=4, instead of the one in production; may be repeated"
+    text = "GPU: rung N of an op, matmul_forward=4, instead of the one in production; may be repeated"
     add("--kernel", action="append", default=[], metavar="OP=N", help=text)
     add("--threads", type=thread_count, metavar="N", help="CPU threads (default: all cores this process may use)")
 
