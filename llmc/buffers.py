@@ -5,9 +5,11 @@ allocation itself, the views the model works on (``t.wte``, ``t.h[l].qkvw``), an
 """
 
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+Array = Any  # an array of NumPy or of CuPy, whichever the op set uses; docstrings state shapes and dtypes
 
 
 class TensorSpec(NamedTuple):
