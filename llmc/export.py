@@ -99,15 +99,15 @@ def read_model(path, dtype):
     """(header, params (N,)) of what loading.model_file() found, in float32, or for "bf16" as uint16."""
     import numpy as np
 
-    from llmc.files import checkpoint
     from llmc.files import huggingface as safetensors_io
+    from llmc.files import model_file
 
     header = loading.model_header(path)
-    params = np.empty(checkpoint.num_parameters(header), np.uint16 if dtype == "bf16" else np.float32)
+    params = np.empty(model_file.num_parameters(header), np.uint16 if dtype == "bf16" else np.float32)
     if path.startswith("hf:"):
         safetensors_io.read_hf(path[3:], params)
     else:
-        checkpoint.read_model(path, params)
+        model_file.read_model(path, params)
     return header, params
 
 
@@ -124,7 +124,7 @@ def file_dtype(path):
 def export_hf(path, out, dtype, tokenizer):
     """Write the folder `out`; config.json comes last: without it there is no model. tokenizer: a Tokenizer or None."""
     from llmc.files import huggingface as safetensors_io
-    from llmc.files.checkpoint import atomic_write
+    from llmc.files.io import atomic_write
 
     header, params = read_model(path, dtype)
     try:
@@ -144,10 +144,10 @@ def export_hf(path, out, dtype, tokenizer):
 
 def export_bin(path, out, dtype):
     """Write llm.c's model file."""
-    from llmc.files import checkpoint
+    from llmc.files import model_file
 
     header, params = read_model(path, dtype)
-    checkpoint.write_model(out, header, params, 5 if dtype == "bf16" else 3)
+    model_file.write_model(out, header, params, 5 if dtype == "bf16" else 3)
 
 
 def pick_tokenizer(config, name):

@@ -77,7 +77,7 @@ def config_from_descriptor(descriptor, vocab_size=50257, tiny_seq_len=None):
 
 
 def config_from_header(header):
-    """The GPT2Config of a model file; header is checkpoint.read_model_header's dict."""
+    """The GPT2Config of a model file; header is model_file.read_model_header's dict."""
     return GPT2Config(*(header[field] for field in GPT2Config.__dataclass_fields__))
 
 

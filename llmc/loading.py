@@ -17,25 +17,26 @@ def model_file(path: str) -> str:
 
     Errors: UserError for a folder without a finished checkpoint, a damaged newest one, or an hf: name that is nowhere.
     """
-    from llmc.files import checkpoint, huggingface
+    from llmc.files import checkpoints, huggingface
 
     if path.startswith("hf:"):
         return "hf:" + huggingface.find(path[3:])
     if not os.path.isdir(path):
         return path
-    if os.path.exists(os.path.join(path, "config.json")) and not checkpoint.checkpoint_steps(path):
+    if os.path.exists(os.path.join(path, "config.json")) and not checkpoints.checkpoint_steps(path):
         return f"hf:{path}"
-    step = checkpoint.latest_checkpoint(path)
+    step = checkpoints.latest_checkpoint(path)
     if step is None:
         raise UserError(f"{path} holds no finished checkpoint (DONE_*). HINT: train with -o {path} -n STEPS.")
-    return checkpoint.model_path(path, step)
+    return checkpoints.model_path(path, step)
 
 
 def model_header(path: str) -> dict[str, int]:
     """The sizes of what model_file() found, under their names in MODEL_WORDS. Errors: UserError."""
-    from llmc.files import checkpoint, huggingface
+    from llmc.files.huggingface import read_hf_header
+    from llmc.files.model_file import read_model_header
 
-    return huggingface.read_hf_header(path[3:]) if path.startswith("hf:") else checkpoint.read_model_header(path)
+    return read_hf_header(path[3:]) if path.startswith("hf:") else read_model_header(path)
 
 
 def read_weights(model: Any, path: str) -> int | None:
@@ -43,14 +44,15 @@ def read_weights(model: Any, path: str) -> int | None:
 
     Returns the version of a .bin file, None for Hugging Face's. Errors: UserError.
     """
-    from llmc.files import checkpoint, huggingface
+    from llmc.files.huggingface import read_hf
+    from llmc.files.model_file import read_model
 
     host = model.host_parameters()
     if path.startswith("hf:"):
-        huggingface.read_hf(path[3:], host)
+        read_hf(path[3:], host)
         version = None
     else:
-        version = checkpoint.read_model(path, host)["version"]
+        version = read_model(path, host)["version"]
     model.load_parameters(host)
     return version
 

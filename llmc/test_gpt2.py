@@ -6,7 +6,7 @@ the settings of test_gpt2.cu and once with those of test_gpt2.c, and their losse
 lists are of GPT-2 124M: with files of another model (llm.c's train_gpt2.py writes them) the losses only have to fall.
 The exit code is 0 if all is well, 1 if not, 2 if the files cannot be used.
 
-Source: llm.c test_gpt2.cu, test_gpt2.c, test_gpt2_fp32.cu; the files: checkpoint.py.
+Source: llm.c test_gpt2.cu, test_gpt2.c, test_gpt2_fp32.cu; the files: llmc/files.
 """
 
 import os
@@ -43,13 +43,13 @@ BF16_GRADIENTS = (5e-1, 4e-3, 1e-1, 4e-2, 5e-2, 3.5e-2, 2e-2, 3e-2, 5e-2, 3e-2, 
 
 def read_files(model_path, debug_path):
     """(model header, debug state), checked against each other; UserError where they cannot be used."""
-    from llmc.files import checkpoint
+    from llmc.files import debug_state, model_file
 
     for path in (model_path, debug_path):
         if not os.path.exists(path):
             raise UserError(f"{path} does not exist. HINT: llm.c's starter pack has it, {STARTER_PACK}")
-    header = checkpoint.read_model_header(model_path)
-    debug = checkpoint.read_debug_state(debug_path, header)
+    header = model_file.read_model_header(model_path)
+    debug = debug_state.read_debug_state(debug_path, header)
     T, V = debug["x"].shape[1], header["vocab_size"]
     if T > header["max_seq_len"]:
         limit = f"{model_path} has {header['max_seq_len']}"

@@ -49,33 +49,33 @@ def check_output_dir(args):
         return None
     import tempfile
 
-    from llmc.files import checkpoint
+    from llmc.files import checkpoints
 
     try:
         os.makedirs(args.output_dir, exist_ok=True)
         tempfile.TemporaryFile(dir=args.output_dir).close()
     except OSError as error:
         raise UserError(f"-o {args.output_dir}: {error.strerror}. HINT: name a folder to write to.") from error
-    steps = checkpoint.checkpoint_steps(args.output_dir)
+    steps = checkpoints.checkpoint_steps(args.output_dir)
     if not args.resume and steps:
         held = f"holds checkpoints of an earlier run, up to step {steps[-1]}"
         raise UserError(f"-o {args.output_dir} {held}. HINT: -y 1 continues it; for a new run give another folder.")
     if not args.resume:
         return None
-    checkpoint.prune_stray(args.output_dir)
-    return checkpoint.latest_checkpoint(args.output_dir)
+    checkpoints.prune_stray(args.output_dir)
+    return checkpoints.latest_checkpoint(args.output_dir)
 
 
 def model_config(args, resume_step):
     """(GPT2Config, file for loading.read_weights or None): of the checkpoint to resume, a file, or a descriptor."""
     from llmc import loading
     from llmc.data.shards import vocabulary_of
-    from llmc.files import checkpoint
+    from llmc.files import checkpoints, model_file
     from llmc.gpt2 import config_from_descriptor, config_from_header
 
     if resume_step is not None:
-        path = checkpoint.model_path(args.output_dir, resume_step)
-        config = config_from_header(checkpoint.read_model_header(path))
+        path = checkpoints.model_path(args.output_dir, resume_step)
+        config = config_from_header(model_file.read_model_header(path))
         if args.model_given and (os.path.exists(args.model) or not args.model.endswith(".bin")):
             asked, _ = model_config(args, None)
             for name in ("num_layers", "num_heads", "channels"):
@@ -92,14 +92,14 @@ def model_config(args, resume_step):
 
 def check_resume(args, step, config, dtype):
     """UserError for a checkpoint that load() could not continue from, of which it would know with the memory taken."""
-    from llmc.files import checkpoint
+    from llmc.files import checkpoints, model_file
     from llmc.gpt2 import num_parameters
 
-    model_path = checkpoint.model_path(args.output_dir, step)
-    version = checkpoint.read_model_header(model_path)["version"]
-    states = checkpoint.read_state_headers(args.output_dir, step, num_parameters(config))
-    if args.use_master_weights and not states[0]["use_master_weights"] and dtype != "float32" and version == 5:
-        path = checkpoint.state_path(args.output_dir, step, 0)
+    model_path = checkpoints.model_path(args.output_dir, step)
+    version = model_file.read_model_header(model_path)["version"]
+    states = checkpoints.read_state_headers(args.output_dir, step, num_parameters(config))
+    if args.use_master_weights and not states[0].use_master_weights and dtype != "float32" and version == 5:
+        path = checkpoints.state_path(args.output_dir, step, 0)
         raise UserError(f"-w 1: {path} has no master weights. HINT: resume with -w 0, as the run that wrote it.")
 
 
@@ -267,33 +267,33 @@ def sample(model, tokenizer, args):
 
 def save(args, step, model, loader, detectors, ranks=None):
     """Model, train state of each rank and DONE marker of this step; then what -nk and -nm let go."""
-    from llmc.files import checkpoint
+    from llmc.files import checkpoints, model_file
+    from llmc.files.state_file import TrainState
 
     host = model.ops.device.host_view
-    header = {field: getattr(model.config, field) for field in checkpoint.MODEL_WORDS}
-    state = dict(
+    header = {field: getattr(model.config, field) for field in model_file.MODEL_WORDS}
+    state = TrainState(
+        step,
+        model.rng_state,
+        model.rng_state_last_update,
         num_processes=model.num_ranks,
         rank=model.rank,
-        rng_state=model.rng_state,
-        rng_state_last_update=model.rng_state_last_update,
-        m=host(model.m),
-        v=host(model.v),
-        master=None if model.master is None else host(model.master),
         loader_state=loader.state(),
         extra={name: detector.state() for name, detector in detectors.items()},
     )
+    arrays = [host(array) for array in (model.m, model.v, model.master) if array is not None]
     params, version = host(model.params_flat), 3 if model.dtype.name != "bfloat16" else 5
     if model.dtype == "float16":
         params = params.astype("float32")  # llm.c has no fp16 file; nothing is lost
-    barrier = ranks.barrier if ranks else lambda: None
-    checkpoint.save_checkpoint(args.output_dir, step, header, params, version, state, barrier)
+    share = ranks.exchange if ranks else checkpoints.alone
+    checkpoints.save_checkpoint(args.output_dir, header, params, version, state, arrays, share)
     if model.rank == 0:
         let_go(args, step)
 
 
 def let_go(args, step):
     """What -nk and -nm say after the checkpoint of this step."""
-    from llmc.files.checkpoint import apply_retention
+    from llmc.files.checkpoints import apply_retention
 
     apply_retention(args.output_dir, step, args.checkpoints_keep, args.major_checkpoint_every)
 
@@ -309,35 +309,35 @@ def load(args, step, model, loader, detectors):
     import numpy as np
 
     from llmc import loading
-    from llmc.files import checkpoint
+    from llmc.files import checkpoints, model_file
     from llmc.gpt2 import parameter_specs
 
-    model_path, N = checkpoint.model_path(args.output_dir, step), model.params_flat.size
+    model_path, N = checkpoints.model_path(args.output_dir, step), model.params_flat.size
     version = loading.read_weights(model, model_path)
     arrays = [model.m, model.v]
     weights = model.share.params if model.share else model.params_flat  # in fp32 their own master
-    in_state = checkpoint.read_state_headers(args.output_dir, step, N)[0]["use_master_weights"]
+    in_state = checkpoints.read_state_headers(args.output_dir, step, N)[0].use_master_weights
     if args.use_master_weights and (in_state or (model.master is not None and version == 5)):
         arrays.append(weights if model.master is None else model.master)
     hosts = [model.ops.device.host_view(array) for array in arrays]
     layout = dict(num_processes=model.num_ranks, rank=model.rank, zero_stage=int(model.share is not None))
-    state = checkpoint.read_state_elastic(args.output_dir, step, parameter_specs(model.config), *hosts, **layout)
+    states = checkpoints.read_state_elastic(args.output_dir, step, parameter_specs(model.config), hosts, **layout)
     if model.master is not None and len(arrays) == 2:
         arrays.append(model.master)
         whole = np.empty(N, np.float32)
-        checkpoint.read_model(model_path, whole)
+        model_file.read_model(model_path, whole)
         hosts.append(model.share.of(whole) if model.share else whole)
     for array, host in zip(arrays, hosts, strict=True):
         if host is not array:
             model.ops.device.upload(array, host)
     if model.share:
         model.gather()
-    model.rng_state, model.rng_state_last_update = state["rng_state"], state["rng_state_last_update"]
+    model.rng_state, model.rng_state_last_update = states[0].rng_state, states[0].rng_state_last_update
     if model.master is not None and not (version == 5 and model.dtype.name == "bfloat16"):
         model.round_master()
-    loader.load_states(state["loader_states"])
+    loader.load_states([state.loader_state for state in states])
     for name, detector in detectors.items():
-        detector.load_state((state["extra"] or {}).get(name))
+        detector.load_state((states[0].extra or {}).get(name))
 
 
 def train_step(model, loader, args, step, steps, inputs, targets, detectors):

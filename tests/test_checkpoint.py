@@ -1,9 +1,11 @@
 """Files are built here by hand with struct from the documented layout, so that reader and writer are checked apart."""
 
+import dataclasses
 import errno
 import itertools
 import os
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -18,7 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmc.errors import UserError
-from llmc.files import checkpoint
+from llmc.files import checkpoints, debug_state, io, model_file, state_file
+from llmc.files.state_file import TrainState
 from llmc.gpt2 import GPT2Config, parameter_specs
 from llmc.rand import MT19937
 
@@ -87,9 +90,11 @@ def state_bytes(m, v, master=None, loader=None, num_processes=1, rank=0, step=17
 
 
 def save_state(path, **changes):
-    state = dict(num_processes=1, rank=0, step=17, m=values(1), v=values(2))
-    state.update(rng_state=0x7EDCBA9876543210, rng_state_last_update=0x7123456789ABCDEF)
-    checkpoint.write_state(path, **(state | changes))
+    """A state of step 17; changes: fields of TrainState, and m, v, master."""
+    changes = {name: value for name, value in changes.items() if name != "loader_state" or value is not None}
+    arrays = [changes.pop(name, array) for name, array in (("m", values(1)), ("v", values(2)), ("master", None))]
+    state = dict(step=17, rng_state=0x7EDCBA9876543210, rng_state_last_update=0x7123456789ABCDEF) | changes
+    state_file.write_state(path, state_file.TrainState(**state), [a for a in arrays if a is not None])
 
 
 def assert_user_error(function, *parts):
@@ -108,11 +113,12 @@ def assert_user_error(function, *parts):
 def test_atomic_write_shows_nothing_before_the_end(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with checkpoint.atomic_write(path) as file:
+    with io.atomic_write(path) as file:
         file.write(b"new")
         file.flush()
         assert path.read_bytes() == b"old"
-        assert [p.name for p in tmp_path.iterdir() if p != path] == [f".file.{os.getpid()}.tmp"]
+        (temporary,) = [p.name for p in tmp_path.iterdir() if p != path]
+        assert re.fullmatch(rf"\.file\.{os.getpid()}-[0-9a-f]{{8}}\.tmp", temporary)
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -121,7 +127,7 @@ def test_atomic_write_shows_nothing_before_the_end(tmp_path):
 def test_atomic_write_failure_leaves_the_old_file(tmp_path, exception):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(exception), checkpoint.atomic_write(path) as file:
+    with pytest.raises(exception), io.atomic_write(path) as file:
         file.write(b"new")
         raise exception
     assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"old"
@@ -132,21 +138,38 @@ def test_atomic_write_order(tmp_path, monkeypatch):
     calls, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd)))
     monkeypatch.setattr(os, "replace", lambda old, new: (calls.append("replace"), replace(old, new)))
-    with checkpoint.atomic_write(tmp_path / "file") as file:
+    with io.atomic_write(tmp_path / "file") as file:
         file.write(b"new")
     assert calls == ["fsync", "replace", "fsync"]
 
 
+def test_atomic_write_never_writes_through_what_is_there(tmp_path, monkeypatch):
+    """A link under the temporary name, put there by somebody else, is an error; what it points to stays."""
+    monkeypatch.setattr(io.secrets, "token_hex", lambda n: "known")
+    (tmp_path / "theirs").write_bytes(b"theirs")
+    (tmp_path / f".file.{os.getpid()}-known.tmp").symlink_to(tmp_path / "theirs")
+    with pytest.raises(UserError, match="cannot write .*file: File exists"), io.atomic_write(tmp_path / "file") as file:
+        file.write(b"ours")
+    assert (tmp_path / "theirs").read_bytes() == b"theirs" and not (tmp_path / "file").exists()
+
+
+def test_atomic_write_where_a_folder_cannot_be_opened(tmp_path, monkeypatch):
+    """As on Windows: the renames are then as durable as the system makes them."""
+    monkeypatch.setattr(io.os, "name", "nt")
+    monkeypatch.setattr(io.os, "open", lambda *_: 1 / 0)
+    io.fsync_folder(tmp_path)
+
+
 def test_atomic_write_in_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with checkpoint.atomic_write("file") as file:
+    with io.atomic_write("file") as file:
         file.write(b"new")
     assert Path("file").read_bytes() == b"new"
 
 
 def test_atomic_write_where_nothing_can_be_written(tmp_path):
     def write(path):
-        with checkpoint.atomic_write(path) as file:
+        with io.atomic_write(path) as file:
             file.write(b"x")
 
     (tmp_path / "folder").mkdir()
@@ -163,7 +186,7 @@ def full_disk_dev_full(path, monkeypatch):
     """The temporary file is /dev/full: write() itself fails with ENOSPC."""
     if not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")
-    (path.parent / f".{path.name}.{os.getpid()}.tmp").symlink_to("/dev/full")
+    monkeypatch.setattr(io, "create", lambda temporary: open("/dev/full", "wb"))
 
 
 def full_disk_fsync(path, monkeypatch):
@@ -186,41 +209,43 @@ def full_disk_fsync(path, monkeypatch):
     ],
 )
 def test_disk_full_keeps_the_previous_checkpoint(tmp_path, monkeypatch, fill, name):
-    state = dict(num_processes=1, rank=0, rng_state=1, rng_state_last_update=2, m=values(1), v=values(2))
-    checkpoint.save_checkpoint(tmp_path, 20, HEADER, values(0), 3, state)
+    arrays = values(1), values(2)
+    checkpoints.save_checkpoint(tmp_path, HEADER, values(0), 3, TrainState(20, 1, 2), arrays)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     order = ["model_00000040.bin", "state_00000040_00000.bin", "DONE_00000040"]
-    real = checkpoint.atomic_write
+    real = io.atomic_write
 
     def atomic_write(path):
         if Path(path).name == name:
             fill(Path(path), monkeypatch)
         return real(path)
 
-    monkeypatch.setattr(checkpoint, "atomic_write", atomic_write)
+    monkeypatch.setattr(io, "atomic_write", atomic_write)
     assert_user_error(
-        lambda: checkpoint.save_checkpoint(tmp_path, 40, HEADER, values(3), 3, state), name, "No space left on device"
+        lambda: checkpoints.save_checkpoint(tmp_path, HEADER, values(3), 3, TrainState(40, 1, 2), arrays),
+        name,
+        "No space left on device",
     )
     monkeypatch.undo()
     after = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     assert set(after) == set(before) | set(order[: order.index(name)])
     assert all(after[name] == before[name] for name in before)
-    assert checkpoint.latest_checkpoint(tmp_path) == 20
+    assert checkpoints.latest_checkpoint(tmp_path) == 20
 
 
 def test_file_size_limit(tmp_path):
     """A real limit of the operating system, met in the middle of a write."""
     path = tmp_path / "model.bin"
-    checkpoint.write_model(path, HEADER, values(0))
+    model_file.write_model(path, HEADER, values(0))
     before = path.read_bytes()
     code = """if 1:
         import resource, sys
         import numpy as np
-        from llmc.files import checkpoint
+        from llmc.files import io, model_file
         header, N = eval(sys.argv[2]), int(sys.argv[3])
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
         try:
-            checkpoint.write_model(sys.argv[1], header, np.ones(N, np.float32))
+            model_file.write_model(sys.argv[1], header, np.ones(N, np.float32))
         except ValueError as error:
             print(error)
     """
@@ -239,9 +264,9 @@ def test_file_size_limit(tmp_path):
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50))
 def test_bf16_rounding_equals_torch(bits):
     array = np.array(bits, np.uint32).view(np.float32)
-    ours, reference, nan = checkpoint.fp32_to_bf16(array), torch_bf16(array), np.isnan(array)
+    ours, reference, nan = io.fp32_to_bf16(array), torch_bf16(array), np.isnan(array)
     assert np.array_equal(ours[~nan], reference[~nan])
-    assert np.isnan(checkpoint.bf16_to_fp32(ours[nan])).all()
+    assert np.isnan(io.bf16_to_fp32(ours[nan])).all()
 
 
 def test_bf16_rounding_cases():
@@ -251,13 +276,13 @@ def test_bf16_rounding_cases():
         0x7F800001: 0x7FC0, 0x7FFFFFFF: 0x7FFF, 0xFFFFFFFF: 0xFFFF,  # NaN: neither Inf nor wrapped to 0
     }  # fmt: skip
     array = np.array(list(cases), np.uint32).view(np.float32)
-    assert [hex(x) for x in checkpoint.fp32_to_bf16(array)] == [hex(x) for x in cases.values()]
+    assert [hex(x) for x in io.fp32_to_bf16(array)] == [hex(x) for x in cases.values()]
 
 
 def test_bf16_to_fp32_is_exact():
     bits = np.arange(1 << 16, dtype=np.uint16)
     reference = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).float().numpy()
-    assert np.array_equal(checkpoint.bf16_to_fp32(bits), reference, equal_nan=True)
+    assert np.array_equal(io.bf16_to_fp32(bits), reference, equal_nan=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,14 +292,14 @@ def test_bf16_to_fp32_is_exact():
 @pytest.fixture(params=[1 << 22, 100])
 def chunk(request, monkeypatch):
     """The usual chunk, and one that cuts these small files into pieces with a shorter last one."""
-    monkeypatch.setattr(checkpoint, "CHUNK", request.param)
+    monkeypatch.setattr(io, "CHUNK", request.param)
 
 
 @pytest.mark.parametrize("version", [3, 5])
 def test_model_bytes(tmp_path, version, chunk):
     params = values(0)
     body = params if version == 3 else torch_bf16(params)
-    checkpoint.write_model(tmp_path / "model.bin", HEADER, params, version)
+    model_file.write_model(tmp_path / "model.bin", HEADER, params, version)
     assert (tmp_path / "model.bin").read_bytes() == model_words(version) + body.tobytes()
 
 
@@ -286,7 +311,7 @@ def test_model_read(tmp_path, version, dtype, chunk):
     if dtype == "bfloat16":
         dtype = pytest.importorskip("ml_dtypes").bfloat16
     read = np.zeros(N, dtype)
-    assert checkpoint.read_model(path, read) == HEADER | dict(version=version)
+    assert model_file.read_model(path, read) == HEADER | dict(version=version)
     if read.dtype.itemsize == 2:
         assert np.array_equal(read.view(np.uint16), torch_bf16(params))
     else:
@@ -298,18 +323,18 @@ def test_model_read(tmp_path, version, dtype, chunk):
 def test_model_written_from_bf16(tmp_path, version, chunk):
     bits = torch_bf16(values(0))
     body = bits if version == 5 else torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).float().numpy()
-    checkpoint.write_model(tmp_path / "model.bin", HEADER, bits, version)
+    model_file.write_model(tmp_path / "model.bin", HEADER, bits, version)
     assert (tmp_path / "model.bin").read_bytes() == model_words(version) + body.tobytes()
 
 
 def test_model_file_sizes_of_gpt2(tmp_path):
-    assert checkpoint.num_parameters(D12) == 124_475_904
+    assert model_file.num_parameters(D12) == 124_475_904
     for version, size in ((3, 497_904_640), (5, 248_952_832)):  # the sizes of llm.c's gpt2_124M.bin, gpt2_124M_bf16.bin
         path = sparse(tmp_path / f"{version}.bin", model_words(version, D12), size)
-        assert checkpoint.read_model_header(path) == D12 | dict(version=version)
+        assert model_file.read_model_header(path) == D12 | dict(version=version)
         for wrong, state in ((size - 1, "truncated"), (size + 1, "over-long")):
             os.truncate(path, wrong)
-            assert_user_error(lambda path=path: checkpoint.read_model_header(path), path, state, wrong, size)
+            assert_user_error(lambda path=path: model_file.read_model_header(path), path, state, wrong, size)
 
 
 def test_model_refused(tmp_path):
@@ -319,7 +344,7 @@ def test_model_refused(tmp_path):
         if data is not None:
             path.write_bytes(data)
         read = np.zeros(N, np.float32)
-        assert_user_error(lambda: checkpoint.read_model(path, read), path, *parts)
+        assert_user_error(lambda: model_file.read_model(path, read), path, *parts)
         assert not read.any()
 
     refuses(None, "No such file")
@@ -336,7 +361,7 @@ def test_model_refused(tmp_path):
     refuses(model_words(7) + good[1024:], "version 7", "3 and 5")
     for change in (dict(channels=0), dict(num_layers=-1), dict(vocab_size=9), dict(num_heads=3)):
         refuses(model_words(3, HEADER | change) + good[1024:], "impossible header", *change.values())
-    checkpoint.write_model(path, HEADER | dict(max_seq_len=16), values(0, N + 32))
+    model_file.write_model(path, HEADER | dict(max_seq_len=16), values(0, N + 32))
     refuses(None, N, N + 32)
     path.unlink()
     path.mkdir()
@@ -349,7 +374,7 @@ def test_model_refused(tmp_path):
 
 def read_state(path, master=False, size=N, **kwargs):
     arrays = [np.zeros(size, np.float32) for _ in range(3 if master else 2)]
-    return checkpoint.read_state(path, *arrays, **kwargs), arrays
+    return state_file.read_state(path, arrays, **kwargs), arrays
 
 
 def assert_same_loader(ours, reference):
@@ -371,24 +396,24 @@ def test_state_bytes(tmp_path, master, shuffle, chunk):
         path.write_bytes(data)
         state, read = read_state(path, master)
         assert all(np.array_equal(a, b) for a, b in zip(read, arrays, strict=True))
-        assert_same_loader(state.pop("loader_state"), loader or plain)
-        assert state == dict(
-            num_processes=1, rank=0, step=17, rng_state=0x7EDCBA9876543210, rng_state_last_update=0x7123456789ABCDEF,
-            use_master_weights=master, num_parameters=N, extra=None,
+        assert_same_loader(state.loader_state, loader or plain)
+        assert dataclasses.replace(state, loader_state={}) == TrainState(
+            step=17, rng_state=0x7EDCBA9876543210, rng_state_last_update=0x7123456789ABCDEF, num_processes=1, rank=0,
+            loader_state={}, extra=None, use_master_weights=master, num_parameters=N,
         )  # fmt: skip
 
 
 def test_state_rng_uses_all_64_bits(tmp_path):
     save_state(tmp_path / "state.bin", rng_state=2**64 - 1, rng_state_last_update=2**63)
     state, _ = read_state(tmp_path / "state.bin")
-    assert (state["rng_state"], state["rng_state_last_update"]) == (2**64 - 1, 2**63)
+    assert (state.rng_state, state.rng_state_last_update) == (2**64 - 1, 2**63)
 
 
 def test_state_loader_arrays_can_be_shuffled_on(tmp_path):
     save_state(tmp_path / "state.bin", loader_state=loader_state())
     state, _ = read_state(tmp_path / "state.bin")
-    state["loader_state"]["shard_indices"][:] = 0
-    state["loader_state"]["intra_shard_indices"][:] = 0
+    state.loader_state["shard_indices"][:] = 0
+    state.loader_state["intra_shard_indices"][:] = 0
 
 
 def test_state_master_weights_are_skipped_when_not_wanted(tmp_path):
@@ -401,7 +426,7 @@ def test_state_master_weights_are_skipped_when_not_wanted(tmp_path):
             path.write_bytes(data)
         state, (m, v) = read_state(path, master=False)
         assert np.array_equal(m, values(1)) and np.array_equal(v, values(2))
-        assert_same_loader(state["loader_state"], loader)
+        assert_same_loader(state.loader_state, loader)
 
 
 def test_state_without_master_weights_where_they_are_wanted(tmp_path):
@@ -416,14 +441,14 @@ def test_state_extra(tmp_path, shuffle):
     save_state(path, loader_state=loader, extra=extra)
     plain = state_bytes(values(1), values(2), loader=loader)
     assert path.read_bytes()[1024 : len(plain)] == plain[1024:]  # llm.c finds all it reads in its place
-    assert read_state(path)[0]["extra"] == extra
+    assert read_state(path)[0].extra == extra
 
 
 def test_state_size_of_gpt2(tmp_path):
     size, N = 1_493_711_872, 124_475_904
     path = sparse(tmp_path / "state.bin", words((0, 20240527), (1, 1), (2, 1), (4, 1)), size)
-    assert checkpoint.read_state_header(path, (N,))["num_parameters"] == N
-    assert_user_error(lambda: checkpoint.read_state_header(path, (N + 1,)), path, size, N + 1)
+    assert state_file.read_state_header(path, (N,)).num_parameters == N
+    assert_user_error(lambda: state_file.read_state_header(path, (N + 1,)), path, size, N + 1)
 
 
 @pytest.mark.parametrize("written_by", ["llmc", "llm.c"])
@@ -436,9 +461,9 @@ def test_state_of_a_shard_of_the_parameters(tmp_path, written_by):
             save_state(path, **arrays, loader_state=loader, num_processes=2, rank=1)
         else:
             path.write_bytes(state_bytes(**arrays, loader=loader, num_processes=2, rank=1))
-        assert checkpoint.read_state_header(path, (N, N // 2))["num_parameters"] == S
+        assert state_file.read_state_header(path, (N, N // 2)).num_parameters == S
         state, (m, _) = read_state(path, size=S, num_processes=2, rank=1)
-        assert state["rank"] == 1 and np.array_equal(m, values(1, S))
+        assert state.rank == 1 and np.array_equal(m, values(1, S))
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -515,7 +540,7 @@ def write_set(folder, P, zero, master, ours=False):
 def read_elastic(folder, P=1, rank=0, zero=0, master=False, step=17):
     arrays = [np.full(N // P if zero else N, np.nan, np.float32) for _ in range(2 + master)]
     where = dict(num_processes=P, rank=rank, zero_stage=zero)
-    return checkpoint.read_state_elastic(folder, step, SPECS, *arrays, **where), arrays
+    return checkpoints.read_state_elastic(folder, step, SPECS, arrays, **where), arrays
 
 
 @pytest.mark.parametrize("P0, zero0", [(1, 0), (2, 0), (2, 1), (4, 0), (4, 1)])
@@ -526,25 +551,25 @@ def test_elastic_any_ranks_to_any_ranks(tmp_path, P0, zero0, chunk):
         write_set(folder, P0, zero0, saved_master, ours=saved_master)
         for P, zero, master in itertools.product((1, 2, 4), (0, 1), {False, saved_master}):
             for r in range(P):
-                state, arrays = read_elastic(folder, P, r, zero, master)
+                states, arrays = read_elastic(folder, P, r, zero, master)
                 for seed, array in enumerate(arrays, 1):
                     expected = shard(values(seed), P, r) if zero else values(seed)
                     assert np.array_equal(array, expected), (P, zero, r, seed)
-                assert state["zero_stage"] == zero0 and state["step"] == 17 and state["num_processes"] == P0
-                assert state["rng_state"] == 0x7EDCBA9876543210
-                assert [loader["current_sample_idx"] for loader in state["loader_states"]] == list(range(P0))
-                for q, loader in enumerate(state["loader_states"]):
-                    assert_same_loader(loader, loader_state(seed=q + 1) | dict(current_sample_idx=q))
+                assert [state.rank for state in states] == list(range(P0))
+                for q, state in enumerate(states):
+                    assert state.num_parameters == (N // P0 if zero0 else N)
+                    assert state.step == 17 and state.num_processes == P0 and state.rng_state == 0x7EDCBA9876543210
+                    assert_same_loader(state.loader_state, loader_state(seed=q + 1) | dict(current_sample_idx=q))
 
 
 def test_elastic_what_our_ranks_write(tmp_path):
     """save_checkpoint of four ZeRO-1 ranks, one after the other; then read by two."""
     for r in range(4):
-        state = dict(num_processes=4, rank=r, rng_state=5, rng_state_last_update=4, m=shard(values(1), 4, r))
-        checkpoint.save_checkpoint(tmp_path, 17, HEADER, values(3), 3, state | dict(v=shard(values(2), 4, r)))
-    checkpoint.check_checkpoint(tmp_path, 17)
+        state, arrays = TrainState(17, 5, 4, num_processes=4, rank=r), (shard(values(1), 4, r), shard(values(2), 4, r))
+        checkpoints.save_checkpoint(tmp_path, HEADER, values(3), 3, state, arrays)
+    checkpoints.check_checkpoint(tmp_path, 17)
     for r in range(2):
-        state, (m, v) = read_elastic(tmp_path, 2, r, 1)
+        _, (m, v) = read_elastic(tmp_path, 2, r, 1)
         assert np.array_equal(m, shard(values(1), 2, r)) and np.array_equal(v, shard(values(2), 2, r))
 
 
@@ -587,7 +612,7 @@ def test_elastic_refused(tmp_path):
 def test_elastic_reads_only_what_it_needs(tmp_path, monkeypatch):
     write_set(tmp_path / "set", 4, 1, True)
     read = []
-    monkeypatch.setattr(checkpoint, "read_into", lambda file, array: read.append(array.nbytes))
+    monkeypatch.setattr(io, "read_into", lambda file, array: read.append(array.nbytes))
     read_elastic(tmp_path / "set", 4, 1, 1)
     assert sum(read) == 2 * N // 4 * 4
 
@@ -596,11 +621,11 @@ def test_model_and_state_of_different_runs(tmp_path):
     """Each file is whole, the steps are equal; the weights are not those that the state was saved with."""
     for name, seed in (("a", 1), ("b", 9)):
         (tmp_path / name).mkdir()
-        state = dict(num_processes=1, rank=0, rng_state=5, rng_state_last_update=4, m=values(1), v=values(2))
-        checkpoint.save_checkpoint(tmp_path / name, 17, HEADER, values(seed), 3, state)
-        checkpoint.check_checkpoint(tmp_path / name, 17)
+        arrays = values(1), values(2)
+        checkpoints.save_checkpoint(tmp_path / name, HEADER, values(seed), 3, TrainState(17, 5, 4), arrays)
+        checkpoints.check_checkpoint(tmp_path / name, 17)
     os.replace(tmp_path / "a" / "model_00000017.bin", tmp_path / "b" / "model_00000017.bin")
-    assert_user_error(lambda: checkpoint.check_checkpoint(tmp_path / "b", 17), "model_00000017.bin", "different runs")
+    assert_user_error(lambda: checkpoints.check_checkpoint(tmp_path / "b", 17), "model_00000017.bin", "different runs")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -614,23 +639,23 @@ def test_debug_state_bytes(tmp_path):
     logits, loss, grads = values(1, B * T * V).reshape(B, T, V), 1.25, values(2)
     header = words((0, 20240327), (1, 2), (2, B), (3, T))
     reference = header + b"".join(a.tobytes() for a in (x, y, logits, np.float32([loss]), grads))
-    checkpoint.write_debug_state(path, x, y, logits, loss, grads)
+    debug_state.write_debug_state(path, x, y, logits, loss, grads)
     assert path.read_bytes() == reference
-    state = checkpoint.read_debug_state(path, HEADER)
+    state = debug_state.read_debug_state(path, HEADER)
     assert state["loss"] == loss
     for name, array in (("x", x), ("y", y), ("logits", logits), ("grads", grads)):
         assert np.array_equal(state[name], array) and state[name].dtype == array.dtype, name
     path.write_bytes(reference[:-4])
-    assert_user_error(lambda: checkpoint.read_debug_state(path, HEADER), path, "truncated", len(reference))
+    assert_user_error(lambda: debug_state.read_debug_state(path, HEADER), path, "truncated", len(reference))
     path.write_bytes(words((0, 20240327), (1, 1), (2, B), (3, T)) + reference[1024:])
-    assert_user_error(lambda: checkpoint.read_debug_state(path, HEADER), path, "version 1", "old layout")
+    assert_user_error(lambda: debug_state.read_debug_state(path, HEADER), path, "version 1", "old layout")
     path.write_bytes(words((0, 20240327), (1, 2), (2, B)) + reference[1024:])
-    assert_user_error(lambda: checkpoint.read_debug_state(path, HEADER), path, "T = 0")
+    assert_user_error(lambda: debug_state.read_debug_state(path, HEADER), path, "T = 0")
 
 
 def test_debug_state_size_of_gpt2(tmp_path):
     path = sparse(tmp_path / "debug.bin", words((0, 20240327), (1, 2), (2, 4), (3, 64)), 549_369_861)
-    assert_user_error(lambda: checkpoint.read_debug_state(path, D12), "over-long", 549_369_860)
+    assert_user_error(lambda: debug_state.read_debug_state(path, D12), "over-long", 549_369_860)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -639,23 +664,27 @@ def test_debug_state_size_of_gpt2(tmp_path):
 
 def save(folder, step, ranks=1, barrier=lambda: None):
     """A checkpoint whose every number depends on the step. Ranks run one after the other, rank 0 last."""
+    numbers = {}
+
+    def share(number):
+        barrier()
+        numbers[rank] = number
+        return [numbers.get(r) for r in range(ranks)]
+
     for rank in reversed(range(ranks)):
-        state = dict(
-            num_processes=ranks, rank=rank, rng_state=step, rng_state_last_update=step + 1,
-            m=np.full(N, step + rank, np.float32), v=np.full(N, step + 0.25, np.float32),
-            master=np.full(N, step + 0.5, np.float32), loader_state=loader_state(step),
-        )  # fmt: skip
-        checkpoint.save_checkpoint(folder, step, HEADER, np.full(N, step, np.float32), 3, state, barrier)
+        state = TrainState(step, step, step + 1, ranks, rank, loader_state(step))
+        arrays = [np.full(N, step + more, np.float32) for more in (rank, 0.25, 0.5)]
+        checkpoints.save_checkpoint(folder, HEADER, np.full(N, step, np.float32), 3, state, arrays, share)
 
 
 def assert_whole(folder, step):
     params, m, v, master = (np.empty(N, np.float32) for _ in range(4))
-    checkpoint.read_model(checkpoint.model_path(folder, step), params)
-    state = checkpoint.read_state(checkpoint.state_path(folder, step, 0), m, v, master)
+    model_file.read_model(checkpoints.model_path(folder, step), params)
+    state = state_file.read_state(checkpoints.state_path(folder, step, 0), (m, v, master))
     for array, value in ((params, step), (m, step), (v, step + 0.25), (master, step + 0.5)):
         assert (array == value).all(), (step, array, value)
-    assert state["step"] == state["rng_state"] == step
-    assert_same_loader(state["loader_state"], loader_state(step))
+    assert state.step == state.rng_state == step
+    assert_same_loader(state.loader_state, loader_state(step))
 
 
 def test_checkpoint_names_and_order(tmp_path, monkeypatch):
@@ -676,23 +705,23 @@ def test_saving_over_an_old_checkpoint_removes_its_marker_first(tmp_path, monkey
     save(tmp_path, 20)
 
     def write_model(*_):
-        assert checkpoint.checkpoint_steps(tmp_path) == []
+        assert checkpoints.checkpoint_steps(tmp_path) == []
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "write_model", write_model)
+    monkeypatch.setattr(checkpoints, "write_model", write_model)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 20)
 
 
 def test_latest_checkpoint(tmp_path):
-    assert checkpoint.latest_checkpoint(tmp_path / "none") is None
-    assert checkpoint.latest_checkpoint(tmp_path) is None
+    assert checkpoints.latest_checkpoint(tmp_path / "none") is None
+    assert checkpoints.latest_checkpoint(tmp_path) is None
     (tmp_path / "DONE_x").touch()
     (tmp_path / "model_00000099.bin").touch()
     for step in (20, 100, 40):
         save(tmp_path, step, ranks=2)
-    assert checkpoint.latest_checkpoint(tmp_path) == 100
-    assert checkpoint.checkpoint_steps(tmp_path) == [20, 40, 100]
+    assert checkpoints.latest_checkpoint(tmp_path) == 100
+    assert checkpoints.checkpoint_steps(tmp_path) == [20, 40, 100]
 
 
 def test_latest_checkpoint_damaged(tmp_path):
@@ -705,16 +734,16 @@ def test_latest_checkpoint_damaged(tmp_path):
         for damaged in (data[:-1], data[:1024], data + b"\0", b""):
             path.write_bytes(damaged)
             assert_user_error(
-                lambda: checkpoint.latest_checkpoint(tmp_path), name, "step 40 is", "remove", "DONE_00000080"
+                lambda: checkpoints.latest_checkpoint(tmp_path), name, "step 40 is", "remove", "DONE_00000080"
             )
         path.unlink()
-        assert_user_error(lambda: checkpoint.latest_checkpoint(tmp_path), name, "No such file", "step 40 is intact")
+        assert_user_error(lambda: checkpoints.latest_checkpoint(tmp_path), name, "No such file", "step 40 is intact")
         path.write_bytes(data)
     (tmp_path / "state_00000080_00000.bin").write_bytes((tmp_path / "state_00000040_00000.bin").read_bytes())
-    assert_user_error(lambda: checkpoint.latest_checkpoint(tmp_path), "of step 40")
+    assert_user_error(lambda: checkpoints.latest_checkpoint(tmp_path), "of step 40")
     for step in (20, 40):
         (tmp_path / f"model_{step:08d}.bin").unlink()
-    assert_user_error(lambda: checkpoint.latest_checkpoint(tmp_path), "no older checkpoint is intact")
+    assert_user_error(lambda: checkpoints.latest_checkpoint(tmp_path), "no older checkpoint is intact")
 
 
 def test_delete_checkpoint(tmp_path, monkeypatch):
@@ -722,11 +751,11 @@ def test_delete_checkpoint(tmp_path, monkeypatch):
         save(tmp_path, step, ranks=2)
     removed = []
     monkeypatch.setattr(os, "remove", lambda p, real=os.remove: (removed.append(os.path.basename(p)), real(p))[1])
-    checkpoint.delete_checkpoint(tmp_path, 20)
-    checkpoint.delete_checkpoint(tmp_path, 30)
+    checkpoints.delete_checkpoint(tmp_path, 20)
+    checkpoints.delete_checkpoint(tmp_path, 30)
     assert removed[0] == "DONE_00000020"
     assert {int(name.split("_")[1].split(".")[0]) for name in os.listdir(tmp_path)} == {40}
-    assert checkpoint.latest_checkpoint(tmp_path) == 40
+    assert checkpoints.latest_checkpoint(tmp_path) == 40
 
 
 @pytest.mark.parametrize(
@@ -742,8 +771,8 @@ def test_delete_checkpoint(tmp_path, monkeypatch):
 def test_retention(tmp_path, keep, major, kept):
     for step in (0, 20, 40, 60, 80, 100, 110):
         (tmp_path / f"DONE_{step:08d}").touch()
-        checkpoint.apply_retention(tmp_path, step, keep, major)
-    assert checkpoint.checkpoint_steps(tmp_path) == kept
+        checkpoints.apply_retention(tmp_path, step, keep, major)
+    assert checkpoints.checkpoint_steps(tmp_path) == kept
 
 
 def test_prune_stray(tmp_path):
@@ -759,21 +788,21 @@ def test_prune_stray(tmp_path):
     for name in kept:
         (tmp_path / name).touch()
     before = set(os.listdir(tmp_path))
-    assert set(checkpoint.prune_stray(tmp_path)) == stray
+    assert set(checkpoints.prune_stray(tmp_path)) == stray
     assert set(os.listdir(tmp_path)) == before - stray
-    assert checkpoint.prune_stray(tmp_path) == checkpoint.prune_stray(tmp_path / "none") == []
+    assert checkpoints.prune_stray(tmp_path) == checkpoints.prune_stray(tmp_path / "none") == []
 
 
 def run(folder):
     """A run that saves every 20 steps up to 80 and keeps one, after resuming where the folder says."""
-    checkpoint.prune_stray(folder)
-    latest = checkpoint.latest_checkpoint(folder)
+    checkpoints.prune_stray(folder)
+    latest = checkpoints.latest_checkpoint(folder)
     if latest is not None:
         assert_whole(folder, latest)
-        checkpoint.apply_retention(folder, latest, 1, 60)
+        checkpoints.apply_retention(folder, latest, 1, 60)
     for step in range((latest or 0) + 20, 81, 20):
         save(folder, step)
-        checkpoint.apply_retention(folder, step, 1, 60)
+        checkpoints.apply_retention(folder, step, 1, 60)
 
 
 def test_killed_at_every_file_operation(tmp_path, monkeypatch):
@@ -782,7 +811,7 @@ def test_killed_at_every_file_operation(tmp_path, monkeypatch):
     (tmp_path / "undisturbed").mkdir()
     run(tmp_path / "undisturbed")
     expected = {p.name: p.read_bytes() for p in (tmp_path / "undisturbed").iterdir()}
-    assert checkpoint.checkpoint_steps(tmp_path / "undisturbed") == [60, 80]
+    assert checkpoints.checkpoint_steps(tmp_path / "undisturbed") == [60, 80]
 
     class Killed(BaseException):
         pass
@@ -804,7 +833,7 @@ def test_killed_at_every_file_operation(tmp_path, monkeypatch):
         folder.mkdir()
         left[0] = deaths
         with monkeypatch.context() as patch:
-            for owner, name in ((os, "replace"), (os, "remove"), (os, "fsync"), (checkpoint, "write_from")):
+            for owner, name in ((os, "replace"), (os, "remove"), (os, "fsync"), (io, "write_from")):
                 patch.setattr(owner, name, mortal(getattr(owner, name)))
             try:
                 run(folder)
@@ -820,13 +849,14 @@ def test_killed_at_every_file_operation(tmp_path, monkeypatch):
 SAVE_FOREVER = """
 import sys
 import numpy as np
-from llmc.files import checkpoint
+from llmc.files import checkpoints
+from llmc.files.state_file import TrainState
 folder, header, N = sys.argv[1], eval(sys.argv[2]), int(sys.argv[3])
 for step in range(1, 10**6):
     values = np.full(N, step, np.float32)
-    state = dict(num_processes=1, rank=0, rng_state=step, rng_state_last_update=0, m=values, v=values)
-    checkpoint.save_checkpoint(folder, step, header, values, 3, state)
-    checkpoint.apply_retention(folder, step, 2, 0)
+    state = TrainState(step, rng_state=step, rng_state_last_update=0)
+    checkpoints.save_checkpoint(folder, header, values, 3, state, (values, values))
+    checkpoints.apply_retention(folder, step, 2, 0)
 """
 
 
@@ -844,10 +874,10 @@ def test_sigkill(tmp_path):
         time.sleep(rng.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-        checkpoint.prune_stray(folder)
+        checkpoints.prune_stray(folder)
         assert not list(folder.glob(".*"))
-        step = checkpoint.latest_checkpoint(folder)
+        step = checkpoints.latest_checkpoint(folder)
         params, m, v = (np.empty(N, np.float32) for _ in range(3))
-        checkpoint.read_model(checkpoint.model_path(folder, step), params)
-        state = checkpoint.read_state(checkpoint.state_path(folder, step, 0), m, v)
-        assert all((a == step).all() for a in (params, m, v)) and state["step"] == state["rng_state"] == step
+        model_file.read_model(checkpoints.model_path(folder, step), params)
+        state = state_file.read_state(checkpoints.state_path(folder, step, 0), (m, v))
+        assert all((a == step).all() for a in (params, m, v)) and state.step == state.rng_state == step

@@ -13,7 +13,7 @@ import pytest
 from llmc import gpt2
 from llmc.data.loader import DataLoader
 from llmc.data.shards import write_shard
-from llmc.files import checkpoint
+from llmc.files import checkpoints, state_file
 
 ROOT = Path(__file__).resolve().parents[1]
 MPIRUN = shutil.which("mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
@@ -91,20 +91,20 @@ def test_results_do_not_depend_on_the_number_of_processes(alone, shards, tmp_pat
     assert run.stdout.count("step    6/6") == 1 and not run.stderr  # rank 0 alone prints
     N = gpt2.num_parameters(gpt2.GPT2Config(32, 257, 384, 2, 4, 64))
     for step in (3, 6):
-        assert checkpoint.latest_checkpoint(tmp_path) == 6  # every file is there and belongs to the others
-        first = checkpoint.read_state_header(checkpoint.state_path(folder, step, 0), (N,))
+        assert checkpoints.latest_checkpoint(tmp_path) == 6  # every file is there and belongs to the others
+        first = state_file.read_state_header(checkpoints.state_path(folder, step, 0), (N,))
         for rank in range(P):
             S = N // P if zero_stage else N
-            state = checkpoint.read_state_header(
-                checkpoint.state_path(tmp_path, step, rank), (S,), num_processes=P, rank=rank
+            state = state_file.read_state_header(
+                checkpoints.state_path(tmp_path, step, rank), (S,), num_processes=P, rank=rank
             )
             for name in ("step", "rng_state", "rng_state_last_update"):
-                assert state[name] == first[name]
+                assert getattr(state, name) == getattr(first, name)
             llmc = DataLoader(str(shards / "train.bin"), 2, 32, rank, P, should_shuffle=True)
             for _ in range(step * 512 // (P * 2 * 32)):
                 llmc.next_batch(*np.empty((2, 2, 32), np.int32))
             for name, value in llmc.state().items():  # llm.c can go on from here, in an order of its own
-                assert name == "streams" or np.array_equal(state["loader_state"][name], value), name
+                assert name == "streams" or np.array_equal(state.loader_state[name], value), name
 
 
 @pytest.mark.parametrize("P, zero_stage", [(1, 0), (2, 1)])
@@ -112,7 +112,7 @@ def test_death_of_a_rank_and_elastic_resume(alone, shards, tmp_path, P, zero_sta
     """A rank of four is killed in step 5; the run resumes from step 3 on another number of ranks."""
     run(4, shards, tmp_path, "-z", "1", die=(5, 2))
     assert "llmc.train: error: rank 2 died, the other ranks stop. HINT: -y 1 continues" in run.stderr
-    assert checkpoint.latest_checkpoint(tmp_path) == 3
+    assert checkpoints.latest_checkpoint(tmp_path) == 3
     assert_close(run(P, shards, tmp_path, "-z", str(zero_stage), "-y", "1"), alone[0], 1e-6)
 
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from llmc import cpu, export
 from llmc.__main__ import main as llmc
 from llmc.data import tokenizer
-from llmc.files import checkpoint
+from llmc.files import checkpoints, model_file
+from llmc.files.state_file import TrainState
 from llmc.gpt2 import GPT2, GPT2Config
 
 T = 48
@@ -30,7 +31,7 @@ TEXTS = [
 
 
 def header(config):
-    return {name: getattr(config, name) for name in checkpoint.MODEL_WORDS}
+    return {name: getattr(config, name) for name in model_file.MODEL_WORDS}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def files(tmp_path_factory):
         rng = np.random.default_rng(1)
         model.params_flat += 0.02 * rng.standard_normal(model.params_flat.size, np.float32)
         model.params.wte[config.vocab_size :] = 0
-        checkpoint.write_model(folder / f"{name}.bin", header(config), model.params_flat)
+        model_file.write_model(folder / f"{name}.bin", header(config), model.params_flat)
         found[name] = str(folder / f"{name}.bin"), model
     return found
 
@@ -134,7 +135,7 @@ def test_there_and_back_is_the_same_file(files, tmp_path, capsys):
     path, model = files["bytes"]
     for version, dtype in ((3, "fp32"), (5, "bf16")):
         start = tmp_path / f"{dtype}.bin"
-        checkpoint.write_model(start, header(model.config), model.params_flat, version)
+        model_file.write_model(start, header(model.config), model.params_flat, version)
         assert export.main([str(start)]) == 0  # beside it, as it is
         assert (
             export.main([f"hf:{tmp_path}/{dtype}-hf", str(tmp_path / "back.bin"), "--format", "bin", "--overwrite"])
@@ -150,10 +151,11 @@ def test_there_and_back_is_the_same_file(files, tmp_path, capsys):
 
 def test_the_newest_checkpoint_of_a_run(files, tmp_path):
     path, model = files["none"]
-    state = dict(num_processes=1, rank=0, rng_state=1, rng_state_last_update=1, m=np.zeros(model.params_flat.size, "f"))
+    zeros = np.zeros(model.params_flat.size, np.float32)
     run = str(tmp_path / "run")
     os.mkdir(run)
-    checkpoint.save_checkpoint(run, 7, header(model.config), model.params_flat, 3, state | dict(v=state["m"]))
+    state = TrainState(7, rng_state=1, rng_state_last_update=1)
+    checkpoints.save_checkpoint(run, header(model.config), model.params_flat, 3, state, (zeros, zeros))
     assert llmc(["export", run]) == 0
     inputs = np.arange(T, dtype=np.int32)[None]
     assert np.allclose(their_logits(run + "-hf", inputs)[1], model.forward(inputs).output[..., :300], atol=2e-5)

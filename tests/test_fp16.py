@@ -14,7 +14,7 @@ from test_gpt2 import LLMC, batches, weights
 
 from llmc import cpu, devices, simt, train
 from llmc.data.shards import write_shard
-from llmc.files import checkpoint
+from llmc.files import checkpoints, model_file
 from llmc.gpt2 import GPT2, GPT2Config
 from llmc.training import loss_scaler, mfu
 from llmc.training.loss_scaler import LossScaler
@@ -52,7 +52,7 @@ def files_of(folder, step):
     return [Path(path(folder, step, *rank)).read_bytes() for path, rank in FILES]
 
 
-FILES = (checkpoint.model_path, ()), (checkpoint.state_path, (0,))
+FILES = (checkpoints.model_path, ()), (checkpoints.state_path, (0,))
 
 
 def test_losses_follow_fp32_on_the_cpu(executor):
@@ -74,14 +74,14 @@ def test_an_overflow_halves_the_scale_and_leaves_no_other_trace(executor, monkey
     monkeypatch.setattr(LossScaler.__init__, "__defaults__", (right,))
     assert run("right", "-x", 4, "-n", 2) == losses
     assert files_of("far", 2) == files_of("right", 2) and files_of("far", 4) == files_of("right", 4)
-    header = checkpoint.read_model_header(checkpoint.model_path("far", 4))
+    header = model_file.read_model_header(checkpoints.model_path("far", 4))
     assert header["version"] == 3  # llm.c has no fp16 file: fp32, which holds the same numbers
-    params = np.empty(checkpoint.num_parameters(header), np.float32)
-    checkpoint.read_model(checkpoint.model_path("far", 4), params)
+    params = np.empty(model_file.num_parameters(header), np.float32)
+    model_file.read_model(checkpoints.model_path("far", 4), params)
     np.testing.assert_array_equal(params.astype(np.float16).astype(np.float32), params)
 
     monkeypatch.setattr(LossScaler.__init__, "__defaults__", (2.0**41,))  # what a resumed run does not begin with
-    Path(checkpoint.done_path("far", 4)).unlink()
+    Path(checkpoints.done_path("far", 4)).unlink()
     capsys.readouterr()
     run("far", "-x", 4, "-n", 2, "-y", 1)
     assert "overflowed" not in capsys.readouterr().out

@@ -10,7 +10,7 @@ import pytest
 from llmc import cpu, generate, gpt2, train
 from llmc.data import tokenizer
 from llmc.data.shards import write_shard
-from llmc.files import checkpoint
+from llmc.files import model_file
 from llmc.rand import random_f32
 from llmc.sampler import sample_softmax
 
@@ -185,18 +185,18 @@ def test_the_trainers_sample_is_the_same(trained, capsys):
 
 
 def test_bf16_file(trained, capsys):
-    header = checkpoint.read_model_header(trained[0] / "model_00000300.bin")
-    params = np.empty(checkpoint.num_parameters(header), np.float32)
-    checkpoint.read_model(trained[0] / "model_00000300.bin", params)
-    checkpoint.write_model("bf16.bin", header, params, 5)
+    header = model_file.read_model_header(trained[0] / "model_00000300.bin")
+    params = np.empty(model_file.num_parameters(header), np.float32)
+    model_file.read_model(trained[0] / "model_00000300.bin", params)
+    model_file.write_model("bf16.bin", header, params, 5)
     greedy = ("-p", "so shall I ", "-g", 20, "--temperature", 0)
     assert run(capsys, "bf16.bin", *greedy) == run(capsys, trained[0], *greedy)
 
 
 def write_model(path, vocab_size):
     model = fresh_model(16, vocab_size)
-    header = {field: getattr(model.config, field) for field in checkpoint.MODEL_WORDS}
-    checkpoint.write_model(path, header, model.params_flat)
+    header = {field: getattr(model.config, field) for field in model_file.MODEL_WORDS}
+    model_file.write_model(path, header, model.params_flat)
     return path
 
 
@@ -220,8 +220,8 @@ def test_ids_that_the_tokenizer_does_not_have_are_never_drawn(vocab_size, capsys
     model.params.wte[:] = 0
     model.params.lnfb[:] = 1
     model.params.wte[50257:vocab_size] = 0.1  # their logits: 32 * 0.1; those of all others are 0
-    header = {field: getattr(model.config, field) for field in checkpoint.MODEL_WORDS}
-    checkpoint.write_model("padded.bin", header, model.params_flat)
+    header = {field: getattr(model.config, field) for field in model_file.MODEL_WORDS}
+    model_file.write_model("padded.bin", header, model.params_flat)
     assert next(generate.generate(model, [50256], 1, 1, temperature=0)) >= 50257, "left free, the loop draws them"
     for flags in (("--temperature", 0), ("--temperature", 1), ("--temperature", 1, "--top-k", 3)):
         text = run(capsys, "padded.bin", "-g", 8, *flags)

@@ -27,7 +27,7 @@ from reference import (
 from llmc import cpu as ops
 from llmc import gpt2, rand
 from llmc.errors import UserError
-from llmc.files import checkpoint
+from llmc.files import model_file
 from llmc.gpt2 import GPT2, GPT2Config, config_from_descriptor
 
 DECAYED = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")
@@ -79,7 +79,7 @@ def test_descriptor(descriptor, maxT, L, C, NH, HS, N):
     assert config == GPT2Config(maxT, 50257, 50304, L, NH, C)
     assert C % NH == 0 and C // NH == HS
     assert gpt2.num_parameters(config) == N
-    assert checkpoint.num_parameters(vars(config)) == N
+    assert model_file.num_parameters(vars(config)) == N
     assert config_from_descriptor(descriptor, tiny_seq_len=64) == config  # for tiny models only
 
 
@@ -123,7 +123,7 @@ def test_config():
     assert GPT2Config() == config_from_descriptor("d12")
     with pytest.raises(UserError, match="channels 50 .* num_heads 12.*HINT"):
         GPT2Config(channels=50)
-    header = dict(zip(checkpoint.MODEL_WORDS, (8, 5, 2, 2, 4, 8), strict=True), version=3)
+    header = dict(zip(model_file.MODEL_WORDS, (8, 5, 2, 2, 4, 8), strict=True), version=3)
     assert gpt2.config_from_header(header) == GPT2Config(8, 5, 8, 2, 2, 4)
 
 

@@ -11,7 +11,7 @@ import pytest
 from llmc.data.loader import DataLoader, EveryPair
 from llmc.data.shards import Dataset, write_shard
 from llmc.errors import UserError
-from llmc.files import checkpoint
+from llmc.files import state_file
 from llmc.rand import MT19937
 
 
@@ -251,11 +251,9 @@ def through_files(loaders, folder):
     """The loaders' states after a round through the state files of all ranks."""
     states = []
     for rank, loader in enumerate(loaders):
-        where = dict(num_processes=len(loaders), rank=rank, step=1, rng_state=1, rng_state_last_update=1)
-        checkpoint.write_state(
-            folder / "state.bin", **where, m=np.zeros(4, "f"), v=np.zeros(4, "f"), loader_state=loader.state()
-        )
-        states.append(checkpoint.read_state_header(folder / "state.bin", (4,))["loader_state"])
+        state = state_file.TrainState(1, 1, 1, len(loaders), rank, loader.state())
+        state_file.write_state(folder / "state.bin", state, np.zeros((2, 4), np.float32))
+        states.append(state_file.read_state_header(folder / "state.bin", (4,)).loader_state)
     return states
 
 

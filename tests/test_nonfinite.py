@@ -21,7 +21,7 @@ from test_gpt2_cuda import CONFIG, B, T, build
 from llmc import cpu, gpt2, simt, train
 from llmc.data.loader import DataLoader
 from llmc.data.shards import write_shard
-from llmc.files import checkpoint
+from llmc.files import checkpoints, model_file
 from llmc.training import nonfinite
 
 PLACE = 37  # element that is poisoned, of arrays that have as many
@@ -302,7 +302,7 @@ def test_stop_names_it_and_saves_a_replay(monkeypatch, folder, capsys):
 
     about, params, inputs, _ = nonfinite.load(file)
     was = np.empty(params.size, np.float32)
-    checkpoint.read_model(checkpoint.model_path("before", step), was)
+    model_file.read_model(checkpoints.model_path("before", step), was)
     assert_bits("the file", "weights before the step", params, was)
     assert BAD in inputs[micro_step] and about["update"][6] == step + 1
 

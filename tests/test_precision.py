@@ -11,7 +11,7 @@ from reference import DTYPES, assert_bits
 
 from llmc import gpt2, train
 from llmc.errors import UserError
-from llmc.files import checkpoint
+from llmc.files import checkpoints, model_file
 
 CONFIG = gpt2.GPT2Config(8, 61, 128, 1, 2, 16)
 SETS = pytest.mark.parametrize("ops", ("executor", pytest.param("gpu", marks=pytest.mark.gpu)), indirect=True)
@@ -54,7 +54,7 @@ def arguments(masters=True):
 
 def saved(model, masters=True):
     train.save(arguments(masters), 5, model, Loader(), {})
-    return checkpoint.read_model_header(checkpoint.model_path("out", 5))["version"]
+    return model_file.read_model_header(checkpoints.model_path("out", 5))["version"]
 
 
 def resumed(ops, dtype, masters=True):

@@ -20,8 +20,8 @@ import transformers
 from llmc import cpu, generate, loading, train
 from llmc.data.shards import write_shard
 from llmc.errors import UserError
-from llmc.files import checkpoint
 from llmc.files import huggingface as safetensors_io
+from llmc.files import io
 from llmc.gpt2 import GPT2, config_from_header
 
 V, B, T = 500, 4, 32
@@ -133,7 +133,7 @@ def test_dtypes_names_and_pieces(theirs, tmp_path, dtype, prefix):
     assert np.array_equal(ours.params.h[1].qkvw, qkvw.T)
     bits = np.empty(ours.params_flat.size, np.uint16)
     safetensors_io.read_hf(tmp_path, bits)
-    assert np.array_equal(bits, checkpoint.fp32_to_bf16(ours.params_flat))
+    assert np.array_equal(bits, io.fp32_to_bf16(ours.params_flat))
 
 
 def test_tied_head_is_accepted_and_another_one_is_not(folder, tmp_path):

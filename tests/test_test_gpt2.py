@@ -14,7 +14,7 @@ from reference import GPT2_TENSORS, cross_entropy, gpt2_logits, to_torch
 from test_gpt2 import batches, one_torch_thread, torch_training, weights  # noqa: F401  (the fixture acts by its name)
 
 from llmc import test_gpt2
-from llmc.files import checkpoint
+from llmc.files import debug_state, model_file
 from llmc.gpt2 import GPT2Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,12 +34,12 @@ def pytorch_debug_state(params, x, y):
 
 
 def write(folder, params, debug, version=3, names=("model.bin", "debug.bin")):
-    header = {name: getattr(CONFIG, name) for name in checkpoint.MODEL_WORDS}
+    header = {name: getattr(CONFIG, name) for name in model_file.MODEL_WORDS}
     flat = np.concatenate([params[name].ravel() for name in GPT2_TENSORS])
     model_path, debug_path = (str(folder / name) for name in names)
-    checkpoint.write_model(model_path, header, flat, version)
+    model_file.write_model(model_path, header, flat, version)
     grads = np.concatenate([debug["grads"][name].ravel() for name in GPT2_TENSORS])
-    checkpoint.write_debug_state(debug_path, debug["x"], debug["y"], debug["logits"], debug["loss"], grads)
+    debug_state.write_debug_state(debug_path, debug["x"], debug["y"], debug["logits"], debug["loss"], grads)
     return model_path, debug_path
 
 
@@ -253,14 +253,14 @@ def too_long_for_the_model(paths, made):
     """T = 17 of 16 positions: all sizes are right, and only the positions are missing."""
     x = np.zeros((1, 17), np.int32)
     N = sum(values.size for values in made[0].values())
-    checkpoint.write_debug_state(paths[1], x, x, np.zeros((1, 17, 61), np.float32), 0.0, np.zeros(N, np.float32))
+    debug_state.write_debug_state(paths[1], x, x, np.zeros((1, 17, 61), np.float32), 0.0, np.zeros(N, np.float32))
     return paths
 
 
 def other_model(paths, made):
     """A debug state whose vocabulary is not the model's: found by the file's size."""
     x, N = np.zeros((1, 4), np.int32), sum(values.size for values in made[0].values())
-    checkpoint.write_debug_state(paths[1], x, x, np.zeros((1, 4, 60), np.float32), 0.0, np.zeros(N, np.float32))
+    debug_state.write_debug_state(paths[1], x, x, np.zeros((1, 4, 60), np.float32), 0.0, np.zeros(N, np.float32))
     return paths
 
 

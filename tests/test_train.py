@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +30,7 @@ import pytest
 from llmc import cpu, gpt2, train
 from llmc.data.loader import DataLoader
 from llmc.data.shards import read_shard, read_shard_header, vocabulary_of, write_shard
-from llmc.files import checkpoint
+from llmc.files import checkpoints, io, model_file, state_file
 from llmc.training import mfu
 from llmc.training.outlier_detector import OutlierDetector
 
@@ -121,10 +122,10 @@ def files(folder="."):
 
 def weights_and_state(folder, step):
     """The bytes of the model and state files of a step, which is finished."""
-    assert step in checkpoint.checkpoint_steps(str(folder))
+    assert step in checkpoints.checkpoint_steps(str(folder))
     return [
         Path(path).read_bytes()
-        for path in (checkpoint.model_path(folder, step), checkpoint.state_path(folder, step, 0))
+        for path in (checkpoints.model_path(folder, step), checkpoints.state_path(folder, step, 0))
     ]
 
 
@@ -495,7 +496,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(capfd):
     assert run("-x", 50, "-l", 1e30, "-o", "out", "-n", 1) == 2
     err = lines_of(capfd.readouterr().err, "llmc.train: error:")
     assert len(err) == 1 and re.search(r"step \d+: loss .*nan.*not updated. HINT: lower -l", err[0])
-    params = np.fromfile(checkpoint.model_path("out", 1), np.float32, offset=1024)
+    params = np.fromfile(checkpoints.model_path("out", 1), np.float32, offset=1024)
     assert np.isfinite(params).all()
 
 
@@ -507,10 +508,10 @@ def trained_model(path="model.bin", version=3, steps=2, **changes):
     """A model file after a few steps; changes: words of its header."""
     if not os.path.exists("trained"):
         assert run("-x", steps, "-n", steps, "-o", "trained", "-v", steps, "-m", 2) == 0
-    header = checkpoint.read_model_header(checkpoint.model_path("trained", steps))
-    params = np.empty(checkpoint.num_parameters(header), np.float32)
-    checkpoint.read_model(checkpoint.model_path("trained", steps), params)
-    checkpoint.write_model(path, {**header, **changes}, params, version)
+    header = model_file.read_model_header(checkpoints.model_path("trained", steps))
+    params = np.empty(model_file.num_parameters(header), np.float32)
+    model_file.read_model(checkpoints.model_path("trained", steps), params)
+    model_file.write_model(path, {**header, **changes}, params, version)
     return path, params
 
 
@@ -519,7 +520,7 @@ def test_start_from_a_model_file(version, capsys):
     """-e file.bin: its weights and sizes, bf16 ones exactly as fp32; Adam's moments start from zero."""
     path, params = trained_model(version=version)
     if version == 5:
-        params = checkpoint.bf16_to_fp32(checkpoint.fp32_to_bf16(params))
+        params = io.bf16_to_fp32(io.fp32_to_bf16(params))
     capsys.readouterr()
     assert run("-e", path, "-x", 2, "-v", 2, "-m", 2, "-o", "out", "-n", 2) == 0
     rows = rows_of(capsys.readouterr().out)
@@ -528,7 +529,7 @@ def test_start_from_a_model_file(version, capsys):
     assert first == pytest.approx(val_loss_by_hand(2, params), rel=1e-12)
     assert first == last if version == 3 else first == pytest.approx(last, rel=1e-3) and first != last
     assert metrics("out")[-1]["val_loss"] < first
-    header = checkpoint.read_model_header(checkpoint.model_path("out", 2))
+    header = model_file.read_model_header(checkpoints.model_path("out", 2))
     assert header["version"] == 3 and header["vocab_size"] == V
 
 
@@ -557,13 +558,13 @@ def test_a_model_file_sets_the_sequence_length(capsys):
 def test_shorter_rows_than_the_model(capsys):
     path, _ = trained_model()
     assert run("-e", path, "-t", T // 2, "-b", 1, "-x", 2, "-n", 2, "-o", "out", "-s", 2) == 0
-    assert checkpoint.read_model_header(checkpoint.model_path("out", 2))["max_seq_len"] == T
+    assert model_file.read_model_header(checkpoints.model_path("out", 2))["max_seq_len"] == T
 
 
 def test_retention():
     """-nk keeps the newest, -nm spares its multiples."""
     assert run("-x", 6, "-n", 1, "-nk", 2, "-nm", 3, "-o", "out") == 0
-    assert checkpoint.checkpoint_steps("out") == [3, 5, 6]
+    assert checkpoints.checkpoint_steps("out") == [3, 5, 6]
     names = {f"{kind}_{step:08d}{end}" for step in (3, 5, 6) for kind, end in KINDS}
     assert set(os.listdir("out")) == names | {"main.log", "metrics.jsonl"}
 
@@ -574,10 +575,10 @@ KINDS = (("model", ".bin"), ("state", "_00000.bin"), ("DONE", ""))
 def test_retention_without_n_keeps_the_checkpoint_of_ctrl_c(monkeypatch):
     interrupt_in_step(2, monkeypatch)
     assert run("-x", 5, "-nk", 1, "-o", "out") == 2
-    assert checkpoint.checkpoint_steps("out") == [3]
+    assert checkpoints.checkpoint_steps("out") == [3]
     monkeypatch.undo()
     assert run("-x", 5, "-nk", 1, "-o", "out", "-y", 1) == 0
-    assert checkpoint.checkpoint_steps("out") == [3]
+    assert checkpoints.checkpoint_steps("out") == [3]
 
 
 def test_retention_after_a_kill_before_it(monkeypatch):
@@ -588,7 +589,7 @@ def test_retention_after_a_kill_before_it(monkeypatch):
         if "_00000006" not in name:
             shutil.copy(os.path.join("all", name), "out")
     assert run("-x", 6, "-n", 2, "-nk", 1, "-o", "out", "-y", 1) == 0
-    assert checkpoint.checkpoint_steps("out") == [6]
+    assert checkpoints.checkpoint_steps("out") == [6]
     assert_same_run("out", "all", 6)
 
 
@@ -611,13 +612,13 @@ def test_default_job(capsys):
     assert loss == f"{final:.4f}" and final < 5.6
     if "Tiny Shakespeare in" in out:
         assert 111540 - 2048 < int(tokens) <= 111540
-    assert checkpoint.latest_checkpoint("runs/shakespeare-001") == 3
+    assert checkpoints.latest_checkpoint("runs/shakespeare-001") == 3
     assert 'python -m llmc.generate runs/shakespeare-001 --prompt "ROMEO:"' in out
 
     # a second one, with everything off: its own folder, nothing validated or sampled
     assert run("-x", 2, "-b", 1, "-t", 32, "-v", 0, "-s", 0, base=DEFAULT) == 0
     out = capsys.readouterr().out
-    assert checkpoint.latest_checkpoint("runs/shakespeare-002") == 2
+    assert checkpoints.latest_checkpoint("runs/shakespeare-002") == 2
     assert not lines_of(out, "val loss", "validation loss", "generating")
 
 
@@ -632,7 +633,7 @@ def test_default_job_for_an_epoch_samples_once(capsys, monkeypatch):
 def test_default_job_resumes_where_it_is_told(capsys):
     assert run("-x", 1, "-b", 1, "-t", 32, "-v", 0, "-s", 0, base=DEFAULT) == 0
     assert run("-x", 2, "-b", 1, "-t", 32, "-v", 0, "-s", 0, "-o", "runs/shakespeare-001", "-y", 1, base=DEFAULT) == 0
-    assert os.listdir("runs") == ["shakespeare-001"] and checkpoint.checkpoint_steps("runs/shakespeare-001") == [1, 2]
+    assert os.listdir("runs") == ["shakespeare-001"] and checkpoints.checkpoint_steps("runs/shakespeare-001") == [1, 2]
     capsys.readouterr()
     assert run("-x", 3, "-y", 1, base=DEFAULT) == 2  # not a new folder, where it would start again
     assert "-y 1 resumes from -o" in capsys.readouterr().err and os.listdir("runs") == ["shakespeare-001"]
@@ -694,12 +695,12 @@ def test_resume_at_every_step():
     steps = EPOCH + 2
     flags = ("-x", steps, "-v", 3, "-m", 1, "-u", 4, "-q", 0.1, "-c", 0.1)
     assert run(*flags, "-n", 1, "-o", "full") == 0
-    assert checkpoint.checkpoint_steps("full") == list(range(1, steps + 1))
+    assert checkpoints.checkpoint_steps("full") == list(range(1, steps + 1))
     for step in range(1, steps + 1):
         out = stopped_at(step, "full", f"at{step}")
         assert run(*flags, "-n", steps, "-o", out, "-y", 1) == 0
         assert_same_run(out, "full", steps)
-        assert checkpoint.checkpoint_steps(out) == sorted({step, steps})
+        assert checkpoints.checkpoint_steps(out) == sorted({step, steps})
 
 
 @pytest.mark.parametrize(
@@ -719,7 +720,7 @@ def test_resume_with_another_micro_batch():
     shutil.copytree("full", "again")
     for step, b in ((3, 2 * B), (6, 1)):  # twice, the second time in a run that another -b began
         for later in range(step + 3, 10, 3):
-            checkpoint.delete_checkpoint("again", later)
+            checkpoints.delete_checkpoint("again", later)
         assert run(*flags, "-o", "again", "-y", 1, "-b", b) == 0
     losses = [[row["train_loss"] for row in metrics(name) if "train_loss" in row] for name in ("full", "again")]
     assert len(losses[0]) == len(losses[1]) == 9
@@ -731,9 +732,9 @@ def test_resume_of_two_ranks_of_llm_c_on_one():
     flags = ("-x", 6, "-a", 1)
     assert run(*flags, "-n", 3, "-o", "full") == 0
     stopped_at(3, "full", "again")
-    path = Path(checkpoint.state_path("again", 3, 0))
+    path = Path(checkpoints.state_path("again", 3, 0))
     header, body = bytearray(path.read_bytes()[:1024]), np.fromfile(path, "<f4", offset=1024)
-    config = gpt2.config_from_header(checkpoint.read_model_header(checkpoint.model_path("again", 3)))
+    config = gpt2.config_from_header(model_file.read_model_header(checkpoints.model_path("again", 3)))
     specs = gpt2.parameter_specs(config)
     N, ends = gpt2.num_parameters(config), np.cumsum([spec.size for spec in specs])
     header[8:12], header[256:268] = (2).to_bytes(4, "little"), bytes(12)  # P; m's length, the length of what we add
@@ -743,11 +744,11 @@ def test_resume_of_two_ranks_of_llm_c_on_one():
         for values in body[:N], body[N : 2 * N]:
             for spec, tensor in zip(specs, np.split(values, ends[:-1]), strict=True):
                 parts.append(tensor.reshape(max(spec.layers, 1), 2, -1)[:, rank].tobytes())
-        Path(checkpoint.state_path("again", 3, rank)).write_bytes(b"".join(parts))
+        Path(checkpoints.state_path("again", 3, rank)).write_bytes(b"".join(parts))
     assert run(*flags, "-n", 6, "-o", "again", "-y", 1) == 0
-    full, again = (checkpoint.state_path(folder, 6, 0) for folder in ("full", "again"))
+    full, again = (checkpoints.state_path(folder, 6, 0) for folder in ("full", "again"))
     assert np.array_equal(np.fromfile(full, "<f4", 2 * N, offset=1024), np.fromfile(again, "<f4", 2 * N, offset=1024))
-    full, again = (Path(checkpoint.model_path(folder, 6)).read_bytes() for folder in ("full", "again"))
+    full, again = (Path(checkpoints.model_path(folder, 6)).read_bytes() for folder in ("full", "again"))
     assert full == again
 
 
@@ -762,25 +763,24 @@ def test_resume_with_another_model(model, message, capsys):
 
 def rounded_to_bf16(folder, step, masters):
     """Round the weights of a checkpoint. With masters it becomes a bf16 run's, with the fp32 weights in the state."""
-    model, state_file = checkpoint.model_path(folder, step), checkpoint.state_path(folder, step, 0)
-    N = checkpoint.num_parameters(checkpoint.read_model_header(model))
+    model = checkpoints.model_path(folder, step)
+    N = model_file.num_parameters(model_file.read_model_header(model))
     params, m, v = np.empty((3, N), np.float32)
-    header, state = checkpoint.read_model(model, params), checkpoint.read_state(state_file, m, v)
-    names = ("num_processes", "rank", "rng_state", "rng_state_last_update", "loader_state", "extra")
-    state = dict({name: state[name] for name in names}, m=m, v=v, master=params if masters else None)
-    bf16 = checkpoint.fp32_to_bf16(params)
-    rounded = (bf16, 5) if masters else (checkpoint.bf16_to_fp32(bf16), 3)
-    checkpoint.save_checkpoint(folder, step, header, *rounded, state)
+    header = model_file.read_model(model, params)
+    state = state_file.read_state(checkpoints.state_path(folder, step, 0), (m, v))
+    bf16 = io.fp32_to_bf16(params)
+    rounded = (bf16, 5) if masters else (io.bf16_to_fp32(bf16), 3)
+    checkpoints.save_checkpoint(folder, header, *rounded, state, (m, v, params) if masters else (m, v))
 
 
 def test_a_state_that_cannot_be_resumed_is_found_before_memory_is_taken(capsys, monkeypatch):
     """Here: bf16 weights with a state without masters, which the CPU op set would not make."""
     assert run("-n", 2, "-x", 2, "-o", "out") == 0
-    header = checkpoint.read_model_header("out/model_00000002.bin")
-    monkeypatch.setattr(checkpoint, "read_model_header", lambda path: {**header, "version": 5})
-    headers = checkpoint.read_state_headers
-    states = lambda *args: [{**state, "use_master_weights": False} for state in headers(*args)]  # noqa: E731
-    monkeypatch.setattr(checkpoint, "read_state_headers", states)
+    header = model_file.read_model_header("out/model_00000002.bin")
+    monkeypatch.setattr(model_file, "read_model_header", lambda path: {**header, "version": 5})
+    headers = checkpoints.read_state_headers
+    states = lambda *args: [replace(state, use_master_weights=False) for state in headers(*args)]  # noqa: E731
+    monkeypatch.setattr(checkpoints, "read_state_headers", states)
     monkeypatch.setattr("llmc.devices.model_dtype", lambda name: "bfloat16")
     monkeypatch.setattr(gpt2, "GPT2", None)
     capsys.readouterr()
@@ -844,10 +844,10 @@ def test_skipped_updates(limits, capsys):
         assert match[1] == name and float(match[2]) == pytest.approx(z, abs=2e-6)
         assert lines[lines.index(notice) + 1].startswith(f"step {step + 1:4d}/")
     saved = np.empty_like(model.params_flat)
-    checkpoint.read_model(checkpoint.model_path("out", steps), saved)
+    model_file.read_model(checkpoints.model_path("out", steps), saved)
     assert np.array_equal(saved, model.params_flat)
-    state = checkpoint.read_state_header(checkpoint.state_path("out", steps, 0), (saved.size,))
-    assert state["rng_state"] == model.rng_state  # no seeds are drawn for an update that is left out
+    state = state_file.read_state_header(checkpoints.state_path("out", steps, 0), (saved.size,))
+    assert state.rng_state == model.rng_state  # no seeds are drawn for an update that is left out
 
     assert run(*argv, "-o", stopped_at(136, "out", "again"), "-y", 1) == 0
     assert_same_run("again", "out", steps)
@@ -990,7 +990,7 @@ def test_peak_memory_is_the_plan():
     rng = np.random.default_rng(0)
     for name in ("long.bin", "long_val.bin"):  # wide logits, and no tokenizer has as many tokens: samples are numbers
         write_shard(name, rng.integers(0, 50000, 3 * 1024 + 1, dtype=np.uint16), 50000)
-    modules = "llmc.train, llmc.gpt2, llmc.data.prepare, llmc.files.checkpoint, llmc.training.logger, llmc.generate"
+    modules = "llmc.train, llmc.gpt2, llmc.data.prepare, llmc.files.checkpoints, llmc.training.logger, llmc.generate"
     product = "import numpy as np; a = np.ones((512, 512), np.float32); cpu.device.parallel(lambda i: a @ a, 1)"
     pool = f"from llmc import cpu; cpu.device.threads(2); {product}"
     baseline = int(python(f"import {modules}; {pool}; print({PEAK})"))
@@ -1048,7 +1048,7 @@ def damaged_checkpoint(kind, **damage):
     """A folder with a checkpoint of step 2, of which one file is then damaged."""
     model()
     shutil.copytree("trained", "damaged")
-    path = checkpoint.model_path("damaged", 2) if kind == "model" else checkpoint.state_path("damaged", 2, 0)
+    path = checkpoints.model_path("damaged", 2) if kind == "model" else checkpoints.state_path("damaged", 2, 0)
     patched(path, path, **damage)
     return "damaged"
 
@@ -1248,7 +1248,7 @@ def test_disk_full_in_a_checkpoint(victim, call, monkeypatch, capsys):
     monkeypatch.undo()
     after = files(out)
     assert all(after[name] == before[name] for name in before if "_00000002" in name)
-    assert checkpoint.latest_checkpoint(out) == 2 and not [name for name in after if name.endswith(".tmp")]
+    assert checkpoints.latest_checkpoint(out) == 2 and not [name for name in after if name.endswith(".tmp")]
     assert run("-x", 4, "-n", 2, "-o", out, "-y", 1) == 0
     assert_same_run(out, "full", 4)
 
@@ -1257,15 +1257,15 @@ def test_disk_full_for_real(capsys):
     """A limit on the size of files that the model's fits and the state's does not."""
     resource = pytest.importorskip("resource")
     out = resumable_run()
-    state = os.path.getsize(checkpoint.state_path(out, 2, 0))
-    assert os.path.getsize(checkpoint.model_path(out, 2)) < state - 1000
+    state = os.path.getsize(checkpoints.state_path(out, 2, 0))
+    assert os.path.getsize(checkpoints.model_path(out, 2)) < state - 1000
     command = [sys.executable, "-m", "llmc.train", *BASE, "-x", "4", "-n", "2", "-o", out, "-y", "1"]
     limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({state - 1000}, {resource.RLIM_INFINITY}))"
     code = f"import os, resource, sys; {limit}; os.execv(sys.executable, {command})"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and len(lines_of(done.stdout, "step ")) == 2
     assert_one_line(done.stderr, "state_00000004_00000.bin", "too large", "HINT: ")
-    assert checkpoint.latest_checkpoint(out) == 2
+    assert checkpoints.latest_checkpoint(out) == 2
     assert run("-x", 4, "-n", 2, "-o", out, "-y", 1) == 0
     assert_same_run(out, "full", 4)
     assert sorted(os.listdir(out)) == sorted(os.listdir("full"))
@@ -1302,7 +1302,7 @@ def test_ctrl_c_saves_and_resumes(step, monkeypatch, capsys):
     if step == 6:  # the last: nothing is left to interrupt
         assert code == 0 and not err
     else:
-        assert code == 2 and checkpoint.latest_checkpoint("out") == step + 1
+        assert code == 2 and checkpoints.latest_checkpoint("out") == step + 1
         assert_one_line(err, f"after step {step + 1} of 7", "-o out -y 1", "HINT: ")
         assert f"wrote checkpoint of step {step + 1} to out" in out
         assert run(*flags, "-o", "out", "-y", 1) == 0
@@ -1324,7 +1324,7 @@ def test_second_ctrl_c_ends_at_once(monkeypatch, capsys):
     assert run("-x", 5, "-o", "out") == 2
     out, err = capsys.readouterr()
     assert err == "llmc.train: interrupted\n" and len(lines_of(out, "step ")) == 2
-    assert signal.getsignal(signal.SIGINT) is handler and not checkpoint.checkpoint_steps("out")
+    assert signal.getsignal(signal.SIGINT) is handler and not checkpoints.checkpoint_steps("out")
 
 
 def test_ctrl_c_of_a_real_process():
@@ -1336,7 +1336,7 @@ def test_ctrl_c_of_a_real_process():
     code, _, err = finish(process)
     assert code == 2
     assert_one_line(err, "interrupted after step", "of 60", "-o out -y 1")
-    step = checkpoint.latest_checkpoint("out")
+    step = checkpoints.latest_checkpoint("out")
     assert 3 <= step < 60
     assert run(*argv, "-o", "out", "-y", 1) == 0
     assert run(*argv, "-o", "full") == 0

@@ -13,7 +13,7 @@ from llmc.data import tokenizer as tokenizers
 from llmc.data.cache import read_bytes
 from llmc.data.shards import HEADER_BYTES, Path
 from llmc.errors import UserError
-from llmc.files.checkpoint import atomic_write, open_checked
+from llmc.files.io import atomic_write, open_checked
 
 EVAL_MAGIC, EVAL_VERSION = 20240522, 1
 EVAL_START = 2**16 - 1  # the word before each example

@@ -20,7 +20,7 @@ from llmc.data.shards import Dataset, read_shard, read_shard_header, vocabulary_
 from llmc.data.texts import decoded_chunks, pieces
 from llmc.data.tokenizer import Tokenizer
 from llmc.errors import UserError
-from llmc.files.checkpoint import atomic_write
+from llmc.files.io import atomic_write
 
 Tokens = NDArray[np.uint16]
 BATCH_CHARS = 1 << 23  # encoded at a time, on all cores

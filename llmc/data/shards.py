@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmc.errors import UserError
-from llmc.files.checkpoint import atomic_write
+from llmc.files.io import atomic_write
 
 HEADER_BYTES = 1024
 GPT2_MAGIC, GPT2_VERSION, GPT2_VOCAB = 20240520, 1, 50257

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from llmc.data.cache import writable_cache_dir
 from llmc.data.shards import Path
 from llmc.errors import UserError
-from llmc.files.checkpoint import atomic_write
+from llmc.files.io import atomic_write
 
 MAGIC, VERSION = 20240328, 2  # gpt2_tokenizer.bin
 HEADER_BYTES = 1024

@@ -1,1 +1,1 @@
-"""Files of others: llm.c's .bin files, Hugging Face's folders."""
+"""Files: what llm.c reads and writes, the sets of them that are a checkpoint, and Hugging Face's folders."""

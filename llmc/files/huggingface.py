@@ -17,7 +17,8 @@ import numpy as np
 
 from llmc.buffers import carve
 from llmc.errors import UserError
-from llmc.files.checkpoint import MODEL_WORDS, atomic_write, bf16_to_fp32, convert
+from llmc.files.io import atomic_write, bf16_to_fp32, convert
+from llmc.files.model_file import MODEL_WORDS
 
 BLOCK_NAMES = {  # of a layer: ours -> theirs, and whether it is a Conv1D, whose matrix is transposed
     "ln1w": ("ln_1.weight", False),
@@ -150,7 +151,7 @@ def _json(path):
 
 
 def read_hf_header(folder):
-    """The MODEL_WORDS of a folder's config.json, as checkpoint.read_model_header has them.
+    """The MODEL_WORDS of a folder's config.json, as model_file.read_model_header has them.
 
     Errors: UserError for another architecture, or GPT-2 with an activation, scale or size that llm.c's has not.
     """

@@ -10,7 +10,7 @@ import re
 import sys
 
 from llmc.errors import UserError
-from llmc.files.checkpoint import atomic_write
+from llmc.files.io import atomic_write
 
 
 class Logger:

@@ -20,7 +20,7 @@ import numpy as np
 
 from llmc.buffers import carve
 from llmc.errors import UserError
-from llmc.files.checkpoint import atomic_write
+from llmc.files.io import atomic_write
 from llmc.gpt2 import GPT2, GPT2Config, parameter_specs, pieces, rows
 
 WRITES = {  # op -> its arguments that it writes; scratch may hold anything
