@@ -42,13 +42,23 @@ template <class T> __host__ __device__ constexpr T ceil_div(T a, T b) { return (
 // 16-byte packs: the widest access a thread can make, and the unit of every vectorised kernel
 // ---------------------------------------------------------------------------------------------------------------------
 
+#ifndef LLMC_SIMT
+#define CHECK_INDEX(i, size)  // is the CPU executor's (llmc/simt)
+#endif
+
 // 8 bf16/fp16 or 4 fp32 values that are loaded and stored at once. The address must be 16-byte aligned.
 template <class T> struct alignas(16) Packed128 {
     static constexpr int size = 16 / sizeof(T);
     T payload[size];
 
-    __device__ T& operator[](int i) { return payload[i]; }
-    __device__ const T& operator[](int i) const { return payload[i]; }
+    __device__ T& operator[](int i) {
+        CHECK_INDEX(i, size);
+        return payload[i];
+    }
+    __device__ const T& operator[](int i) const {
+        CHECK_INDEX(i, size);
+        return payload[i];
+    }
 };
 
 typedef Packed128<floatX> x128;

@@ -159,6 +159,11 @@ FAULTS = [
     ("async.cu", "refill_bad", (ints(64), ints(8)), {"block": 64}, {"kind": "race", "array": "tile"}),
     ("async.cu", "ldmatrix_bad", (ints(32), ints(96)), {},
      {"kind": "misaligned access", "thread": (1, 0, 0), "array": "tile"}),
+    ("arrays.cu", "packs", (floats(32), floats(8), i32(3)), {},
+     {"kind": "out of bounds, array", "thread": (0, 0, 0)}),
+    ("arrays.cu", "table", (floats(32), floats(12), i32(4)), {},
+     {"kind": "out of bounds, array", "thread": (0, 0, 0)}),
+    ("arrays.cu", "pointer", (floats(32), i32(5)), {}, {"kind": "out of bounds", "thread": (0, 0, 0)}),
     ("undefined.cu", "overflow", (ints(32), i32(2 ** 30), i32(2)), {},
      {"kind": "undefined behaviour", "thread": (0, 0, 0)}),
     ("undefined.cu", "overflow", (ints(32), i32(2 ** 31 - 8), i32(1)), {},
@@ -184,6 +189,14 @@ def test_planted_fault(file, name, args, options, expected):
     # A launch that fails leaves the caller's arrays alone.
     for array, was in zip((a for a in args if isinstance(a, np.ndarray)), before, strict=True):
         np.testing.assert_array_equal(array, was)
+
+
+@pytest.mark.parametrize("name,line,index,dtype", [("pack_bad", "pack", 4, FP32), ("pack_write_bad", None, 8, BF16)])
+def test_index_of_a_pack(name, line, index, dtype):
+    """The check stands in common.cuh: the report has its line and the one that called."""
+    fault = caught("arrays.cu", name, (floats(32), floats(128)), dtype=dtype)
+    assert fault.kind == "out of bounds, array" and f"index {index} of" in str(fault), str(fault)
+    assert f"called from arrays.cu:{line_of('arrays.cu', line or name)}" in str(fault), str(fault)
 
 
 @pytest.mark.parametrize("order", simt.ALL_ORDERS)
@@ -230,6 +243,10 @@ TWINS = [
     ("warp.cu", "shuffle_good", (ints(32), ints(32)), {}, np.r_[ints(16) ^ 1, ints(16, 16)]),
     ("async.cu", "async_good", (ints(32), ints(256)), {},
      4 * np.maximum(ints(32) - 1, 0) + np.where(ints(32) <= 16, 128 + 4 * np.maximum(ints(32) - 1, 0), 0)),
+    ("arrays.cu", "pack_good", (floats(32), floats(128)), {}, 16 * floats(32) + 6),
+    ("arrays.cu", "packs", (floats(32), floats(8), i32(2)), {}, np.full(32, 6)),
+    ("arrays.cu", "table", (floats(32), floats(12), i32(3)), {}, np.full(32, 15)),
+    ("arrays.cu", "pointer", (floats(32), i32(4)), {}, floats(32) % 4),
     ("undefined.cu", "overflow", (ints(32), i32(2 ** 30), i32(1)), {}, 2 ** 30 + ints(32)),
     ("undefined.cu", "shift", (ints(32), i32(3), i32(4)), {}, np.full(32, 48)),
     ("undefined.cu", "divide", (ints(32), i32(7), i32(2)), {}, np.full(32, 3)),

@@ -38,7 +38,8 @@ How it works
 
 What it catches, with kernel, source line, block, thread, array and element
     out of bounds           an access outside the views given to the launch, or outside a shared variable; null pointers
-    out of bounds, array    an index outside a C++ array, also where the access stays inside the memory
+    out of bounds, array    an index outside a C++ array, also where the access stays inside the memory, or outside a
+                            pack of kernels/common.cuh
     misaligned access       vector loads and stores, ldmatrix, cp.async
     uninitialised read      of shared memory that this block has not written, or of an array marked by `poison`
     write to const          through a pointer that the kernel takes as const, or to a read-only array
@@ -67,7 +68,8 @@ What it cannot see
     Timing and the hardware's memory model: every access takes effect at once and in program order, so a missing
     `volatile` or a fence of too small a scope inside a block goes unnoticed. Blocks that wait for each other do not end
     (timeout). Of several readers of an element only two are remembered, so a single order may miss a write after read.
-    Neighbouring bytes of one 2-byte pair are told apart only for 1-byte accesses. Inline assembly, __device__ variables
+    Neighbouring bytes of one 2-byte pair are told apart only for 1-byte accesses. A step past the end of a local array
+    of arrays or of classes, taken through a pointer and not by its index. Inline assembly, __device__ variables
     that are written, textures, clusters. Kernels for sm_90a (TMA, mbarriers, wgmma: simt_ptx_sm90.h) run unchecked:
     layouts, swizzles, the ring's logic and deadlocks show, and what was not waited for (above); races between ordinary
     accesses and accesses out of bounds do not, nor that a plain load or store in C++ lacks a fence_async before TMA

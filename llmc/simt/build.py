@@ -29,7 +29,7 @@ COMMON_FLAGS = (
 ).split()
 CHECKED_FLAGS = (  # -fno-tree-sra: a 16-byte access stays one access
     "-fno-plt -fno-tree-sra -fsanitize=thread --param=tsan-instrument-func-entry-exit=0 -fno-sanitize-recover=all "
-    "-fsanitize=alignment,bounds,integer-divide-by-zero,return,shift,signed-integer-overflow,unreachable"
+    "-fsanitize=alignment,bounds,object-size,integer-divide-by-zero,return,shift,signed-integer-overflow,unreachable"
 ).split()
 CHECKED_LINK = ("-Wl,--wrap=memcpy,--wrap=memmove,--wrap=memset",)
 RUNTIME_FLAGS = "-std=c++17 -O3 -march=native -g -fPIC -ffp-contract=off -fno-exceptions".split()
@@ -132,7 +132,7 @@ def load(
     if not target.exists() or not described.exists():
         include = [f"-I{folder}" for folder in folders]
         text = gxx("-E", "-x", "c++", "-std=c++17", *include, *options, "-include", "simt_cuda.h", path)
-        translated = translate(text)
+        translated = translate(text, [path.parent, kernels_dir()])
         partial = described.with_name(f"{described.name}.{os.getpid()}.partial")
         partial.write_text(json.dumps([translated.kernels, translated.dynamic_align]))
         link = (runtime()._name, *(() if fast else CHECKED_LINK))

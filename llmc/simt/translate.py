@@ -2,6 +2,8 @@
 shared memory, `__global__` functions get an entry point that Python can call. Lines keep their numbers."""
 
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 ALIGNAS = re.compile(r"\balignas\s*(?=\()")
@@ -17,6 +19,16 @@ extern "C" int simt_bound_{name}() {{ return {bound}; }}
 """
 
 
+# Variables of one type, at the start of a statement, each with a plain initialiser at most.
+VARIABLE = re.compile(r"(\w+)\s*((?:\[[^\];]+\]\s*)*)(=\s*(?:\{\s*\}|[^,;{}\[\]]+))?")
+VARIABLES = re.compile(
+    r"(?<=[;{}\n])(\s*)((?:const\s+)?(?:\w+::)*\w+(?:<[\w\s,:*]*>)?)\s+("
+    rf"{VARIABLE.pattern}(?:\s*,\s*{VARIABLE.pattern})*)\s*;"
+)
+STATEMENTS = {"return", "else", "case", "goto", "delete", "new", "throw", "typedef", "using", "struct", "auto"}
+MARKER = re.compile(r'^# \d+ "([^"]*)".*$', re.M)
+
+
 class Translated(NamedTuple):
     """A kernel file as C++."""
 
@@ -25,9 +37,11 @@ class Translated(NamedTuple):
     dynamic_align: int  # alignment of dynamic shared memory that the file asks for
 
 
-def translate(text: str) -> Translated:
-    """The C++ of a file that g++ -E has preprocessed. ValueError: a declaration that cannot be read."""
+def translate(text: str, folders: Sequence[Path]) -> Translated:
+    """The C++ of a file that g++ -E has preprocessed; `folders`: where the kernels and their headers are.
+    ValueError: a declaration that cannot be read."""
     text, dynamic_align = rewrite_shared(text)
+    text = rewrite_arrays(text, folders)
     text, kernels = find_kernels(text)
     for name, (_, bound) in kernels.items():
         text += TRAMPOLINE.format(name=name, bound=bound or 1024, unchecked=UNCHECKED)
@@ -99,6 +113,33 @@ def rewrite_shared(text: str) -> tuple[str, int]:
         return out.replace("\n", " ") + "\n" * match[0].count("\n")
 
     return SHARED.sub(replace, text), dynamic_align
+
+
+def rewrite_arrays(text: str, folders: Sequence[Path]) -> str:
+    """`T name[N];` becomes `simt::Checked<T[N]>::type name;`, which checks the index also where T is a class: g++'s
+    own check lets a reference to one past the end through. Only in files of these folders; lines keep their numbers."""
+    parts, start, own = [], 0, False
+    for marker in [*MARKER.finditer(text), None]:
+        part = text[start : marker.start() if marker else len(text)]
+        parts.append(rewrite_arrays_of_part(part) if own else part)
+        if marker:
+            start, own = marker.start(), Path(marker[1]).parent in folders
+    return "".join(parts)
+
+
+def rewrite_arrays_of_part(text: str) -> str:
+    def replace(match: re.Match) -> str:
+        blank, type_, variables = match[1], match[2], match[3]
+        if type_ in STATEMENTS or "[" not in variables:
+            return match[0]
+        declared = ""
+        for variable in VARIABLE.finditer(variables):
+            name, dims, value = variable[1], variable[2], variable[3] or ""
+            checked = f"typename simt::Checked<{type_}{dims}>::type" if dims else type_
+            declared += f"{checked} {name} {value};"
+        return blank + declared + "\n" * (match[0].count("\n") - (blank + declared).count("\n"))
+
+    return VARIABLES.sub(replace, text)
 
 
 def find_kernels(text: str) -> tuple[str, dict[str, tuple[list[str], str | None]]]:

@@ -110,6 +110,7 @@ void* simt_shared(unsigned long long* key, size_t size, size_t align, int item_s
                   int line);
 void* simt_dynamic_shared(size_t align, const char* name, int item_size);
 unsigned simt_shared_address(const void* p, At at);
+void simt_bad_index(long long index, unsigned long long size);
 void simt_assert(const char* condition, At at);
 void simt_trap(At at);
 }
@@ -123,6 +124,8 @@ SIMT_KIND(long long, 'i')
 SIMT_KIND(unsigned char, 'u') SIMT_KIND(unsigned short, 'u') SIMT_KIND(unsigned, 'u') SIMT_KIND(unsigned long, 'u')
 SIMT_KIND(unsigned long long, 'u')
 
+template <bool FIRST, class A, class B> struct Choose { typedef A type; };
+template <class A, class B> struct Choose<false, A, B> { typedef B type; };
 template <class T> struct Bare { typedef T type; };
 template <class T> struct Bare<const T> { typedef T type; };
 template <class T> struct Bare<volatile T> { typedef T type; };
@@ -148,8 +151,27 @@ template <class T> struct Describe<T*> {
     static constexpr Param value = {'P', sizeof(T*), Kind<Base>::value, size_of<Base>, is_const<T>};
 };
 
+// An array of class type: g++'s own check of an index lets a reference to one past the end through, which is what a
+// call of a member function takes. translate.py writes Checked<T[N]>::type where a kernel declares T name[N].
+inline void check_index(unsigned long long i, unsigned long long size) {
+    if (i >= size) { simt_bad_index((long long)i, size); }
+}
+template <class T, size_t N> struct Array {
+    T values[N];
+    template <class I> T& operator[](I i) { return check_index(i, N), values[i]; }
+    template <class I> const T& operator[](I i) const { return check_index(i, N), values[i]; }
+    operator T*() { return values; }
+    operator const T*() const { return values; }
+};
+template <class T, bool CLASS = __is_class(T)> struct Checked { typedef T type; };
+template <class T, size_t N> struct Checked<T[N], false> {
+    typedef typename Checked<T>::type Inner;
+    typedef typename Choose<__is_class(Inner), Array<Inner, N>, T[N]>::type type;
+};
+
 template <class T> struct Element { static constexpr int size = sizeof(T); };
 template <class T, size_t N> struct Element<T[N]> : Element<T> {};
+template <class T, size_t N> struct Element<Array<T, N>> : Element<T> {};
 
 #define SIMT_UNCHECKED __attribute__((no_sanitize("thread", "undefined")))
 template <int... I> struct Indices {};
@@ -194,6 +216,8 @@ template <class T> inline T narrow(unsigned long long wide) {
 }
 
 }  // namespace simt
+
+#define CHECK_INDEX(i, size) simt::check_index(i, size)  // kernels/common.cuh
 
 #define threadIdx simt::simt_thread_idx()
 #define blockIdx simt::simt_block_idx()

@@ -126,5 +126,3 @@ __attribute__((noreturn)) static void fail_at(const char* kind, uintptr_t a, voi
     fault.pc = pc ? (uintptr_t)pc - image_begin : 0;
     leave();
 }
-
-// ---------------------------------------------------------------------------------------------------------------------

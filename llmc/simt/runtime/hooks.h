@@ -104,6 +104,11 @@ UB_PLAIN(vla_bound_not_positive_abort, "array of no positive size")
 UB_PLAIN(invalid_builtin_abort, "count of leading or trailing zeros of 0")
 UB_PLAIN(load_invalid_value_abort, "a bool or enum holds an invalid value")
 UB_PLAIN(float_cast_overflow_abort, "float to integer conversion out of range")
-}  // extern "C"
 
-// ---------------------------------------------------------------------------------------------------------------------
+// An index of an array of class type, or of a pack of kernels/common.cuh.
+void simt_bad_index(long long index, u64 size) {
+    report("out of bounds, array", self, At{}, "index %lld of an array of %llu", index, (unsigned long long)size);
+    fault.pc = (uintptr_t)RETURN_ADDRESS - image_begin;
+    leave();
+}
+}  // extern "C"

@@ -225,5 +225,3 @@ static void clear_hopper() {
     if (simt_unfenced_writes) { memset(unfenced_by, 0, sizeof unfenced_by), simt_unfenced_writes = 0; }
     if (all_unfenced_reads) { memset(unfenced_reads, 0, sizeof unfenced_reads), all_unfenced_reads = 0; }
 }
-
-// ---------------------------------------------------------------------------------------------------------------------

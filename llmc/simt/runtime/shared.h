@@ -97,5 +97,3 @@ extern "C" uint3 simt_block_idx() { return block_index; }
 extern "C" uint3 simt_block_dim() { return {launch.block[0], launch.block[1], launch.block[2]}; }
 extern "C" uint3 simt_grid_dim() { return {launch.grid[0], launch.grid[1], launch.grid[2]}; }
 extern "C" u32 simt_lane() { return self->lane; }
-
-// ---------------------------------------------------------------------------------------------------------------------

@@ -237,5 +237,3 @@ static void report_deadlock() {
         report("deadlock", waiting, waiting ? waiting->at : At{}, "no thread can run");
     }
 }
-
-// ---------------------------------------------------------------------------------------------------------------------
