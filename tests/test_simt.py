@@ -431,9 +431,39 @@ def test_launch_limits():
     assert caught("bounds.cu", "shared_write_bad", (floats(32), floats(32)), shared_mem=49 * 1024).kind == "launch"
 
 
-def test_endless_loop_ends():
-    with simt.mode(timeout=0.3):
-        assert caught("undefined.cu", "endless", (np.zeros(1, i32),)).kind == "timeout"
+ENDLESS = [
+    ("endless", (np.zeros(1, i32),)),
+    ("endless_register", (np.zeros(1, i32),)),
+    ("endless_sum", (floats(32), floats(32))),
+    ("endless_barrier", (ints(32),)),
+]
+
+
+@pytest.mark.parametrize("name,args", ENDLESS, ids=[e[0] for e in ENDLESS])
+def test_endless_loop_is_named(name, args):
+    assert simt.launch.Mode.patience < 10
+    with simt.mode(patience=0.2):
+        fault = caught("undefined.cu", name, args)
+    assert fault.kind == "endless loop" and fault.line == line_of("undefined.cu", name), str(fault)
+
+
+def test_endless_ring():
+    """Hopper's units: a ring that brings the same tile for ever."""
+    inp, out = np.zeros((64, 64), FP16), np.full((128, 64), 7, FP16)
+    with simt.mode(patience=0.2), pytest.raises(simt.KernelFault) as caught:
+        launch_hopper("endless_bad", out, inp)
+    assert caught.value.kind == "endless loop" and (out == 7).all(), str(caught.value)
+
+
+def test_long_is_not_endless():
+    """Much longer than the patience, but there is progress: new elements, new blocks."""
+    n, settings = 1 << 23, {"patience": 0.05, "orders": ("forward",)}
+    out = np.zeros(n, i32)
+    with simt.mode(**settings):
+        launch("undefined.cu", "long_good", (out, i32(n)), block=1)
+        launch("undefined.cu", "long_good", (out, i32(1 << 7)), block=1, grid=n >> 7)
+    with simt.mode(**settings, timeout=0.05):
+        assert caught("undefined.cu", "long_good", (out, i32(n)), block=1).kind == "timeout"
 
 
 def test_crash_ends_the_launch_only():

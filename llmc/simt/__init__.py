@@ -54,6 +54,7 @@ What it catches, with kernel, source line, block, thread, array and element
     assertion               assert() and __trap()
     order-dependent result  different bits in another thread order
     argument type, argument count, launch    CuPy checks none of these
+    endless loop            for 8 seconds of CPU time no thread has ended and no element was touched for the first time
     crash, timeout          without taking the process down
     Floating-point atomics are allowed and reported as FloatAtomicWarning.
     Of kernels for sm_90a (arch="sm_90a"), with kernel and line or array:
@@ -66,21 +67,21 @@ What it catches, with kernel, source line, block, thread, array and element
 
 What it cannot see
     Timing and the hardware's memory model: every access takes effect at once and in program order, so a missing
-    `volatile` or a fence of too small a scope inside a block goes unnoticed. Blocks that wait for each other do not end
-    (timeout). Of several readers of an element only two are remembered, so a single order may miss a write after read.
-    Neighbouring bytes of one 2-byte pair are told apart only for 1-byte accesses. A step past the end of a local array
-    of arrays or of classes, taken through a pointer and not by its index. Inline assembly, __device__ variables
-    that are written, textures, clusters. Kernels for sm_90a (TMA, mbarriers, wgmma: simt_ptx_sm90.h) run unchecked:
-    layouts, swizzles, the ring's logic and deadlocks show, and what was not waited for (above); races between ordinary
-    accesses and accesses out of bounds do not, nor that a plain load or store in C++ lacks a fence_async before TMA
-    comes to its bytes, or that a fence_async comes after the arrival that it should come before.
+    `volatile` or a fence of too small a scope inside a block goes unnoticed. Blocks that wait for each other are
+    reported as an endless loop. Of several readers of an element only two are remembered, so a single order may miss a
+    write after read. Neighbouring bytes of one 2-byte pair are told apart only for 1-byte accesses. A step past the end
+    of a local array of arrays or of classes, taken through a pointer and not by its index. Inline assembly, __device__
+    variables that are written, textures, clusters. Kernels for sm_90a (TMA, mbarriers, wgmma: simt_ptx_sm90.h) run
+    unchecked: layouts, swizzles, the ring's logic and deadlocks show, and what was not waited for (above); races
+    between ordinary accesses and accesses out of bounds do not, nor that a plain load or store in C++ lacks a
+    fence_async before TMA comes to its bytes, or that a fence_async comes after the arrival that it should come before.
     Rounding of approximate instructions (__expf, rsqrtf) and the order of sums inside the tensor cores are the CPU's;
     denormals are flushed as with -ftz=true; a * b + c is not contracted. Registers, occupancy and speed.
 
 Settings, `with simt.mode(...)`: orders=("forward",) for one run instead of three; fast=True compiles without
-instrumentation and runs straight on the arrays: for whole models, after the ops were checked; timeout=5 ends a run
-after so many seconds of CPU time. `with simt.traffic() as rows` counts sectors and bank conflicts per source line.
-`alloc` gives memory aligned as on a device.
+instrumentation and runs straight on the arrays: for whole models, after the ops were checked; patience=1 and timeout=30
+end a run after so many seconds of CPU time without progress, and in all. `with simt.traffic() as rows` counts sectors
+and bank conflicts per source line. `alloc` gives memory aligned as on a device.
 
 Speed, one core, checked, per order: 50 to 90 million 4-byte accesses, 50 million lane-shuffles, 0.2 million
 mma.m16n8k16 per second (1 GFLOP/s); fast mode is 4 to 10 times faster. g++ takes 0.5 to 2.5 s for a file.

@@ -38,13 +38,14 @@ class Mode:
     fast = False  # without any check, straight on the arrays
     orders: Sequence[str] = ALL_ORDERS  # thread orders that each checked launch runs under
     timeout = 300.0  # seconds of CPU time for one run of a launch
+    patience = 8.0  # seconds of CPU time in which a thread ends, or an element is touched for the first time
     counted: list[Traffic] | None = None  # the list that `traffic` collects in
 
 
 @contextmanager
 def mode(**settings: Any) -> Iterator[None]:
-    """`with simt.mode(fast=True)`, `with simt.mode(orders=("forward",))`, `with simt.mode(timeout=5)`: settings of the
-    launches inside."""
+    """`with simt.mode(fast=True)`, `with simt.mode(orders=("forward",))`, `with simt.mode(patience=1)`: settings of
+    the launches inside."""
     before = {name: getattr(Mode, name) for name in settings}
     try:
         for name, value in settings.items():
@@ -86,6 +87,7 @@ class Launch(ctypes.Structure):
         ("checked", ctypes.c_int),
         ("hopper", ctypes.c_int),
         ("timeout", ctypes.c_double),
+        ("patience", ctypes.c_double),
         ("counting", ctypes.c_int),
         ("watching", ctypes.c_int),
         ("watched", Access),
@@ -144,6 +146,7 @@ class Kernel:
             checked=not unchecked,
             hopper=self.hopper,
             timeout=Mode.timeout,
+            patience=Mode.patience,
         )
         with lock:
             if not unchecked:

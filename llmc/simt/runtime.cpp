@@ -7,6 +7,7 @@
 //
 // This file has what the parts share; the parts, in runtime/, are one after the other the same translation unit.
 #include <algorithm>
+#include <array>
 #include <csetjmp>
 #include <csignal>
 #include <cstdarg>
@@ -17,6 +18,7 @@
 #include <ctime>
 #include <dlfcn.h>
 #include <link.h>
+#include <set>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <ucontext.h>
@@ -80,7 +82,8 @@ struct Launch {
     int late;  // Hopper's units do their work as late as the waits allow, not at once
     int checked;
     int hopper;      // a kernel for sm_90a
-    double timeout;  // seconds of CPU time
+    double timeout;   // seconds of CPU time
+    double patience;  // the same, without progress
     int counting;    // count traffic
     int watching;
     Access watched;

@@ -1,5 +1,6 @@
 // The hook of every load and store: the fast path of what is obviously right, and the whole truth about the rest.
-static u64 watching;
+static const u64 WATCHING = 1, EXPIRED = 2;
+static u64 watching;  // why every access is to be looked at
 static u64 watched_pc;
 
 __attribute__((noinline)) static void watch(size_t offset, int size, bool write, void* pc) {
@@ -93,6 +94,7 @@ template <int SIZE> static constexpr int GRANULES = SIZE > 1 ? SIZE / 2 : 1;
 
 template <int SIZE, bool WRITE> static inline __attribute__((always_inline)) void note(size_t offset, u32 stamp) {
     u32 *w = writers + offset / 2, *r = readers + offset / 2, *o = other_readers + offset / 2;
+    progress += WRITE ? w[0] < block_record || w[0] == NEVER_WRITTEN : r[0] < block_record;
     for (int i = 0; i < GRANULES<SIZE>; ++i) {
         if (WRITE) {
             w[i] = stamp;
@@ -117,6 +119,7 @@ template <int SIZE, bool WRITE> __attribute__((noinline)) static void slow(uintp
         fail_at("misaligned access", a, pc, size_name(SIZE, WRITE),
                 SIZE == 16 ? ": its address is no multiple of 16" : ": its address is no multiple of its size");
     }
+    if (watching & EXPIRED) { fail_expired(pc); }
     if (watching) { watch(offset, SIZE, WRITE, pc); }
     examine(a, SIZE, WRITE, flags, pc);
     if (WRITE || writers[offset / 2] != READ_ONLY) { note<SIZE, WRITE>(offset, now << 12 | flags | me); }
@@ -151,11 +154,13 @@ template <int SIZE, bool WRITE> static inline __attribute__((always_inline)) voi
         if (v == w2 >> 32 && x == r2 >> 32 && v - 1 < (stamp | 0xfff) && !suspect(v)) {
             if (!WRITE) {
                 bool own = (x ^ stamp) << 22 == 0 && x >= block_record;
+                progress += x < block_record;
                 store64(o, own ? o2 : r2);
                 store64(r, stamp2);
                 return;
             }
             if (y == o2 >> 32 && !(suspect(x) | suspect(y))) {
+                progress += v < block_record;
                 store64(w, stamp2);
                 unfenced[me] |= (unsigned char)(offset >= ARENA);
                 return;

@@ -61,6 +61,23 @@ __attribute__((noreturn, format(printf, 3, 4))) static void fail(const char* kin
     leave();
 }
 
+static void report_expired(At at) {
+    if (endless) {
+        report("endless loop", self, at,
+               "%s runs, but for %g seconds no thread has ended and nothing new was read or written", name_of(self),
+               expired);
+    } else {
+        report("timeout", self, at, "more than %g seconds", expired);
+    }
+}
+
+// At a return address in the kernel, or where the thread meets others.
+__attribute__((noinline)) static void fail_expired(void* pc) {
+    report_expired(pc ? At{} : self->at);
+    fault.pc = pc ? (uintptr_t)pc - image_begin : 0;
+    leave();
+}
+
 struct SharedVariable {
     size_t offset, size;
     int item_size;

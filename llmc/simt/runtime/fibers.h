@@ -62,6 +62,12 @@ static uint3 block_index;
 static Fault fault;
 static bool faulted;
 
+// What an endless loop has not: threads that end, elements that the block touches for the first time, new TMA boxes.
+static u64 progress;
+static double expired;  // the seconds that have passed, if they were too many
+static bool endless;    // without progress
+static void fail_expired(void* pc);
+
 static inline void become(Fiber* f) { self = f, me = f->tid, stack_begin = (uintptr_t)f->stack; }
 
 #if defined(FAST_SWITCH)
@@ -110,6 +116,7 @@ static u32 random_below(u32 n) {
 // Leaves the running fiber for the next one that can run, or for the scheduler if there is none.
 static void run_next() {
     Fiber* from = self;
+    if (unlikely(expired > 0) && from != &scheduler) { fail_expired(nullptr); }
     if (ready.empty()) { return switch_to(from, &scheduler); }
     if (launch.order == 2) { std::swap(ready[random_below(ready.size())], ready.back()); }
     Fiber* next = ready.back();
@@ -122,6 +129,7 @@ static void check_exit();
 static void fiber_main() {
     launch.entry(launch.args);
     check_exit();
+    ++progress;
     self->state = EXITED;
     run_next();
     abort();  // an exited fiber is never resumed

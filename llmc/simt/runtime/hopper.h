@@ -13,6 +13,7 @@ static std::vector<Box> loads;           // late ones under way
 static uint16_t unfenced_by[ARENA / 4];  // the thread + 1 that wrote 4 bytes by stmatrix and has no fence_async yet
 static u32 unfenced_reads[ARENA / 16];   // by ldmatrix, of 16 bytes: several lanes may read the same
 static u64 all_unfenced_reads;           // their sum
+static std::set<std::array<long long, 3>> boxes;  // that this launch has copied, and in which direction does not matter
 static u64 vain;                         // waits for mbarriers in a row that found nothing new
 static std::vector<Fiber*> at_named_barrier[16];
 
@@ -51,6 +52,7 @@ static void copy_box(const Box& box, bool out) {
 }
 
 static void check_box(const Box& box, const void* shared) {
+    progress += boxes.insert({(long long)box.array, box.row, box.column}).second;
     size_t begin = (const char*)shared - memory, end = launch.dynamic_align + launch.dynamic_bytes;
     if (begin + box.bytes > end) {
         fail("out of bounds, shared", box.at, "TMA copy of %d bytes at byte %zu of %zu of dynamic shared memory",
@@ -110,6 +112,7 @@ extern "C" void simt_yield(At at) {
     if (++vain > 10000ull * thread_count) {
         fail("deadlock", at, "%s waits for an mbarrier whose phase does not end", name_of(self));
     }
+    self->at = at;
     if (vain > 2 * thread_count && !loads.empty()) {
         std::swap(loads[launch.order == 2 ? random_below((u32)loads.size()) : 0], loads.back());
         Box box = loads.back();

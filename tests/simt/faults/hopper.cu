@@ -170,3 +170,11 @@ extern "C" __global__ void outside_bad(const __grid_constant__ TensorMap out, co
     load(s.staging + 4096, inp, &s.full);
     mbarrier_wait(&s.full, 0);
 }
+extern "C" __global__ void endless_bad(const __grid_constant__ TensorMap out, const __grid_constant__ TensorMap inp) {
+    Shared& s = shared();
+    for (int phase = 0; phase < 2; phase ^= 1) {
+        load(s.tile, inp, &s.full);
+        mbarrier_wait(&s.full, phase);
+        named_barrier(1, 128);
+    }
+}
