@@ -81,7 +81,7 @@ def open_model(
             raise MemoryError
         model = GPT2(config, ops, B, T, recompute=2, training=False, dtype=precision)
     except MemoryError as error:
-        need = f"{B} x {T} tokens at once need {needed / 2**30:,.1f} GiB on {line}"
+        need = f"{B} x {T} tokens at once need {needed / 2**20:,.1f} MiB on {line}"
         raise UserError(f"{path}: {need}. HINT: lower -b or -t of llmc.evaluate, or take --device cpu.") from error
     read_weights(model, path)
     return model, line

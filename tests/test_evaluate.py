@@ -17,6 +17,7 @@ from llmc.data.eval_sets import read_eval_set, write_eval_set
 from llmc.data.shards import write_shard
 from llmc.errors import UserError
 from llmc.gpt2 import GPT2, GPT2Config
+from llmc.training import multiple_choice
 
 V, T = 61, 80
 CONFIG = GPT2Config(T, V, 128, 2, 2, 16)
@@ -63,11 +64,11 @@ def torch_losses(model, examples):
 def test_losses_and_accuracies_are_those_of_pytorch(B, examples):
     model = build(B)
     expected_sums, expected_means = torch_losses(model, examples)
-    sums, lengths = evaluate.completion_losses(model, examples)
+    sums, lengths = multiple_choice.completion_losses(model, examples)
     np.testing.assert_allclose(sums, expected_sums, rtol=2e-5)
     np.testing.assert_allclose(sums / lengths, expected_means, rtol=2e-5)
     labels = [label for label, *_ in examples]
-    score = evaluate.score(model, examples)
+    score = multiple_choice.score(model, examples)
     assert score.correct == (expected_means.argmin(1) == labels).sum()
     assert score.correct_sum == (expected_sums.argmin(1) == labels).sum() != score.correct
     assert score.total == len(examples) == 24
@@ -77,29 +78,29 @@ def test_losses_and_accuracies_are_those_of_pytorch(B, examples):
 def test_an_answer_that_the_model_prefers_is_found(examples):
     """Labels of the lowest mean loss give 100 %, others 0: the label is compared, nothing else."""
     model = build(4)
-    sums, lengths = evaluate.completion_losses(model, examples)
+    sums, lengths = multiple_choice.completion_losses(model, examples)
     best = (sums / lengths).argmin(1)
     right = [(int(b), *rest) for b, (_, *rest) in zip(best, examples, strict=True)]
     wrong = [((label + 1) % 4, *rest) for label, *rest in right]
-    assert evaluate.score(model, right).correct == 24 and evaluate.score(model, wrong).correct == 0
+    assert multiple_choice.score(model, right).correct == 24 and multiple_choice.score(model, wrong).correct == 0
 
 
 def test_results_do_not_depend_on_company_or_order(examples):
     """Each example alone, all in another order, and the parts that ranks take: the same losses and sums of counts."""
     model = build(5)
-    sums, _ = evaluate.completion_losses(model, examples)
-    alone = np.concatenate([evaluate.completion_losses(model, [e])[0] for e in examples])
+    sums, _ = multiple_choice.completion_losses(model, examples)
+    alone = np.concatenate([multiple_choice.completion_losses(model, [e])[0] for e in examples])
     np.testing.assert_allclose(alone, sums, rtol=1e-5)
-    np.testing.assert_allclose(evaluate.completion_losses(model, examples[::-1])[0][::-1], sums, rtol=1e-5)
-    parts = [evaluate.score(model, examples[rank::5]) for rank in range(5)]
-    assert tuple(map(sum, zip(*parts, strict=True))) == evaluate.score(model, examples)
-    assert evaluate.score(model, []) == (0, 0, 0)
+    np.testing.assert_allclose(multiple_choice.completion_losses(model, examples[::-1])[0][::-1], sums, rtol=1e-5)
+    parts = [multiple_choice.score(model, examples[rank::5]) for rank in range(5)]
+    assert tuple(map(sum, zip(*parts, strict=True))) == multiple_choice.score(model, examples)
+    assert multiple_choice.score(model, []) == (0, 0, 0)
 
 
 def test_ties_go_to_the_first(examples):
     same = [(2, context, [completions[0]] * 4) for _, context, completions in examples[:2]]
-    assert evaluate.score(build(2), same).correct == 0
-    assert evaluate.score(build(2), [(0, *rest) for _, *rest in same]).correct == 2
+    assert multiple_choice.score(build(2), same).correct == 0
+    assert multiple_choice.score(build(2), [(0, *rest) for _, *rest in same]).correct == 2
 
 
 def test_batches_are_full_and_rows_short(examples, monkeypatch):
@@ -107,7 +108,7 @@ def test_batches_are_full_and_rows_short(examples, monkeypatch):
     model, shapes, token_losses = build(4), [], GPT2.token_losses
     monkeypatch.setattr(GPT2, "token_losses", lambda self, i, t: (shapes.append(i.shape), token_losses(self, i, t))[1])
     done = []
-    evaluate.score(model, examples, done.append)
+    multiple_choice.score(model, examples, done.append)
     assert sum(b for b, _ in shapes) == sum(done) == 4 * len(examples)
     assert shapes[0] == (4, T) and all(b == 4 * T // t for b, t in shapes[:-1]) and shapes[-1][1] == 64
 
@@ -117,11 +118,13 @@ def test_long_contexts_lose_their_beginning(examples):
     model, t = build(2, 32), 32
     cut = [(label, context[-(t + 1 - max(map(len, cs))) :], cs) for label, context, cs in examples]
     changed = sum(len(a[1]) != len(b[1]) for a, b in zip(cut, examples, strict=True))
-    assert evaluate.cut_contexts(t, examples) == changed > 5 and evaluate.cut_contexts(T, examples) == 0
-    np.testing.assert_allclose(evaluate.completion_losses(model, examples)[0], torch_losses(model, cut)[0], rtol=2e-5)
-    assert evaluate.score(build(2, 30), examples).total == 24  # one token of context is left
+    assert multiple_choice.cut_contexts(t, examples) == changed > 5 and multiple_choice.cut_contexts(T, examples) == 0
+    np.testing.assert_allclose(
+        multiple_choice.completion_losses(model, examples)[0], torch_losses(model, cut)[0], rtol=2e-5
+    )
+    assert multiple_choice.score(build(2, 30), examples).total == 24  # one token of context is left
     with pytest.raises(UserError, match=r"-t 29: a completion .* has 30 tokens. HINT: -t 30 or more"):
-        evaluate.score(build(2, 29), examples)
+        multiple_choice.score(build(2, 29), examples)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,10 +241,10 @@ def test_without_the_file_one_line_says_so(folder, capsys, monkeypatch):
 @pytest.mark.parametrize("place", ("dev/data/hellaswag", "data/hellaswag", "shards"))
 def test_places(place, folder, monkeypatch):
     monkeypatch.setenv("LLMC_DATA_DIR", "data")
-    assert evaluate.find_hellaswag("shards/train_*.bin")[0] is None
+    assert multiple_choice.find_hellaswag("shards/train_*.bin")[0] is None
     folder.joinpath(place).mkdir(parents=True)
     folder.joinpath(place, "hellaswag_val.bin").touch()
-    assert evaluate.find_hellaswag("shards/train_*.bin") == (f"{place}/hellaswag_val.bin", None)
+    assert multiple_choice.find_hellaswag("shards/train_*.bin") == (f"{place}/hellaswag_val.bin", None)
 
 
 @pytest.mark.parametrize(

@@ -3,22 +3,24 @@ import shlex
 
 import pytest
 
+from llmc import command
 from llmc.errors import UserError
 from llmc.training import flags
+from llmc.training.settings import settings_from
 
 
 @pytest.mark.parametrize(
     "kind, good, bad",
     [
-        (flags.positive, {"1": 1, "007": 7, " 3 ": 3}, ["0", "-1", "1.0", "1e3", "x", "", "nan", "inf", "0x10"]),
-        (flags.period, {"0": 0, "-1": 0, "10": 10}, ["-2", "0.5", "x"]),
-        (flags.natural, {"0": 0, "5": 5}, ["-1", "0.5", "one", "nan"]),
-        (flags.count, {"-1": -1, "1": 1, "20": 20}, ["0", "-2", "1.5", "all", "nan"]),
-        (flags.number, {"0": 0.0, "3e-4": 3e-4, "2": 2.0}, ["-1e-9", "nan", "inf", "-inf", "1e999", "3,5", ""]),
-        (flags.above_zero, {"1e-8": 1e-8}, ["0", "-1", "nan", "inf", "x"]),
-        (flags.fraction, {"0": 0.0, "0.1": 0.1, "1": 1.0}, ["1.01", "-0.1", "nan", "inf", "half"]),
-        (flags.below_one, {"0": 0.0, "0.999": 0.999}, ["1", "-0.1", "nan", "2", "b"]),
-        (flags.thread_count, {"1": 1, "1024": 1024}, ["0", "1025", "-1", "1.5", "all"]),
+        (command.positive, {"1": 1, "007": 7, " 3 ": 3}, ["0", "-1", "1.0", "1e3", "x", "", "nan", "inf", "0x10"]),
+        (command.period, {"0": 0, "-1": 0, "10": 10}, ["-2", "0.5", "x"]),
+        (command.natural, {"0": 0, "5": 5}, ["-1", "0.5", "one", "nan"]),
+        (command.count, {"-1": -1, "1": 1, "20": 20}, ["0", "-2", "1.5", "all", "nan"]),
+        (command.number, {"0": 0.0, "3e-4": 3e-4, "2": 2.0}, ["-1e-9", "nan", "inf", "-inf", "1e999", "3,5", ""]),
+        (command.above_zero, {"1e-8": 1e-8}, ["0", "-1", "nan", "inf", "x"]),
+        (command.fraction, {"0": 0.0, "0.1": 0.1, "1": 1.0}, ["1.01", "-0.1", "nan", "inf", "half"]),
+        (command.below_one, {"0": 0.0, "0.999": 0.999}, ["1", "-0.1", "nan", "2", "b"]),
+        (command.thread_count, {"1": 1, "1024": 1024}, ["0", "1025", "-1", "1.5", "all"]),
     ],
 )
 def test_values(kind, good, bad):
@@ -32,16 +34,16 @@ def test_values(kind, good, bad):
 
 
 def test_numbers_too_large_for_a_float():
-    assert flags.positive("9" * 30) == 10**30 - 1
-    for kind in (flags.positive, flags.number):
+    assert command.positive("9" * 30) == 10**30 - 1
+    for kind in (command.positive, command.number):
         with pytest.raises(argparse.ArgumentTypeError):
             kind("9" * 400)
 
 
 def parser():
-    p = flags.Parser(prog="llmc.prog", allow_abbrev=False)
-    p.add_argument("-n", "--number", type=flags.number)
-    p.add_argument("-x", "--count", type=flags.count)
+    p = command.Parser(prog="llmc.prog", allow_abbrev=False)
+    p.add_argument("-n", "--number", type=command.number)
+    p.add_argument("-x", "--count", type=command.count)
     p.add_argument("-k", "--kind", choices=("a", "b"))
     p.add_argument("file")
     return p
@@ -142,13 +144,15 @@ LLM_C = {
 def test_command_lines_of_llm_c(script):
     line, expected = LLM_C[script]
     argv = shlex.split(line)
-    args = flags.parser().parse_args(argv)
-    flags.check(args)
-    flags.fill_defaults(args, "cuda")
-    assert {name: getattr(args, name) for name in expected} == expected
+    args = flags.parse(argv)
+    settings, notices = settings_from(args, "cuda", args.process_count or 1)
+    assert not notices
+    found = {name: getattr(settings if hasattr(settings, name) else args, name) for name in expected}
+    assert found == expected
     if "-i" in argv:
-        assert args.input_bin == argv[argv.index("-i") + 1] and args.input_val_bin == argv[argv.index("-j") + 1]
-        assert args.dtype == "bf16" and args.use_master_weights == 1 and args.val_max_steps == 20
+        assert settings.input_bin == argv[argv.index("-i") + 1]
+        assert settings.input_val_bin == argv[argv.index("-j") + 1]
+        assert settings.dtype == "bf16" and settings.use_master_weights and settings.val_max_steps == 20
 
 
 @pytest.mark.parametrize(
@@ -160,15 +164,14 @@ def test_command_lines_of_llm_c(script):
 )
 def test_flags_that_do_not_go_together(argv, fragments):
     with pytest.raises(UserError) as error:
-        flags.check(flags.parser().parse_args(argv.split()))
+        flags.parse(argv.split())
     assert all(text in str(error.value) for text in [*fragments, "HINT: "]), error.value
 
 
 def test_zero_stages_2_and_3_become_0():
     for stage, lines in ((0, 0), (1, 0), (2, 1), (3, 1)):
-        args = flags.parser().parse_args(["-z", str(stage)])
-        notices = flags.check(args)
-        assert len(notices) == lines and args.zero_stage == (stage if stage < 2 else 0)
+        settings, notices = settings_from(flags.parse(["-z", str(stage)]), "cpu")
+        assert len(notices) == lines and settings.zero_stage == (stage if stage < 2 else 0)
         assert all(f"-z {stage}" in line for line in notices)
 
 

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from llmc import cpu, generate, gpt2, train
+from llmc import cpu, generate, generation, gpt2, train
 from llmc.data import tokenizer
 from llmc.data.shards import write_shard
 from llmc.files import model_file
@@ -84,7 +84,7 @@ def test_tokens_are_drawn_as_from_exact_rows():
     model, prompt = fresh_model(T=100), [10, 200, 31]
     for temperature, top_k in ((1.0, 0), (0.5, 20), (0.0, 0)):
         ids, state = list(prompt), 1337
-        for drawn in list(generate.generate(model, prompt, 110, 1337, temperature, top_k)):
+        for drawn in list(generation.generate(model, prompt, 110, 1337, temperature, top_k)):
             coin, state = random_f32(state)
             assert drawn == sample_softmax(exact_logits(model, ids), coin, temperature, top_k), len(ids)
             ids.append(drawn)
@@ -114,7 +114,7 @@ def test_rows_that_are_passed_forward(monkeypatch):
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda row: (rows.append(row.copy()), forward(row))[1])
     ids = list(range(50))
-    for token in generate.generate(model, list(ids), 130, 7):
+    for token in generation.generate(model, list(ids), 130, 7):
         ids.append(token)
     assert {row.shape for row in rows} == {(1, 64), (1, 128), (1, 160)}
     for i, row in enumerate(rows):
@@ -125,16 +125,16 @@ def test_rows_that_are_passed_forward(monkeypatch):
 
 def test_argmax_and_top_k():
     model = fresh_model()
-    greedy = list(generate.generate(model, [65], 40, 1, temperature=0))
+    greedy = list(generation.generate(model, [65], 40, 1, temperature=0))
     ids = [65]
     for token in greedy:
         logits = exact_logits(model, ids)
         assert token == logits.argmax()
         ids.append(token)
-    assert list(generate.generate(model, [65], 40, 2, temperature=0)) == greedy  # the coin does not matter
-    assert list(generate.generate(model, [65], 40, 1, temperature=5.0, top_k=1)) == greedy
+    assert list(generation.generate(model, [65], 40, 2, temperature=0)) == greedy  # the coin does not matter
+    assert list(generation.generate(model, [65], 40, 1, temperature=5.0, top_k=1)) == greedy
     ids, other = [65], 0
-    for token in generate.generate(model, [65], 60, 5, temperature=3.0, top_k=3):
+    for token in generation.generate(model, [65], 60, 5, temperature=3.0, top_k=3):
         best = np.argsort(exact_logits(model, ids))[-3:]
         assert token in best
         other += token != best[-1]
@@ -144,7 +144,7 @@ def test_argmax_and_top_k():
 
 def test_seeds():
     model = fresh_model()
-    draw = lambda seed: list(generate.generate(model, [65], 30, seed))  # noqa: E731
+    draw = lambda seed: list(generation.generate(model, [65], 30, seed))  # noqa: E731
     assert draw(1) == draw(1) != draw(2)
 
 
@@ -203,9 +203,9 @@ def write_model(path, vocab_size):
 @pytest.mark.skipif(not os.environ.get("TIKTOKEN_CACHE_DIR"), reason="needs GPT-2's vocabulary: set TIKTOKEN_CACHE_DIR")
 def test_gpt2_tokens(capsys, monkeypatch):
     """A model of GPT-2's vocabulary writes with GPT-2's tokens, and starts from end-of-text."""
-    starts, loop = [], generate.generate
+    starts, loop = [], generation.generate
     monkeypatch.setattr(
-        generate, "generate", lambda model, prompt, *a: starts.append(prompt) or loop(model, prompt, *a)
+        generation, "generate", lambda model, prompt, *a: starts.append(prompt) or loop(model, prompt, *a)
     )
     text = run(capsys, write_model("gpt2.bin", 50257), "-p", "Hello world", "-g", 20)
     assert text.startswith("Hello world") and len(text) > 12 and starts == [[50256, 15496, 995]]
@@ -222,7 +222,7 @@ def test_ids_that_the_tokenizer_does_not_have_are_never_drawn(vocab_size, capsys
     model.params.wte[50257:vocab_size] = 0.1  # their logits: 32 * 0.1; those of all others are 0
     header = {field: getattr(model.config, field) for field in model_file.MODEL_WORDS}
     model_file.write_model("padded.bin", header, model.params_flat)
-    assert next(generate.generate(model, [50256], 1, 1, temperature=0)) >= 50257, "left free, the loop draws them"
+    assert next(generation.generate(model, [50256], 1, 1, temperature=0)) >= 50257, "left free, the loop draws them"
     for flags in (("--temperature", 0), ("--temperature", 1), ("--temperature", 1, "--top-k", 3)):
         text = run(capsys, "padded.bin", "-g", 8, *flags)
         assert text == run(capsys, "padded.bin", "-g", 8, *flags, "--tokenizer", "gpt2") != "\n"
@@ -236,7 +236,7 @@ def test_a_reader_sees_text_as_it_comes(trained, capsys, monkeypatch):
         yield from b"abc"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "generate", interrupted)
+    monkeypatch.setattr(generation, "generate", interrupted)
     assert generate.main([str(trained[0]), "-p", "x"]) == 2
     assert capsys.readouterr() == ("xabc", "llmc.generate: interrupted\n")
 

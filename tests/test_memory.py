@@ -12,11 +12,12 @@ from conftest import op_set
 from reference import DTYPES
 
 from llmc import cpu, cuda, evaluate, generate, gpt2, train
+from llmc.command import memory_size
 from llmc.data.shards import write_shard
 from llmc.errors import UserError
 from llmc.gpt2 import GPT2, GPT2Config
-from llmc.parallel import launch
-from llmc.training import flags, memory
+from llmc.parallel import launch as launching
+from llmc.training import memory
 
 GIB, MIB = 2**30, 2**20
 CONFIG = GPT2Config(32, 61, 128, 2, 2, 16)
@@ -135,10 +136,10 @@ def test_budgets(monkeypatch):
 
 def test_ranks_of_a_machine_share_its_memory(monkeypatch):
     ranks = SimpleNamespace(rank=0, exchange=lambda value: [value, value, "another machine"])
-    assert [launch.ranks_here(r, d) for r, d in ((ranks, "cpu"), (ranks, "cuda"), (None, "cpu"))] == [2, 1, 1]
+    assert [launching.ranks_here(r, d) for r, d in ((ranks, "cpu"), (ranks, "cuda"), (None, "cpu"))] == [2, 1, 1]
     monkeypatch.setattr(cpu.device, "memory", lambda: (0, 3 * GIB))
-    args = SimpleNamespace(memory=None, total_batch_size=1200)
-    assert memory.limits(args, CONFIG, cpu, 10, "float32", P=3, sharing=2)[::2] == (1.5 * GIB, 40)
+    limits = memory.limits(CONFIG, cpu, 10, "float32", total_batch_size=1200, P=3, sharing=2)
+    assert limits[::2] == (1.5 * GIB, 40)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_ranks_of_a_machine_share_its_memory(monkeypatch):
     [("80GiB", 80 * GIB), ("80 GB", 80 * 10**9), ("1.5gib", 1.5 * GIB), ("500MiB", 500 * MIB), ("2TB", 2 * 10**12)],
 )
 def test_memory_size(text, size):
-    assert flags.memory_size(text) == size and type(flags.memory_size(text)) is int
+    assert memory_size(text) == size and type(memory_size(text)) is int
 
 
 @pytest.mark.parametrize("text", ("80", "80G", "GiB", "-1GiB", "0GiB", "1e3GiB", "80GiBs", "", "nanGiB"))

@@ -9,7 +9,6 @@ import inspect
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from llmc import cpu, gpt2, simt, train
 from llmc.data.loader import DataLoader
 from llmc.data.shards import write_shard
 from llmc.files import checkpoints, model_file
-from llmc.training import nonfinite
+from llmc.training import loop, nonfinite
 
 PLACE = 37  # element that is poisoned, of arrays that have as many
 
@@ -211,15 +210,15 @@ def test_values_that_came_from_another_rank(monkeypatch, tmp_path):
     model = build(cpu)
     model.ranks, model.rank, model.num_ranks = Ranks(), 0, 2
     x, y = (np.array(tokens) for tokens in zip(*batches(CONFIG, B, T, 1), strict=True))
-    args = SimpleNamespace(output_dir=None, on_nonfinite="skip")
-    line = nonfinite.step_failed(args, 4, model, x, y, 1, 3.5, np.nan, ())
+    about = dict(step=4, rng_state=1, loss=3.5, grad_norm=np.nan, update=(), output_dir=None, on_nonfinite="skip")
+    line = nonfinite.step_failed(model, x, y, **about)
     assert line.startswith(
         "step 5: loss 3.5, gradient norm nan: on rank 0 every tensor is finite (non-finite on rank 1)"
     )
     assert not list(tmp_path.iterdir())  # rank 1 saves it
     with monkeypatch.context() as patch:
         poison(patch, cpu, "encoder_forward", "out")
-        line = nonfinite.step_failed(args, 4, model, x, y, 1, 3.5, np.nan, ())
+        line = nonfinite.step_failed(model, x, y, **about)
     assert "on rank 0 the first non-finite value is in encoded" in line and "(non-finite on rank 0, rank 1)" in line
     assert [path.name for path in tmp_path.iterdir()] == ["nonfinite_00000005_00000.npz"]
 
@@ -309,18 +308,18 @@ def test_stop_names_it_and_saves_a_replay(monkeypatch, folder, capsys):
 
 @pytest.mark.parametrize("more", ([], ["-sg", "9"]), ids=" ".join)
 def test_skip_leaves_the_weights_alone(monkeypatch, folder, capsys, more):
-    step, states, train_step = step_with(BAD)[0], [], train.train_step
+    step, states, train_step = step_with(BAD)[0], [], loop.train_step
 
-    def recorded(model, loader, args, i, *rest):
+    def recorded(model, loader, settings, i, steps, inputs, targets, detectors, *rest):
         before = [array.copy() for array in (model.params_flat, model.m, model.v)]
         last_update = model.rng_state_last_update
-        result = train_step(model, loader, args, i, *rest)
-        detectors = [len(detector.values) for detector in rest[-1].values()]
+        result = train_step(model, loader, settings, i, steps, inputs, targets, detectors, *rest)
+        counts = [len(detector.values) for detector in detectors.values()]
         same = [np.array_equal(a, b) for a, b in zip(before, (model.params_flat, model.m, model.v), strict=True)]
-        states.append((detectors, [*same, model.rng_state_last_update == last_update]))
+        states.append((counts, [*same, model.rng_state_last_update == last_update]))
         return result
 
-    monkeypatch.setattr(train, "train_step", recorded)
+    monkeypatch.setattr(loop, "train_step", recorded)
     poison(monkeypatch, cpu, "matmul_backward", "dweight", when=lambda a: a["dweight"].shape[0] == 64 and losing())
     seen = {"bad": False}  # the poison is in a gradient of the batch with the token: the loss is finite
 

@@ -3,15 +3,14 @@
 On the executor and on a GPU, as the CPU op set has fp32 alone. No pass over a batch is needed: states are drawn.
 """
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from reference import DTYPES, assert_bits
 
-from llmc import gpt2, train
+from llmc import gpt2
 from llmc.errors import UserError
 from llmc.files import checkpoints, model_file
+from llmc.training import checkpointing
 
 CONFIG = gpt2.GPT2Config(8, 61, 128, 1, 2, 16)
 SETS = pytest.mark.parametrize("ops", ("executor", pytest.param("gpu", marks=pytest.mark.gpu)), indirect=True)
@@ -47,20 +46,15 @@ def drawn(ops, dtype, masters=True):
     return model
 
 
-def arguments(masters=True):
-    keep = dict(checkpoints_keep=0, major_checkpoint_every=0)
-    return SimpleNamespace(output_dir="out", use_master_weights=int(masters), **keep)
-
-
-def saved(model, masters=True):
-    train.save(arguments(masters), 5, model, Loader(), {})
+def saved(model):
+    checkpointing.save("out", 5, model, Loader(), {})
     return model_file.read_model_header(checkpoints.model_path("out", 5))["version"]
 
 
 def resumed(ops, dtype, masters=True):
     model, loader = build(ops, dtype, masters), Loader()
     loader.at = None
-    train.load(arguments(masters), 5, model, loader, {})
+    checkpointing.load("out", 5, model, loader, {}, bool(masters))
     assert {k: loader.at[k] for k in Loader().at} == Loader().at
     assert (model.rng_state, model.rng_state_last_update) == (RNG_STATE, 13371337)
     return model
@@ -87,7 +81,7 @@ def folder(tmp_path, monkeypatch):
 def test_resume_at_the_same_precision(dtype, masters, version, ops):
     model = drawn(ops, dtype, masters)
     assert (model.master is not None) == bool(masters)
-    assert saved(model, masters) == version
+    assert saved(model) == version
     assert_same(ops, resumed(ops, dtype, masters), model, "params_flat", "m", "v", "master")
 
 
@@ -116,13 +110,13 @@ def test_resume_without_masters(ops):
     fp32 = ops.device.download(resumed(ops, "fp32", masters=False).params_flat)
     assert_bits("fp32", "params", fp32, ops.device.download(model.params_flat).astype(np.float32))
 
-    saved(without, masters=False)
+    saved(without)
     with pytest.raises(UserError, match="state_00000005_00000.bin has no master weights. HINT: .*-w 0"):
         resumed(ops, "bf16")
     with pytest.raises(UserError, match="-w 1: .*state_00000005_00000.bin has no master weights. HINT: .*-w 0"):
-        train.check_resume(arguments(), 5, CONFIG, np.dtype(DTYPES["bf16"]))  # before anything is allocated
-    for args, dtype in ((arguments(masters=False), "bf16"), (arguments(), "fp32")):
-        train.check_resume(args, 5, CONFIG, np.dtype(DTYPES[dtype]))
+        checkpointing.check_resume("out", 5, CONFIG, np.dtype(DTYPES["bf16"]), True)  # before anything is allocated
+    for masters, dtype in ((False, "bf16"), (True, "fp32")):
+        checkpointing.check_resume("out", 5, CONFIG, np.dtype(DTYPES[dtype]), masters)
     resumed(ops, "bf16", masters=False)
 
 

@@ -247,17 +247,19 @@ def dtype_named(name):
     return np.dtype(name)
 
 
-def step_failed(args, step, model, inputs, targets, rng_state, loss, grad_norm, settings):
+def step_failed(
+    model, inputs, targets, *, step, rng_state, loss, grad_norm, update, output_dir, on_nonfinite,
+):  # fmt: skip
     """After a step whose loss or gradient norm is not finite: find out why, and save it. Returns a line to print.
 
     Errors: UserError with that line under --on-nonfinite stop; also under skip where the weights themselves are not
     finite, as no later step can then be. Under skip only the first such step is saved: the files are large.
-    settings: the arguments of model.update.
+    update: the arguments of model.update; output_dir: where it is saved, None for the working directory.
     """
     found = trace(model, inputs, targets, rng_state)
     hopeless = found is not None and found.startswith("the weights")
-    stop = args.on_nonfinite == "stop" or hopeless
-    folder, suffix = args.output_dir or ".", f"_{model.rank:05d}.npz"
+    stop = on_nonfinite == "stop" or hopeless
+    folder, suffix = output_dir or ".", f"_{model.rank:05d}.npz"
     line = f"step {step + 1}: loss {loss:.4g}, gradient norm {grad_norm:.4g}: "
     line += f"on rank {model.rank} " if model.ranks else ""
     elsewhere = model.ranks and (found is None or "(update)" in found)  # what came in with the sums over all ranks
@@ -266,7 +268,7 @@ def step_failed(args, step, model, inputs, targets, rng_state, loss, grad_norm, 
     if not elsewhere and (stop or not others):
         path = os.path.join(folder, f"nonfinite_{step + 1:08d}{suffix}")
         try:
-            save(path, model, inputs, targets, rng_state=rng_state, found=line, update=settings)
+            save(path, model, inputs, targets, rng_state=rng_state, found=line, update=update)
             line += f"; saved: llmc.train --replay {path}"
         except UserError as error:
             line += f"; not saved: {str(error).partition('. HINT')[0]}"
@@ -275,6 +277,6 @@ def step_failed(args, step, model, inputs, targets, rng_state, loss, grad_norm, 
         line += f" (non-finite on {', '.join(f'rank {r}' for r, found in enumerate(here) if found) or 'no rank'})"
     if stop:
         hint = "an update made them so, or the file they come from" if hopeless else "lower -l, raise -u"
-        hint += "" if hopeless or args.on_nonfinite == "skip" else ", or go on with --on-nonfinite skip"
+        hint += "" if hopeless or on_nonfinite == "skip" else ", or go on with --on-nonfinite skip"
         raise UserError(f"{line}. The weights were not updated. HINT: {hint}.")
     return f"{line}. Skipped: the weights were not updated."

@@ -1,0 +1,41 @@
+"""Text from a model: what it starts from, and the loop that draws its tokens."""
+
+import numpy as np
+
+from llmc.rand import random_f32
+from llmc.sampler import sample_softmax
+
+WINDOW = 64  # forward passes run at lengths that are multiples of it, so that there are few shapes
+
+
+def generate(model, prompt, count, rng_state, temperature=1.0, top_k=0, n_vocab=None):
+    """Yield `count` token ids that continue `prompt` (a non-empty list of ids), drawn by sampler.sample_softmax.
+
+    Each token is one forward pass over the last T tokens at most (llm.c's sampling: no cache of keys and values).
+    rng_state: xorshift64* state; the same state gives the same tokens.
+    n_vocab: tokens of the tokenizer, where the model may have more: those beyond are never drawn.
+    """
+    ids = [int(i) for i in prompt]
+    for _ in range(count):
+        context = ids[-model.T :]
+        length = min(-(-len(context) // WINDOW) * WINDOW, model.T)
+        row = np.zeros((1, length), np.int32)  # positions after the last token do not reach it: attention is causal
+        row[0, : len(context)] = context
+        acts = model.forward(row)
+        logits = model.ops.device.download(acts.output[0, len(context) - 1, : model.config.vocab_size])
+        coin, rng_state = random_f32(rng_state)
+        ids.append(sample_softmax(logits.astype(np.float32), coin, temperature, top_k, n_vocab))
+        yield ids[-1]
+
+
+def start_tokens(tokenizer):
+    """What a text starts from: end-of-text for GPT-2 as in llm.c; a newline for bytes, whose data has few of those."""
+    return [tokenizer.eot] if tokenizer.name == "gpt2" else [ord("\n")]
+
+
+def sample_text(model, tokenizer, length, temperature):
+    """A sample of `length` positions as text, without a tokenizer as token ids; always from the same random state."""
+    start = start_tokens(tokenizer) if tokenizer else [model.config.vocab_size - 1]
+    n_vocab = tokenizer.n_vocab if tokenizer else None
+    ids = generate(model, start, length - 1, 1337, temperature, n_vocab=n_vocab)
+    return "".join(tokenizer.stream(ids)) if tokenizer else " ".join(str(i) for i in ids)

@@ -1,0 +1,109 @@
+"""The loop of llm.c: validate -> sample -> checkpoint -> step (train_gpt2.cu main)."""
+
+import contextlib
+import sys
+import time
+
+import numpy as np
+
+from llmc import gpt2
+from llmc.errors import UserError
+from llmc.files import checkpoints
+from llmc.generation import sample_text
+from llmc.parallel.communicators import total
+from llmc.training import checkpointing, mfu
+from llmc.training.logger import Display, Logger, step_line
+from llmc.training.multiple_choice import score_line, score_over_ranks
+from llmc.training.signals import Interrupt
+from llmc.training.step import Speed, train_step
+from llmc.training.validation import validate
+
+
+def due(every, step, last):
+    """Whether it is time for what -n, -s or -v want every so many steps and at the end: 0 is off, step 0 too early."""
+    return bool(every) and (last or (step > 0 and step % every == 0))
+
+
+class Loop:
+    """A run's steps. A step is 0-based: before it, what its number asks for is validated, sampled and saved."""
+
+    def __init__(self, run, model, detectors, start_time):
+        """start_time: time.perf_counter() when the command began."""
+        B, T = run.settings.batch_size, run.T
+        self.run, self.model, self.detectors, self.start_time = run, model, detectors, start_time
+        self.settings, self.first, self.val_loss = run.settings, run.resume_step or 0, None
+        self.inputs, self.targets = np.empty((2, run.micro_steps, B, T), np.int32)
+        self.logger = Logger(run.output_dir if model.rank == 0 else None, run.resume_step)
+        self.display = Display(run.steps, sys.stdout.isatty(), self.first)
+        self.speed = Speed(run.total_batch)
+        self.flops = gpt2.flops_per_token(run.config, T) * B * T * run.micro_steps
+
+    def train(self):
+        """Do all steps. Errors: UserError where the run was interrupted, or a step is not finite."""
+        with contextlib.closing(self.display), contextlib.closing(Interrupt()) as interrupt:
+            for step in range(self.first, self.run.steps + 1):
+                last = step == self.run.steps
+                stop = total(self.run.machine.sums, interrupt.seen) > 0
+                self.evaluate(step, last)
+                self.checkpoint(step, last, interrupted=stop and step > self.first)
+                if last:
+                    break
+                if stop:
+                    folder = self.run.output_dir
+                    again = f"-o {folder} -y 1 continues" if folder else "-o DIR would have kept its work"
+                    ended = f"interrupted after step {step} of {self.run.steps}"
+                    raise UserError(f"{ended}. HINT: the same command with {again}.")
+                self.step(step)
+
+    def evaluate(self, step, last):
+        """Validation loss, HellaSwag and a sample, each where it is due."""
+        s, run = self.settings, self.run
+        if s.val_loss_every and (step % s.val_loss_every == 0 or last):
+            batches = run.all_val_batches if s.default_job and last else run.val_batches
+            self.val_loss = validate(self.model, run.val_loader, batches, self.inputs[0], self.targets[0])
+            self.display.write(f"val loss {self.val_loss:.6f}")
+            self.logger.val(step, self.val_loss)
+        if run.examples and (last or due(s.val_loss_every, step, last)):
+            result = score_over_ranks(self.model, run.examples, run.machine.sums)
+            self.display.write(score_line(result))
+            self.logger.eval(step, result.correct / result.total)
+        if self.model.rank == 0 and due(s.sample_every, step, last):
+            text = sample_text(self.model, run.tokenizer, s.sample_length, s.temperature)
+            self.display.write(f"generating:\n---\n{text}\n---")
+
+    def checkpoint(self, step, last, interrupted):
+        """A checkpoint of `step` completed updates, where one is due or the run is interrupted."""
+        s, run = self.settings, self.run
+        if not run.output_dir or step == run.resume_step or not (due(s.checkpoint_every, step, last) or interrupted):
+            return
+        share = run.machine.ranks.exchange if run.machine.ranks else checkpoints.alone
+        checkpointing.save(run.output_dir, step, self.model, run.train_loader, self.detectors, share)
+        if self.model.rank == 0:
+            checkpointing.let_go(run.output_dir, step, s)
+        self.display.write(f"wrote checkpoint of step {step} to {run.output_dir}")
+
+    def step(self, step):
+        """One update, its lines on the display and in the logs."""
+        s, run, device = self.settings, self.run, self.run.machine.ops.device
+        timer = device.timer()
+        if s.overfit_single_batch:
+            run.train_loader.reset()
+        batch = (self.inputs, self.targets)
+        result = train_step(
+            self.model, run.train_loader, s, step, run.steps, *batch, self.detectors, run.output_dir
+        )  # fmt: skip
+        device.synchronize()
+        ms = timer()
+        shown, used = self.speed.update(ms), mfu.utilisation(self.flops, ms, run.peak)
+        if step == self.first:
+            seconds = time.perf_counter() - self.start_time
+            self.display.write(f"first step done {seconds:.2f} s after the start")
+        if result.notice:
+            self.display.write(result.notice)
+        loss, loss_z, grad_norm, norm_z, lr, _ = result
+        line = step_line(step, run.steps, loss, loss_z, grad_norm, norm_z, lr, ms, used, shown)
+        self.display.step(line, loss, lr, shown)
+        if run.gpu_stats and (step + 1) % s.log_gpu_every == 0:
+            self.display.write(run.gpu_stats.line())
+        rate = run.total_batch / ms * 1e3
+        self.logger.train(step, loss, lr, grad_norm, dt_ms=ms, tokens_per_second=rate, mfu=used)

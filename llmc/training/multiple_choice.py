@@ -1,0 +1,120 @@
+"""Multiple-choice accuracy: HellaSwag in the training loop, and any such set in llmc.evaluate.
+
+A multiple-choice example is a context and four completions. The model gives each completion a loss, that of its tokens
+after the context; the answer is the completion with the lowest. acc_norm, the number llm.c reports, compares the mean
+over the tokens, acc their sum, which favours short completions.
+
+llm.c scores B/4 examples at a time in rows of T tokens. Rows here are as long as their completions ask for, and as many
+as fit the model's B*T tokens: for HellaSwag at T = 1024 a tenth of the work.
+
+Source: llm.c llmc/dataloader.h (EvalLoader), train_gpt2.cu main, dev/data/hellaswag.py.
+"""
+
+import os
+from typing import NamedTuple
+
+import numpy as np
+
+from llmc.data.eval_sets import read_eval_set
+from llmc.errors import UserError
+
+BLOCK = 64  # rows have a multiple of it in tokens, so that there are few shapes
+HELLASWAG = os.path.join("hellaswag", "hellaswag_val.bin")
+
+
+class Score(NamedTuple):
+    """What an evaluation counted; the scores of parts, or of ranks, add up field by field."""
+
+    correct: int  # by mean loss: acc_norm
+    correct_sum: int  # by summed loss: acc
+    total: int
+
+
+def completion_losses(model, examples, progress=None):
+    """Summed loss in nats and number of tokens of each completion: two (examples, 4) float64 arrays.
+
+    examples: (label, context, completions), the latter as lists of token ids. A context that with the longest of its
+    completions has more tokens than model.T + 1 loses its first ones; UserError for a completion longer than model.T.
+    The result of a completion does not depend on the others, but for the rounding of other matrix shapes.
+    progress: called with the number of completions done after each batch.
+    """
+    rows = []  # (number of tokens, place in the result, tokens, tokens of the context)
+    for i, (_, context, completions) in enumerate(examples):
+        keep = room_for_context(model.T, completions)
+        for c, completion in enumerate(completions):
+            tokens = [*context[-keep:], *completion]
+            rows.append((len(tokens) - 1, (i, c), tokens, len(tokens) - len(completion)))
+    rows.sort(key=lambda row: -row[0])
+    sums, lengths = np.zeros((2, len(examples), 4))
+    while rows:
+        t = min(-(-rows[0][0] // BLOCK) * BLOCK, model.T)
+        batch, rows = rows[: model.B * model.T // t], rows[model.B * model.T // t :]
+        inputs, targets = np.zeros((2, len(batch), t), np.int32)  # what follows a row does not reach it
+        for b, (n, _, tokens, _) in enumerate(batch):
+            inputs[b, :n], targets[b, :n] = tokens[:-1], tokens[1:]
+        losses = model.token_losses(inputs, targets)
+        for b, (n, place, _, start) in enumerate(batch):
+            sums[place] = losses[b, start - 1 : n].sum(dtype=np.float64)
+            lengths[place] = n - start + 1
+        if progress:
+            progress(len(batch))
+    return sums, lengths
+
+
+def room_for_context(T, completions):
+    """The most tokens of context that fit T positions with the longest of the completions, whose last is no input."""
+    longest = max(len(completion) for completion in completions)
+    if longest > T:
+        raise UserError(f"-t {T}: a completion of the evaluation set has {longest} tokens. HINT: -t {longest} or more.")
+    return T + 1 - longest
+
+
+def cut_contexts(T, examples):
+    """How many examples lose the beginning of their context at T positions."""
+    return sum(len(context) > room_for_context(T, completions) for _, context, completions in examples)
+
+
+def score(model, examples, progress=None):
+    """The Score of a model on multiple-choice examples; of equal losses the first counts, as in llm.c."""
+    if not examples:
+        return Score(0, 0, 0)
+    sums, lengths = completion_losses(model, examples, progress)
+    labels = [label for label, *_ in examples]
+    means = sums / lengths
+    return Score(int((means.argmin(1) == labels).sum()), int((sums.argmin(1) == labels).sum()), len(examples))
+
+
+def score_line(s):
+    """llm.c's line, with the accuracy by summed loss behind it."""
+    return f"HellaSwag: {s.correct}/{s.total} = {s.correct / s.total:f} (by summed loss: {s.correct_sum / s.total:f})"
+
+
+def load_examples(path, vocab_size, T):
+    """(examples, what to say about them or None) of an eval set; UserError for tokens that the model does not have."""
+    examples = read_eval_set(path)
+    for i, (_, context, completions) in enumerate(examples):
+        largest = max(map(max, (context, *completions)))
+        if largest >= vocab_size:
+            limit = f"the model's vocabulary ends at {vocab_size - 1}"
+            hint = "HINT: llmc.data prepare hellaswag FILE.jsonl --tokenizer NAME, with the model's"
+            raise UserError(f"{path}: example {i} has a token {largest}, {limit}. {hint}")
+    cut = cut_contexts(T, examples)
+    return examples, f"{cut} of {len(examples)} contexts lose their beginning: -t {T} is too short" if cut else None
+
+
+def find_hellaswag(train_pattern):
+    """Where -h 1 finds its data: llm.c's place, $LLMC_DATA_DIR, beside the training shards; (path or None, a line)."""
+    places = [os.path.join("dev", "data", HELLASWAG), os.path.join(os.path.dirname(train_pattern), "hellaswag_val.bin")]
+    if os.environ.get("LLMC_DATA_DIR"):
+        places.append(os.path.join(os.environ["LLMC_DATA_DIR"], HELLASWAG))
+    for place in places:
+        if os.path.isfile(place):
+            return place, None
+    hint = "HINT: llmc.data prepare hellaswag hellaswag_val.jsonl, or take llm.c's hellaswag_val.bin"
+    return None, f"-h 1: there is no {', '.join(places)}: running without HellaSwag. {hint}"
+
+
+def score_over_ranks(model, examples, sums):
+    """score() of all examples, of which each rank does every P-th. sums: the communicator, None for one process."""
+    result = score(model, examples[model.rank :: model.num_ranks])
+    return Score(*(round(n) for n in sums.sums(result))) if sums else result

@@ -1,0 +1,69 @@
+"""`llmc.train --plan`: the memory plan of a run, and the largest batch. Nothing is allocated, and data need not exist.
+
+It works for the cuda op set on machines without a GPU or CuPy: what kernels want as scratch follows from shapes alone.
+"""
+
+import contextlib
+import re
+
+from llmc import devices, gpt2
+from llmc.data import tokenizer
+from llmc.data.shards import vocabulary_of
+from llmc.errors import UserError
+from llmc.training import memory
+from llmc.training.setup import model_config, precision_of, shards_of, total_batch_of
+
+
+def print_plan(settings, ops, line, memory_size=None):
+    """Print the plan of the run that the settings describe. UserError, after it, where the device does not hold it.
+
+    line: which device it is for, as plan_device() tells; memory_size: bytes of that device, None for what it has.
+    """
+    s, config = settings, plan_config(settings)
+    B, T, P = s.batch_size, s.sequence_length or min(1024, config.max_seq_len), s.num_processes
+    if T > config.max_seq_len:
+        raise UserError(f"-t {T}: the model has positions for 1 to {config.max_seq_len} tokens. HINT: lower -t.")
+    stand_in = False
+    try:
+        dtype = devices.model_dtype(s.dtype)
+    except ImportError:  # ml_dtypes, which only bf16 arrays need: the other 16-bit type has the same plan
+        dtype, stand_in = "float16", True
+    shards, notice = shards_of(s, config)
+    precision = precision_of(s, shards)
+    text = memory.plan_text(gpt2.memory_plan(config, ops, B, T, s.recompute, dtype, **precision), ops, dtype)
+    print(line if notice is None else f"{line}\n{notice}")
+    print(f"{s.model_name}: {gpt2.num_parameters(config):,} parameters, {s.dtype}; -b {B} -t {T} -r {s.recompute}")
+    print(text.replace("float16 ", "bfloat16") if stand_in else text)
+    needs = memory.needs_of(config, ops, T, dtype, **precision)
+    budget, most, divides = memory.limits(
+        config, ops, T, dtype, total_batch_size=s.total_batch_size, P=P, memory=memory_size
+    )
+    if budget is None:
+        print("how much memory the device has is not known. HINT: --memory 80GiB tells the largest batch that fits.")
+    else:
+        print(memory.table(needs, T, budget, most))
+    total_batch_of(s, T)
+    memory.check(needs, B, T, s.recompute, budget, most, divides)
+
+
+def plan_config(settings):
+    """The GPT2Config of a run whose data need not be there: the vocabulary is then the tokenizer's."""
+    name = settings.model_name
+    if not re.match(r"(gpt2:)?d\d|gpt3:|tiny:", name):
+        return model_config(settings, settings.input_bin)[0]
+    vocab_size = tokenizer.vocabulary(settings.data_tokenizer)
+    with contextlib.suppress(UserError):  # no such file
+        vocab_size = vocabulary_of(settings.input_bin) if settings.input_bin else vocab_size
+    return gpt2.config_from_descriptor(name, vocab_size, settings.sequence_length)
+
+
+def plan_device(device, dtype, threads=None):
+    """pick_device, but for the cuda op set, asked for or meant by a 16-bit --dtype, no GPU is needed."""
+    from llmc import cuda
+
+    if device == "cpu" or (device == "auto" and dtype not in ("bf16", "fp16")):
+        return devices.pick_device(device, threads)
+    try:
+        return devices.pick_device("cuda")
+    except UserError as error:
+        return cuda, "cuda", f"cuda, which this machine cannot run ({str(error).partition(' HINT')[0]})"

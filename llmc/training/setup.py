@@ -1,0 +1,325 @@
+"""From Settings to a run that is ready for its first step: data, folder, model, and what is resumed.
+
+prepare() finds what is wrong with the settings or with files, and allocates nothing. build() allocates and loads.
+"""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from llmc import devices, gpt2, loading
+from llmc.cuda import ladder
+from llmc.data.loader import DataLoader
+from llmc.data.prepare import prepare_default
+from llmc.data.shards import vocabulary_of
+from llmc.data.tokenizer import tokenizer_for
+from llmc.errors import UserError
+from llmc.files import checkpoints, model_file
+from llmc.parallel import launch, zero
+from llmc.training import checkpointing, memory, mfu, multiple_choice, schedulers
+from llmc.training.loss_scaler import LossScaler
+from llmc.training.outlier_detector import OutlierDetector
+from llmc.training.settings import Settings
+
+
+class Machine(NamedTuple):
+    """Where this process computes, and with whom."""
+
+    ops: Any  # the op set, its device ready
+    line: str  # which device it is, and why
+    ranks: Any  # the hub.Ranks that this process is one of, None for a process on its own
+    sums: Any  # their communicator, Mpi or Nccl, or None
+
+    @property
+    def rank(self):
+        return self.ranks.rank if self.ranks else 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run whose settings and files are known to be good. Nothing is allocated for it yet."""
+
+    settings: Settings
+    machine: Machine
+    notices: list  # lines to print before the tables
+    train_data: str  # glob of the training shards
+    val_data: str  # glob of the validation shards
+    output_dir: str | None  # where logs and checkpoints go
+    resume_step: int | None  # the step of the checkpoint that it continues, None for a fresh run
+    config: gpt2.GPT2Config
+    model_path: str | None  # where the weights come from, None for fresh ones
+    dtype: Any  # NumPy dtype of parameters and activations
+    shards: int  # into how many parts AdamW's state is cut: P with -z 1, else 1
+    T: int  # tokens of a row
+    micro_steps: int  # micro-batches of one update, on each process
+    steps: int  # the step at which the run ends
+    train_loader: Any
+    val_loader: Any
+    examples: list  # HellaSwag's, or none
+    tokenizer: Any  # of samples; None where token ids are printed
+    gpu: tuple | None  # mfu.current_gpu()
+    peak: float | None  # FLOP/s that the GPU can at most do
+    gpu_stats: Any  # what reads the GPU for -lg, or None
+
+    @property
+    def total_batch(self):
+        """Tokens of one update."""
+        return self.micro_steps * self.settings.batch_size * self.T * self.settings.num_processes
+
+    @property
+    def all_val_batches(self):
+        return self.val_loader.num_tokens // (self.settings.batch_size * self.T * self.settings.num_processes)
+
+    @property
+    def val_batches(self):
+        """Batches of one validation."""
+        return self.all_val_batches if self.settings.val_max_steps == -1 else self.settings.val_max_steps
+
+    @property
+    def precision(self):
+        """What the memory plan and the model take of -w, --grad-dtype and -z."""
+        return precision_of(self.settings, self.shards)
+
+
+def prepare(settings, machine, notices=()):
+    """The Run of these settings on this machine; notices: lines about the settings. All ranks call it.
+
+    Errors: UserError for whatever is wrong with the settings or with files.
+    """
+    s, ops, ranks = settings, machine.ops, machine.ranks
+    schedulers.check(s.lr_scheduler)
+    output_dir = s.output_dir
+    if s.default_job and not (output_dir or s.resume):
+        output_dir = launch.on_rank0(ranks, default_dir)
+    gpu = mfu.current_gpu() if s.device == "cuda" else None
+    gpu_stats = open_gpu_stats(s.log_gpu_every, gpu)
+    dtype = devices.model_dtype(s.dtype)
+    train_data, val_data, data_line = launch.rank0_first(ranks, lambda: prepare_data(s))
+    resume_step = launch.on_rank0(ranks, lambda: check_output_dir(output_dir, s.resume))
+    config, model_path = model_config(s, train_data, output_dir, resume_step)
+    if resume_step is not None:
+        checkpointing.check_resume(output_dir, resume_step, config, dtype, s.use_master_weights)
+    for text in s.kernel:
+        ladder.use(ops, text, s.dtype, config.channels // config.num_heads)
+    T = s.sequence_length or min(1024, config.max_seq_len)
+    total_batch, micro_steps = total_batch_of(s, T)
+    loaders = open_data(s, train_data, val_data, config, T, machine.rank)
+    steps = count_steps(s, loaders[0].num_tokens, total_batch, output_dir, resume_step)
+    examples, hellaswag_line = open_hellaswag(train_data, config, T) if s.hellaswag else ([], None)
+    tokenizer, tokenizer_line = sample_tokenizer(config, s.tokenizer) if s.sample_every else (None, None)
+    shards, zero_line = shards_of(s, config)
+    lines = [*notices, zero_line, data_line, hellaswag_line, tokenizer_line]
+    return Run(
+        settings=s, machine=machine, notices=[line for line in lines if line], train_data=train_data,
+        val_data=val_data, output_dir=output_dir, resume_step=resume_step, config=config, model_path=model_path,
+        dtype=dtype, shards=shards, T=T, micro_steps=micro_steps, steps=steps, train_loader=loaders[0],
+        val_loader=loaders[1], examples=examples, tokenizer=tokenizer, gpu=gpu,
+        peak=mfu.peak_flops(*gpu[:2], s.dtype) if gpu else None, gpu_stats=gpu_stats,
+    )  # fmt: skip
+
+
+def build(run, limits):
+    """(model, detectors) of a Run: allocated, and with the weights and the state that the first step starts from.
+
+    limits: what check_memory() has returned. Errors: UserError where the memory cannot be had.
+    """
+    s, ops = run.settings, run.machine.ops
+    graphs = s.device == "cuda" and not (s.no_graph or s.check)
+    try:
+        model = gpt2.GPT2(
+            run.config, ops, s.batch_size, run.T, s.recompute, dtype=run.dtype, graphs=graphs, ranks=run.machine.sums,
+            **run.precision,
+        )  # fmt: skip
+    except MemoryError:
+        memory.check(memory_needs(run), s.batch_size, run.T, s.recompute, *limits, failed=True)
+    detectors = {"loss": OutlierDetector(), "grad_norm": OutlierDetector()}
+    if s.dtype == "fp16":
+        detectors["loss_scale"] = LossScaler()
+    if run.resume_step is not None:
+        source = (run.output_dir, run.resume_step)
+        checkpointing.load(*source, model, run.train_loader, detectors, s.use_master_weights)
+        if run.machine.rank == 0:  # a kill may have come between its save and the removal of an old one
+            checkpointing.let_go(run.output_dir, run.resume_step, s)
+    elif run.model_path:
+        loading.read_weights(model, run.model_path)
+    else:
+        model.init_weights(s.seed)
+    return model, detectors
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def prepare_data(settings):
+    """(training pattern, validation pattern, a line about the default data or None), the data prepared where needed.
+
+    What the user named is never substituted. Errors: UserError.
+    """
+    s = settings
+    if s.input_bin is not None:
+        if s.input_val_bin is None:
+            raise UserError("-i needs -j, the validation shards. HINT: python -m llmc.data prepare makes both.")
+        return s.input_bin, s.input_val_bin, None
+    name = s.data_tokenizer
+    try:
+        train, val, text = prepare_default(name, allow_fallback=s.default_job and name == "bytes")
+    except UserError as error:
+        if not s.default_job or s.tokenizer is not None:
+            raise
+        train, val, text = prepare_default("bytes", allow_fallback=True)
+        text = f"byte-level, as GPT-2's tokenizer or data cannot be had ({str(error).partition('. HINT')[0]}): {text}"
+    return train, s.input_val_bin or val, text
+
+
+def default_dir():
+    """The folder of a default job: the first in runs/ that does not exist."""
+    return next(d for i in range(1, 10**6) if not os.path.exists(d := f"runs/shakespeare-{i:03d}"))
+
+
+def check_output_dir(folder, resume):
+    """The step to resume from, or None; the folder is created, and must be writable before anything is trained."""
+    if folder is None:
+        if resume:
+            raise UserError("-y 1 resumes from -o, which is not given. HINT: give -o DIR.")
+        return None
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"-o {folder}: {error.strerror}. HINT: name a folder to write to.") from error
+    steps = checkpoints.checkpoint_steps(folder)
+    if not resume and steps:
+        held = f"holds checkpoints of an earlier run, up to step {steps[-1]}"
+        raise UserError(f"-o {folder} {held}. HINT: -y 1 continues it; for a new run give another folder.")
+    if not resume:
+        return None
+    checkpoints.prune_stray(folder)
+    return checkpoints.latest_checkpoint(folder)
+
+
+def open_data(settings, train_data, val_data, config, T, rank):
+    """The training and the validation loader, every token id checked. -a 1 trains on validation data, unshuffled.
+
+    P processes take turns in the order that one has, so that a step has the same batches however many there are.
+    """
+    B, P, overfit = settings.batch_size, settings.num_processes, settings.overfit_single_batch
+    options = dict(vocab_size=config.vocab_size, streams=1, rows=B)
+    pattern = val_data if overfit else train_data
+    train_loader = DataLoader(pattern, B, T, rank, P, should_shuffle=not overfit, **options)
+    val_loader = DataLoader(val_data, B, T, rank, P, **options)
+    train_loader.check_all_ids()
+    val_loader.check_all_ids()
+    return train_loader, val_loader
+
+
+def open_hellaswag(train_data, config, T):
+    """(the examples of -h 1, or none where their file is not, and what there is to say about them)."""
+    path, line = multiple_choice.find_hellaswag(train_data)
+    return multiple_choice.load_examples(path, config.vocab_size, T) if path else ([], line)
+
+
+def sample_tokenizer(config, name):
+    """(tokenizer or None, a line about it or None). Without one, samples are printed as token ids, as llm.c does."""
+    try:
+        return tokenizer_for(config.vocab_size, name), None
+    except UserError as error:
+        if name is not None:
+            raise
+        return None, f"samples are printed as token ids: {error}"
+
+
+def open_gpu_stats(every, gpu):
+    """What reads the GPU every so many steps, or None. gpu: mfu.current_gpu(), None on a CPU."""
+    if not every:
+        return None
+    if gpu is None:
+        raise UserError(f"-lg {every} reads a GPU, this run is on the CPU. HINT: leave -lg out.")
+    return mfu.GpuStats(gpu[2])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the model and its sizes
+
+
+def model_config(settings, train_data, output_dir=None, resume_step=None):
+    """(GPT2Config, the file with the weights or None): of the checkpoint to resume, a file, or a descriptor."""
+    path = settings.model_name
+    if resume_step is not None:
+        resumed = checkpoints.model_path(output_dir, resume_step)
+        config = gpt2.config_from_header(model_file.read_model_header(resumed))
+        if settings.model and (os.path.exists(path) or not path.endswith(".bin")):
+            asked, _ = model_config(settings, train_data)
+            for name in ("num_layers", "num_heads", "channels"):
+                if getattr(asked, name) != getattr(config, name):
+                    found = f"has {name} {getattr(asked, name)}, {resumed} {getattr(config, name)}"
+                    raise UserError(f"-e {path} {found}. HINT: leave -e out, or give a new run another -o.")
+        return config, resumed
+    if path.endswith(".bin") or path.startswith("hf:"):
+        path = loading.model_file(path)
+        return gpt2.config_from_header(loading.model_header(path)), path
+    return gpt2.config_from_descriptor(path, vocabulary_of(train_data), settings.sequence_length), None
+
+
+def total_batch_of(settings, T):
+    """(tokens of one update, micro-steps that each of P processes makes of it)."""
+    B, P = settings.batch_size, settings.num_processes
+    at_once = B * T * P
+    total_batch = settings.total_batch_size or at_once
+    if total_batch % at_once:
+        factors = f"-b {B} x -t {T}" + f" x {P} processes" * (P > 1)
+        raise UserError(f"-d {total_batch} is not a multiple of {factors} = {at_once}. HINT: -d {at_once}.")
+    return total_batch, total_batch // at_once
+
+
+def shards_of(settings, config):
+    """(how many parts AdamW's state is cut into, a line about -z 1 where it has no effect or None)."""
+    P = settings.num_processes
+    if settings.zero_stage == 0:
+        return 1, None
+    if P == 1:
+        return 1, "-z 1 has no effect on one process"
+    if zero.share_rows(gpt2.parameter_specs(config), P) is None:
+        return 1, f"-z 1: {config.channels} channels cannot be cut into {P} equal shares; running with -z 0"
+    return P, None
+
+
+def precision_of(settings, shards):
+    """What gpt2.memory_plan and GPT2(...) take of -w, --grad-dtype and -z."""
+    grad_dtype = "float32" if settings.grad_dtype == "fp32" else None  # None: that of the model
+    return dict(use_master_weights=settings.use_master_weights, grad_dtype=grad_dtype, shards=shards)
+
+
+def count_steps(settings, num_tokens, total_batch, output_dir, resume_step):
+    """Steps of the run: -x, or one epoch of the training tokens."""
+    steps = num_tokens // total_batch if settings.max_steps == -1 else settings.max_steps
+    if steps == 0:
+        have = f"the training data has {num_tokens}"
+        raise UserError(f"-d {total_batch}: one step takes that many tokens, {have}. HINT: lower -d, or give -x.")
+    if resume_step is not None and resume_step > steps:
+        raise UserError(f"-x {steps}: {output_dir} is already at step {resume_step}. HINT: give a larger -x.")
+    return steps
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# memory
+
+
+def memory_needs(run):
+    """needs(B, recompute): bytes of the plan of this run."""
+    return memory.needs_of(run.config, run.machine.ops, run.T, run.dtype, **run.precision)
+
+
+def check_memory(run):
+    """The limits of the device, as memory.limits() gives them; UserError for a plan that it does not hold.
+
+    All ranks call it, before anything is allocated.
+    """
+    s, machine = run.settings, run.machine
+    limits = memory.limits(
+        run.config, machine.ops, run.T, run.dtype, total_batch_size=s.total_batch_size, P=s.num_processes,
+        sharing=launch.ranks_here(machine.ranks, s.device),
+    )  # fmt: skip
+    memory.check(memory_needs(run), s.batch_size, run.T, s.recompute, *limits)
+    return limits
