@@ -10,13 +10,21 @@ own are done. Bytes appear as printable characters. The byte-level tokenizer is 
 Source: llm.c dev/eval/export_hf.py; Hugging Face transformers' GPT2Tokenizer (bytes_to_unicode).
 """
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from llmc import loading
 from llmc.command import Parser, command
 from llmc.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from llmc.data.tokenizer import Tokenizer
 
 KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
@@ -25,14 +33,14 @@ KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 # tokenizers
 
 
-def byte_characters():
+def byte_characters() -> dict[int, str]:
     """The printable character that stands for each byte: itself where it is one, else one from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
-def merges(pieces):
+def merges(pieces: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
     """[(left, right)] of each piece longer than a byte, in the order of the pieces, which is that of the merges."""
     ranks, pairs = {piece: rank for rank, piece in enumerate(pieces)}, []
     for rank, piece in enumerate(pieces):
@@ -46,7 +54,7 @@ def merges(pieces):
     return pairs
 
 
-def tokenizer_files(tokenizer, max_seq_len):
+def tokenizer_files(tokenizer: "Tokenizer", max_seq_len: int) -> dict[str, bytes]:
     """{file name: bytes} that transformers makes the tokenizer from; it gives the same ids."""
     characters = byte_characters()
 
@@ -95,54 +103,61 @@ def tokenizer_files(tokenizer, max_seq_len):
 # models
 
 
-def read_model(path, dtype):
+def read_model(path: str, dtype: str) -> "tuple[dict[str, int], np.ndarray]":
     """(header, params (N,)) of what loading.model_file() found, in float32, or for "bf16" as uint16."""
     import numpy as np
 
-    from llmc.files import huggingface as safetensors_io
-    from llmc.files import model_file
+    from llmc.files import huggingface, model_file
 
     header = loading.model_header(path)
     params = np.empty(model_file.num_parameters(header), np.uint16 if dtype == "bf16" else np.float32)
     if path.startswith("hf:"):
-        safetensors_io.read_hf(path[3:], params)
+        huggingface.read_hf(path[3:], params)
     else:
         model_file.read_model(path, params)
     return header, params
 
 
-def file_dtype(path):
+def file_dtype(path: str) -> str:
     """The precision of what loading.model_file() found: "fp32", "fp16" or "bf16"."""
-    from llmc.files import huggingface as safetensors_io
+    from llmc.files import huggingface
 
     if path.startswith("hf:"):
         kinds = {kind: name for name, kind in KINDS.items()}
-        return kinds.get(next(iter(safetensors_io.open_tensors(path[3:]).values()))[0], "fp32")
+        found = [kind for kind, _ in huggingface.open_tensors(path[3:]).values() if kind in kinds]
+        return kinds[found[0]] if found else "fp32"
     return "bf16" if loading.model_header(path)["version"] == 5 else "fp32"
 
 
-def export_hf(path, out, dtype, tokenizer):
-    """Write the folder `out`; config.json comes last: without it there is no model. tokenizer: a Tokenizer or None."""
-    from llmc.files import huggingface as safetensors_io
+def export_hf(path: str, out: str, dtype: str, tokenizer: "Tokenizer | None") -> None:
+    """Write the folder `out`; config.json comes last: without it there is no model. Errors: UserError."""
+    from llmc.files import huggingface
     from llmc.files.io import atomic_write
 
     header, params = read_model(path, dtype)
+    there = os.path.isdir(out)
     try:
         os.makedirs(out, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {out}: {error.strerror}. HINT: choose another one") from error
-    tensors = safetensors_io.hf_tensors(header, params)
-    safetensors_io.write_safetensors(os.path.join(out, "model.safetensors"), tensors, KINDS[dtype])
+    tensors = huggingface.hf_tensors(header, params)
+    try:
+        huggingface.write_safetensors(os.path.join(out, "model.safetensors"), tensors, KINDS[dtype])
+    except UserError:
+        if not there:
+            with contextlib.suppress(OSError):
+                os.rmdir(out)
+        raise
     eot = tokenizer.eot if tokenizer else None
     files = tokenizer_files(tokenizer, header["max_seq_len"]) if tokenizer else {}
     files["generation_config.json"] = json.dumps(dict(bos_token_id=eot, eos_token_id=eot), indent=2).encode()
-    files["config.json"] = json.dumps(safetensors_io.hf_config(header, KINDS[dtype], eot), indent=2).encode()
+    files["config.json"] = json.dumps(huggingface.hf_config(header, KINDS[dtype], eot), indent=2).encode()
     for name, content in files.items():
         with atomic_write(os.path.join(out, name)) as file:
             file.write(content)
 
 
-def export_bin(path, out, dtype):
+def export_bin(path: str, out: str, dtype: str) -> None:
     """Write llm.c's model file."""
     from llmc.files import model_file
 
@@ -150,7 +165,7 @@ def export_bin(path, out, dtype):
     model_file.write_model(out, header, params, 5 if dtype == "bf16" else 3)
 
 
-def pick_tokenizer(config, name):
+def pick_tokenizer(config: Any, name: str | None) -> "tuple[Tokenizer | None, str | None]":
     """(Tokenizer or None, a line about a missing one or None). name: None for that of the vocabulary's size."""
     from llmc.data.tokenizer import tokenizer_for, tokenizer_name
 
@@ -161,7 +176,7 @@ def pick_tokenizer(config, name):
     return tokenizer_for(config.vocab_size, name), None
 
 
-def parser():
+def parser() -> Parser:
     p = Parser(prog="llmc.export", description="Write a model for other programs.", allow_abbrev=False)
     p.add_argument("model", metavar="MODEL", help=loading.MODEL_HELP)
     p.add_argument("out", metavar="OUT", nargs="?", help="folder, or .bin file, to write (default: beside MODEL)")
@@ -173,7 +188,7 @@ def parser():
 
 
 @command("llmc.export")
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     from llmc.gpt2 import config_from_header
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import struct
 
 import numpy as np
 import pytest
@@ -147,6 +149,25 @@ def test_there_and_back_is_the_same_file(files, tmp_path, capsys):
     assert (
         f"wrote {tmp_path}/fp32-hf: config.json, model.safetensors (fp32) and the tokenizer" in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("value, dtype, message", [
+    (1e5, "fp16", r"transformer.wte.weight\[1, 12\] is 100000, more than F16 holds. HINT: --dtype fp32"),
+    (-3.4e38, "bf16", r"transformer.wte.weight\[1, 12\] is -inf"),
+    (np.nan, "fp32", r"transformer.wte.weight\[1, 12\] is nan. HINT"),
+    (np.inf, "bin", r"wte\[1, 12\] is inf. HINT"),
+])  # fmt: skip
+def test_what_is_not_finite_is_not_exported(files, tmp_path, capsys, value, dtype, message):
+    """The tensor and the value are named, and nothing is left behind."""
+    path, model = files["none"]
+    data = bytearray(open(path, "rb").read())
+    struct.pack_into("<f", data, 1024 + 4 * (model.config.channels + 12), value)
+    (tmp_path / "bad.bin").write_bytes(data)
+    flags = ("--format", "bin") if dtype == "bin" else ("--dtype", dtype)
+    assert llmc(["export", str(tmp_path / "bad.bin"), str(tmp_path / "out"), *flags]) == 2
+    err = capsys.readouterr().err
+    assert re.search(message, err) and err.count("\n") == 1, err
+    assert os.listdir(tmp_path) == ["bad.bin"]
 
 
 def test_the_newest_checkpoint_of_a_run(files, tmp_path):

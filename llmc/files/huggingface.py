@@ -1,10 +1,13 @@
-"""Hugging Face's GPT-2 in both directions, with NumPy alone: config.json and model.safetensors of a folder.
+"""Hugging Face's GPT-2 in both directions: config.json and model.safetensors of a folder, without torch.
 
-Where the folder is, `find` says: the name is one, or the hub's cache has it, or it is downloaded. Weights differ from
-llm.c's in three ways: Conv1D matrices are (in_features, out_features), the vocabulary is not padded, and tensors have
-other names, with or without "transformer." before them. The classifier is wte in both.
+Where the folder is, `find` says: the name is one, or the hub's cache has it, or huggingface_hub downloads it. Weights
+differ from llm.c's in three ways: Conv1D matrices are (in_features, out_features), the vocabulary is not padded, and
+tensors have other names, with or without "transformer." before them. The classifier is wte in both.
 
-A .safetensors file is u64 length, JSON {name: {dtype, shape, data_offsets}}, then the tensors, row-major.
+A .safetensors file is u64 length, JSON {name: {dtype, shape, data_offsets}}, then the tensors, row-major. The package
+safetensors decides whether a file is one, and refuses tensors that overlap, leave holes or are there twice; bf16, which
+NumPy does not have, is then read as its 16 bits from where the header says. What is written here is a tensor at a time,
+as the package would want the whole model once more in memory, and the package reads it back before it gets its name.
 
 Source: Hugging Face transformers' GPT2LMHeadModel; llm.c train_gpt2.py GPT.from_pretrained; dev/eval/export_hf.py.
 """
@@ -12,12 +15,14 @@ Source: Hugging Face transformers' GPT2LMHeadModel; llm.c train_gpt2.py GPT.from
 import json
 import os
 import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
 from llmc.buffers import carve
 from llmc.errors import UserError
-from llmc.files.io import atomic_write, bf16_to_fp32, convert
+from llmc.files import io, parse
 from llmc.files.model_file import MODEL_WORDS
 
 BLOCK_NAMES = {  # of a layer: ours -> theirs, and whether it is a Conv1D, whose matrix is transposed
@@ -37,15 +42,15 @@ BLOCK_NAMES = {  # of a layer: ours -> theirs, and whether it is a Conv1D, whose
 MODEL_NAMES = {"wte": "wte.weight", "wpe": "wpe.weight", "lnfw": "ln_f.weight", "lnfb": "ln_f.bias"}
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}  # bf16 as its 16 bits
 LEGACY = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # their organisation, openai-community, may be left out
-HUB = "https://huggingface.co"  # HF_ENDPOINT names another one
 SAVE = "HINT: save the model with transformers: model.save_pretrained(DIR)"
+COPY = "HINT: copy or download it again"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # where a model is
 
 
-def find(name):
+def find(name: str) -> str:
     """The folder of a model: `name` itself, the hub's cache (its main branch), or a download. Errors: UserError."""
     if os.path.isdir(os.path.expanduser(name)):
         return os.path.expanduser(name)
@@ -58,8 +63,8 @@ def find(name):
     for candidate in dict.fromkeys((repository, name)):
         folder = os.path.join(hub, "models--" + candidate.replace("/", "--"))
         try:
-            with open(os.path.join(folder, "refs", "main")) as file:
-                snapshot = os.path.join(folder, "snapshots", file.read().strip())
+            with io.open_regular(os.path.join(folder, "refs", "main")) as file:
+                snapshot = os.path.join(folder, "snapshots", file.read(100).decode("ascii", "replace").strip())
         except OSError:
             continue
         if weight_files(snapshot) and os.path.exists(os.path.join(snapshot, "config.json")):
@@ -67,105 +72,68 @@ def find(name):
     return download(repository)
 
 
-def weight_files(folder):
+def weight_files(folder: io.Path) -> list[str]:
     """The .safetensors files of a folder: model.safetensors, or those that its index names; [] if one is missing."""
     index = os.path.join(folder, "model.safetensors.index.json")
     names = ["model.safetensors"]
     if not os.path.exists(os.path.join(folder, names[0])) and os.path.exists(index):
-        weight_map = _json(index).get("weight_map")
-        names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
-        names = names or ["model.safetensors"]
+        weight_map = parse.dictionary(parse.read_json(index).get("weight_map"), f"{index}: weight_map")
+        names = sorted({parse.string(name, f"{index}: a file of weight_map") for name in weight_map.values()}) or names
     paths = [os.path.join(folder, os.path.basename(name)) for name in names]
     return paths if all(map(os.path.exists, paths)) else []
 
 
-def download(repository):
-    """Download a model into the hub's cache with huggingface_hub, or without it into llmc's cache -> its folder."""
+def download(repository: str) -> str:
+    """Download a model into the hub's cache with huggingface_hub -> its folder. Errors: UserError."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        return _download_plainly(repository)
+        hint = "HINT: pip install huggingface_hub, or give a folder: hf:DIR"
+        raise UserError(f"cannot download {repository}: huggingface_hub is not there. {hint}") from None
     try:
         return snapshot_download(repository, allow_patterns=["config.json", "model*.safetensors", "model*.json"])
     except Exception as error:  # its errors have no common class, and its messages have many lines
         reason, hint = why_not(error)
-        raise UserError(f"cannot download {repository}: {reason}. HINT: {hint}") from error
+        raise UserError(f"cannot download {repository}: {reason}. HINT: {hint}, or give a folder: hf:DIR") from error
 
 
-def why_not(error):
+def why_not(error: BaseException) -> tuple[str, str]:
     """(what went wrong, a hint) for an error of a download; the HTTP status may be that of an error that caused it."""
     status, at = None, error
     while at is not None and status is None:
         status = getattr(at, "code", None) or getattr(getattr(at, "response", None), "status_code", None)
         at = at.__cause__ or at.__context__
     if status in (401, 403):  # the hub answers so for what does not exist, too, as it does not tell who may know
-        hint = "check the name; a gated or private model wants HF_TOKEN to be set, of an account that was given access"
+        hint = "check the name; what is gated or private wants HF_TOKEN to be set, of an account that was given access"
         return f"access denied (HTTP {status})", hint
     if status == 404:
-        return "there is no such model, or it has no such file (HTTP 404)", "check the name, or give a folder: hf:DIR"
+        return "the hub does not have it (HTTP 404)", "check the name"
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:160].rstrip(".")
-    return reason, "connect to the internet, or give a folder: hf:DIR"
-
-
-def _download_plainly(repository):
-    import http.client
-    import shutil
-    import urllib.request
-
-    from llmc.data.cache import writable_cache_dir
-
-    hub = os.environ.get("HF_ENDPOINT") or HUB
-    folder = os.path.join(writable_cache_dir(), "hf", repository.replace("/", "--"))
-    os.makedirs(folder, exist_ok=True)
-    for name in ("config.json", "model.safetensors"):
-        path, url = os.path.join(folder, name), f"{hub}/{repository}/resolve/main/{name}"
-        if os.path.exists(path):
-            continue
-        try:
-            with urllib.request.urlopen(url, timeout=20) as response, atomic_write(path) as file:
-                shutil.copyfileobj(response, file, 1 << 20)
-                expected = int(response.headers.get("Content-Length") or file.tell())
-                if file.tell() != expected:
-                    raise OSError(f"{file.tell()} of {expected} bytes came")
-        except (OSError, UserError, http.client.HTTPException) as error:
-            reason, hint = why_not(error)
-            raise UserError(f"cannot download {url}: {reason}. HINT: {hint}, or pip install huggingface_hub") from error
-    return folder
+    return reason, "connect to the internet"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # reading
 
 
-def _json(path):
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}. {SAVE}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}. HINT: copy or download it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object. HINT: copy or download it again")
-    return content
-
-
-def read_hf_header(folder):
+def read_hf_header(folder: io.Path) -> dict[str, int]:
     """The MODEL_WORDS of a folder's config.json, as model_file.read_model_header has them.
 
     Errors: UserError for another architecture, or GPT-2 with an activation, scale or size that llm.c's has not.
     """
     path = os.path.join(folder, "config.json")
-    config = _json(path)
+    config = parse.read_json(path, SAVE)
     if config.get("model_type") != "gpt2":
         raise UserError(f"{path}: model_type is {config.get('model_type')!r}, expected 'gpt2'. HINT: give a GPT-2")
-    try:
-        V, C = int(config["vocab_size"]), int(config["n_embd"])
-        maxT, L, NH = int(config["n_positions"]), int(config["n_layer"]), int(config["n_head"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: no usable {error}. HINT: it is not the config.json of a GPT-2") from error
-    if min(V, C, maxT, L, NH) < 1 or C % NH:
-        raise UserError(f"{path}: impossible sizes: n_embd {C}, n_head {NH}, n_layer {L}. HINT: the file is damaged")
+    V, C, maxT, L, NH = (
+        parse.integer(config.get(name), f"{path}: {name}", 1, most)
+        for name, most in (
+            ("vocab_size", 1 << 24), ("n_embd", 1 << 20), ("n_positions", 1 << 24), ("n_layer", 1 << 16),
+            ("n_head", 1 << 20),
+        )
+    )  # fmt: skip
+    if C % NH:
+        raise UserError(f"{path}: n_embd {C} is not a multiple of n_head {NH}. HINT: the file is damaged")
     for key, allowed in (
         ("activation_function", ("gelu_new", "gelu_pytorch_tanh")),  # the same formula
         ("n_inner", (None, 4 * C)),
@@ -177,11 +145,12 @@ def read_hf_header(folder):
     ):
         if config.get(key, allowed[0]) not in allowed:
             wanted = " or ".join(json.dumps(value) for value in allowed)
-            raise UserError(f"{path}: {key} is {config[key]!r}, the kernels have {wanted}. HINT: use another model")
+            found = parse.shown(config[key])
+            raise UserError(f"{path}: {key} is {found}, the kernels have {wanted}. HINT: use another model")
     return dict(zip(MODEL_WORDS, (maxT, V, L, NH, C, -(-V // 128) * 128), strict=True))
 
 
-def read_hf(folder, params):
+def read_hf(folder: io.Path, params: np.ndarray) -> dict[str, int]:
     """params (N,) float32, or bf16 as uint16, written (=) from a folder -> its header. Padded rows of wte are zero.
 
     fp32, fp16 and bf16 tensors are read, one at a time; to bf16 they are rounded to nearest even. Errors: UserError.
@@ -212,8 +181,11 @@ def read_hf(folder, params):
     return header
 
 
-def open_tensors(folder):
-    """{name: (dtype name, array of the file's values, memory-mapped)} of all .safetensors files of a folder."""
+Tensors = dict[str, tuple[str, np.ndarray | None]]  # name -> dtype name, and the values where NumPy has the type
+
+
+def open_tensors(folder: io.Path) -> Tensors:
+    """The tensors of all .safetensors files of a folder, memory-mapped."""
     files = weight_files(folder)
     if not files:
         raise UserError(f"{folder} has no model.safetensors, or not all files of its index. {SAVE}")
@@ -223,38 +195,32 @@ def open_tensors(folder):
     return tensors
 
 
-def read_safetensors(path):
-    """{name: (dtype name, memory-mapped array)} of a file; bf16 as uint16. Tensors of other types have no array."""
-    damaged = f"{path} is not a whole .safetensors file"
-    hint = "HINT: copy or download it again"
+def read_safetensors(path: io.Path) -> Tensors:
+    """The tensors of a file, memory-mapped; bf16 as uint16. Tensors of other types have no array. Errors: UserError."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with open(path, "rb") as file:
-            size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(size - 8, 100 << 20):
-                raise UserError(f"{damaged}: {size} bytes, of which {length} should be its header. {hint}")
-            header = json.loads(file.read(length))
-        data, tensors = np.memmap(path, np.uint8, "r") if size > 8 + length else np.zeros(size, np.uint8), {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            kind, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            dtype = DTYPES.get(kind)
-            if not 0 <= start <= end <= size - 8 - length:
-                raise UserError(f"{damaged}: {name} ends at byte {8 + length + end} of {size}. {hint}")
-            array = None
-            if dtype is not None:
-                array = data[8 + length + start : 8 + length + end].view(dtype).reshape(shape)
-            tensors[name] = kind, array
-        return tensors
+        with io.open_regular(path) as file:
+            with safe_open(path, framework="numpy") as checked:
+                names = list(checked.keys())
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))  # it is what the package has found good
+            if not names:
+                return {}
+            data = np.memmap(file, np.uint8, "r", offset=8 + length) if file.seek(0, 2) > 8 + length else np.empty(0)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}. {SAVE}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{damaged}: {' '.join(str(error).split())[:100]}. {hint}") from error
+    except SafetensorError as error:
+        reason = " ".join(str(error).split())[:120].rstrip(".")
+        raise UserError(f"{path} is not a whole .safetensors file: {reason}. {COPY}") from error
+    tensors: Tensors = {}
+    for name in names:
+        kind, shape, (start, end) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
+        tensors[name] = kind, data[start:end].view(DTYPES[kind]).reshape(shape) if kind in DTYPES else None
+    return tensors
 
 
-def _fill(view, tensors, name, transposed, folder):
+def _fill(view: np.ndarray, tensors: Tensors, name: str, transposed: bool, folder: io.Path) -> None:
     """view = the tensor, in the view's dtype."""
     if name not in tensors:
         raise UserError(f"{folder}: the weights lack {name}. HINT: it is not a whole GPT-2; {SAVE[6:]}")
@@ -268,8 +234,8 @@ def _fill(view, tensors, name, transposed, folder):
         raise UserError(f"{folder}: {name} is {array.shape}, config.json asks for {shape}. HINT: they do not match")
     array = array.T if transposed else array
     if not (kind == "BF16" and view.dtype == np.uint16):
-        array = bf16_to_fp32(array) if kind == "BF16" else array.astype(np.float32, copy=False)
-        array = convert(array, view.dtype)
+        array = io.bf16_to_fp32(array) if kind == "BF16" else array.astype(np.float32, copy=False)
+        array = io.convert(array, view.dtype)
     view[...] = array
 
 
@@ -277,7 +243,7 @@ def _fill(view, tensors, name, transposed, folder):
 # writing
 
 
-def hf_tensors(header, params):
+def hf_tensors(header: Mapping[str, int], params: np.ndarray) -> list[tuple[str, np.ndarray]]:
     """[(name, array)] of a GPT2LMHeadModel: views into params (N,), the matrices transposed, wte without padding."""
     from llmc.gpt2 import config_from_header, parameter_specs
 
@@ -292,27 +258,50 @@ def hf_tensors(header, params):
     return [(f"transformer.{name}", array) for name, array in tensors]
 
 
-def write_safetensors(path, tensors, kind):
-    """Write [(name, array)] of float32, or bf16 as uint16, as F32, F16 or BF16, one tensor at a time, atomically."""
-    dtype, at, entries = DTYPES[kind], 0, {"__metadata__": {"format": "pt"}}
+def write_safetensors(path: io.Path, tensors: Iterable[tuple[str, np.ndarray]], kind: str) -> None:
+    """Write [(name, array)] of float32, or bf16 as uint16, as F32, F16 or BF16, one tensor at a time, atomically.
+
+    Errors: UserError for a value that is not finite, or is not in `kind`, and when the disk is full.
+    """
+    from safetensors import safe_open
+
+    tensors, dtype, at = list(tensors), DTYPES[kind], 0
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for name, array in tensors:
         end = at + array.size * dtype.itemsize
         entries[name] = dict(dtype=kind, shape=list(array.shape), data_offsets=[at, end])
         at = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
-    with atomic_write(path) as file:
+    with io.atomic_write(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, array in tensors:
-            array = np.ascontiguousarray(array)
-            if kind == "F16":
-                array = (bf16_to_fp32(array) if array.dtype == np.uint16 else array).astype(dtype)
-            else:
-                array = convert(array, dtype)
-            file.write(array)
+        for name, array in tensors:
+            file.write(_finite(name, np.ascontiguousarray(array), kind))
+        file.flush()
+        with safe_open(file.name, framework="numpy"):  # as others will open it
+            pass
 
 
-def hf_config(header, kind, eot):
+def _finite(name: str, array: np.ndarray, kind: str) -> np.ndarray:
+    """The array as `kind`. Errors: UserError for what would be written as Inf or NaN."""
+    if kind == "F16":
+        values = io.bf16_to_fp32(array) if array.dtype == np.uint16 else array
+        with np.errstate(over="ignore"):
+            out = values.astype(DTYPES[kind])
+    else:
+        out = io.convert(array, DTYPES[kind])
+    bad = io.first_not_finite(out.reshape(-1))
+    if bad is not None:
+        was = array.reshape(-1)[bad : bad + 1]
+        value = float(io.convert(was, np.float32)[0])
+        where = f"{name}{list(map(int, np.unravel_index(bad, array.shape)))} is {value:g}"
+        if np.isfinite(value):
+            raise UserError(f"{where}, more than {kind} holds. HINT: --dtype fp32")
+        raise UserError(f"{where}. HINT: export an earlier checkpoint, or with --dtype fp32 if that one is finite")
+    return out
+
+
+def hf_config(header: Mapping[str, int], kind: str, eot: int | None) -> dict[str, Any]:
     """config.json of a GPT2LMHeadModel. eot: the id of the end-of-text token, None where there is none."""
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     return dict(

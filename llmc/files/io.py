@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
@@ -54,8 +55,7 @@ def fsync_folder(folder: Path) -> None:
 
 def create(path: Path) -> BinaryIO:
     """A new file to write: an error where the name is taken, also by a link that somebody else has put there."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    return os.fdopen(os.open(path, flags, 0o666), "wb")
+    return open(path, "xb")
 
 
 @contextlib.contextmanager
@@ -89,6 +89,18 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         ) from error
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """An ordinary file, to be read. Errors: OSError, also for what is none.
+
+    Opening a named pipe would wait for somebody who writes, a device may never end, and both have no size to check.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of a folder, open() says it itself
+        what = "a named pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+        raise OSError(errno.EINVAL, f"it is {what}, not a file", os.fspath(path))
+    return open(path, "rb")
+
+
 @contextlib.contextmanager
 def open_checked(path: Path, magic: int, versions: Sequence[int]) -> Iterator[tuple[BinaryIO, np.ndarray, int]]:
     """Yield (file, header (256,) int32, size in bytes) of a readable file with this magic and one of these versions.
@@ -97,7 +109,7 @@ def open_checked(path: Path, magic: int, versions: Sequence[int]) -> Iterator[tu
     """
     path, kind = os.fspath(path), KINDS[magic]
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             header = np.frombuffer(file.read(HEADER_BYTES), np.uint8)
             if header.size == 0:
@@ -185,3 +197,13 @@ def convert(values: np.ndarray, dtype: Any) -> np.ndarray:
     if values.dtype == dtype:
         return values
     return bf16_to_fp32(values) if dtype == np.float32 else fp32_to_bf16(values)
+
+
+def first_not_finite(values: np.ndarray) -> int | None:
+    """Index of the first NaN or Inf in a flat array of float32, float16, or bf16 as uint16; None without any."""
+    for i in range(0, values.size, CHUNK):
+        part = values[i : i + CHUNK]
+        finite = (part & 0x7F80) != 0x7F80 if part.dtype == np.uint16 else np.isfinite(part)
+        if not finite.all():
+            return i + int(np.argmin(finite))
+    return None

@@ -8,6 +8,7 @@
 Source: llm.c train_gpt2.cu gpt2_write_to_checkpoint, gpt2_build_from_checkpoint.
 """
 
+import math
 import os
 import zlib
 from collections.abc import Mapping
@@ -87,7 +88,8 @@ def write_model(path: io.Path, header: Mapping[str, int], params: np.ndarray, ve
 
     header: dict of MODEL_WORDS. fp32 -> bf16 rounds to nearest even. llm.c has no version for fp16: such a model is
     written as fp32, which holds the same numbers and reads back exactly.
-    Returns the CRC-32 of the file. Errors: UserError when the disk is full.
+    Returns the CRC-32 of the file. Errors: UserError when the disk is full, and for a value that is not finite or, in
+    bf16, would not be: a file that is of no use is not written.
     """
     params, dtype = as_file_dtype(params), FILE_DTYPES[version]
     assert params.size == num_parameters(header), (params.size, header)
@@ -97,8 +99,34 @@ def write_model(path: io.Path, header: Mapping[str, int], params: np.ndarray, ve
         out = io.Checksum(file)
         io.write_from(out, words)
         for i in range(0, params.size, io.CHUNK):
-            io.write_from(out, io.convert(params[i : i + io.CHUNK], dtype))
+            part = io.convert(params[i : i + io.CHUNK], dtype)
+            bad = io.first_not_finite(part)
+            if bad is not None:
+                raise not_finite(path, header, params, i + bad)
+            io.write_from(out, part)
     return out.crc
+
+
+def not_finite(path: io.Path, header: Mapping[str, int], params: np.ndarray, index: int) -> UserError:
+    """The error for a parameter that would be written as NaN or Inf, which names its tensor and place in it."""
+    value = float(io.convert(params[index : index + 1], np.float32)[0])
+    where = f"{place_of(header, index)} is {value:g}"
+    if np.isfinite(value):
+        return UserError(f"{path} is not written: {where}, more than bf16 holds. HINT: write it in fp32")
+    return UserError(f"{path} is not written: {where}. HINT: go on from an earlier checkpoint, with a lower -l")
+
+
+def place_of(header: Mapping[str, int], index: int) -> str:
+    """The name of a parameter by its index in a model file: h[3].qkvw[0, 17], or wte[5, 2]."""
+    from llmc.gpt2 import config_from_header, parameter_specs
+
+    for spec in parameter_specs(config_from_header(header)):
+        if index < spec.size:
+            layer, place = divmod(index, math.prod(spec.shape))
+            name = f"h[{layer}].{spec.name}" if spec.layers else spec.name
+            return f"{name}{list(map(int, np.unravel_index(place, spec.shape)))}"
+        index -= spec.size
+    raise IndexError(index)
 
 
 def fingerprint(path: io.Path) -> list[int]:

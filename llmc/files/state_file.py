@@ -52,8 +52,9 @@ class TrainState:
 
 
 def write_state(path: io.Path, state: TrainState, arrays: Sequence[np.ndarray]) -> int:
-    """Write one rank's train state atomically -> the CRC-32 of the file. Errors: UserError when the disk is full.
+    """Write one rank's train state atomically -> the CRC-32 of the file.
 
+    Errors: UserError when the disk is full, and for a value that is not finite.
     arrays: (m, v), or (m, v, master) with master weights, (S,) float32 each; S = N, or N / num_processes under ZeRO-1.
     """
     loader, extra = state.loader_state, state.extra
@@ -72,8 +73,12 @@ def write_state(path: io.Path, state: TrainState, arrays: Sequence[np.ndarray]) 
     with io.atomic_write(path) as file:
         out = io.Checksum(file)
         io.write_from(out, words)
-        for values in arrays:
+        for name, values in zip(("m", "v", "the master weights"), arrays, strict=False):
             check_array(values, arrays[0].size)
+            bad = io.first_not_finite(values)
+            if bad is not None:
+                where = f"element {bad} of {name} is {values[bad]:g}"
+                raise UserError(f"{path} is not written: {where}. HINT: go on from an earlier checkpoint")
             io.write_from(out, values)
         if loader["should_shuffle"]:
             shards = np.asarray(loader["shard_indices"], np.int32)
