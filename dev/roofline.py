@@ -121,7 +121,7 @@ def plot(path, title, work, matmul, copy, runs):
     try:
         import matplotlib
     except ImportError as error:
-        raise UserError('--plot needs matplotlib. HINT: pip install "llmc[plot]"') from error
+        raise UserError("--plot needs matplotlib. HINT: pip install matplotlib") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 

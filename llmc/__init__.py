@@ -2,4 +2,4 @@
 
 from llmc.errors import UserError as UserError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,4 +1,4 @@
-"""Loss curves of runs as a PNG: `python -m llmc.plot runs/a runs/b -o loss.png` (pip install "llmc[plot]")."""
+"""Loss curves of runs as a PNG: `python -m llmc.plot runs/a runs/b -o loss.png` (pip install matplotlib)."""
 
 import os
 import re
@@ -38,7 +38,7 @@ def main(argv=None):
     try:
         import matplotlib
     except ImportError as error:
-        raise UserError('llmc.plot draws with matplotlib. HINT: pip install "llmc[plot]"') from error
+        raise UserError("llmc.plot draws with matplotlib. HINT: pip install matplotlib") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -20,7 +20,7 @@ import llmc.cuda
 from llmc.cuda import module
 from llmc.gpt2 import GPT2, GPT2Config
 
-nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason='NVRTC is not installed: pip install "llmc[test]"')
+nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason='NVRTC is not installed: pip install -e ".[test]"')
 
 KERNELS = module.kernels_dir()
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
@@ -53,7 +53,7 @@ def include_option():
     from cuda.pathfinder import find_nvidia_header_directory
 
     folder = find_nvidia_header_directory("cudart")
-    assert folder, 'CUDA headers not found. HINT: pip install "llmc[test]"'
+    assert folder, 'CUDA headers not found. HINT: pip install -e ".[test]"'
     return f"-I{folder}"
 
 

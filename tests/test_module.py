@@ -133,7 +133,8 @@ def test_import_without_cupy():
     code = "import sys; sys.modules['cupy'] = None; import llmc.cuda as ops; ops.device.alloc(1)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("llmc.UserError: the cuda op set needs CuPy") and 'pip install "llmc[cuda13]"' in last, done
+    assert last.startswith("llmc.errors.UserError: the cuda op set needs CuPy"), done
+    assert 'pip install -e ".[cuda13]"' in last, done
 
 
 def test_kernels_dir_in_a_checkout_and_in_a_wheel(tmp_path, monkeypatch):
@@ -290,7 +291,7 @@ def test_no_driver(cupy):
 def test_driver_too_old(cupy):
     cupy.driver = 12040
     message = user_error(module.capability)
-    assert "CUDA 12.4" in message and "CUDA 13.0" in message and 'pip install "llmc[cuda12]"' in message, message
+    assert "CUDA 12.4" in message and "CUDA 13.0" in message and 'pip install -e ".[cuda12]"' in message, message
 
 
 def test_no_device(cupy):
@@ -313,12 +314,12 @@ def test_dtype_not_supported_by_the_device(cupy):
 def test_missing_headers(cupy):
     cupy.failure = RuntimeError('gelu.cu(12): catastrophic error: cannot open source file "cuda_bf16.h"\n\n1 error')
     message = user_error(module.kernel, "gelu.cu", "gelu_forward_kernel1", "float32")
-    assert "cuda_bf16.h" in message and 'pip install "llmc[cuda13]"' in message, message
+    assert "cuda_bf16.h" in message and 'pip install -e ".[cuda13]"' in message, message
 
 
 def test_missing_compiler(cupy):
     cupy.failure = RuntimeError("CuPy failed to load libnvrtc.so.13: OSError: cannot open shared object file")
-    assert 'pip install "llmc[cuda13]"' in user_error(module.kernel, "gelu.cu", "gelu_forward_kernel1", "float32")
+    assert 'pip install -e ".[cuda13]"' in user_error(module.kernel, "gelu.cu", "gelu_forward_kernel1", "float32")
 
 
 def test_errors_in_a_kernel_are_not_hidden(cupy):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -84,6 +85,19 @@ def installed(environment, wheel):
     return environment
 
 
+def test_no_hint_names_another_project():
+    """The package index has a stranger's `llmc`: what we tell users to install has other names, or is the checkout."""
+    stranger = re.compile(r"""pip3? install[^\n`]*[ "']llmc(?![\w./-])|llmc\[""")
+    assert stranger.search("pip install llmc") and stranger.search('pip install "llmc' + '[cuda13]"')
+    assert not stranger.search('pip install -e ".[cuda13]"') and not stranger.search("pip install llm-dot-c")
+    texts = [path for name in ("llmc", "kernels", "scripts", "dev", "tests") for path in (ROOT / name).rglob("*")]
+    texts = [path for path in texts if path.suffix in (".py", ".sh", ".md", ".cu", ".cuh", ".ipynb", ".toml")]
+    for path in (ROOT / "README.md", ROOT / "pyproject.toml", ROOT / ".ci" / "run", *texts):
+        if path != Path(__file__).resolve():
+            found = stranger.search(path.read_text(encoding="utf-8"))
+            assert not found, f"{path}: {found[0]}"
+
+
 def kernel_files(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.suffix in (".cu", ".cuh")}
 
@@ -113,12 +127,13 @@ def test_contents_of_the_wheel(wheel, source):
     assert {name.split("/")[0] for name in names} == {"llmc", info}
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
     assert any(name.endswith("LICENSE") for name in names)
-    assert metadata["Name"] == "llmc" and metadata["Version"] == llmc.__version__
+    assert metadata["Name"] == "llm-dot-c" and metadata["Version"] == llmc.__version__
     assert metadata["Requires-Python"] == ">=3.10"
     assert {"cuda13", "cuda12", "mpi", "plot", "test"} <= set(metadata.get_all("Provides-Extra"))
     needed = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert any(line.startswith("numpy") for line in needed)
-    assert not [line for line in needed if line.startswith(("torch", "cupy", "matplotlib", "pytest"))]
+    assert any(line.startswith("safetensors") for line in needed)
+    assert not [line for line in needed if line.startswith(("torch", "cupy", "matplotlib", "pytest", "huggingface"))]
     assert "llmc = llmc.__main__:main" in script
 
 
@@ -129,6 +144,8 @@ def test_wheel_trains_from_an_empty_folder(installed, source, tmp_path):
     file, kernels = map(Path, done.stdout.split())
     assert file == site / "llmc" / "__init__.py" and kernels == site / "llmc" / "kernels"
     assert kernel_files(kernels) == kernel_files(source / "kernels")
+    done = run(python, "-c", "import llmc.cuda.module as m; print(m.INSTALL)", cwd=tmp_path)
+    assert 'pip install "cupy-cuda13x[ctk]" ml_dtypes' in done.stdout, done.stderr
     flags = ("--device", "cpu", "-x", 2, "-b", 2, "-t", 32, "-v", 0, "-g", 20, "--threads", 1)
     done = run(python, "-m", "llmc.train", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

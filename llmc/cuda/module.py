@@ -26,7 +26,6 @@ from llmc.errors import UserError
 
 DTYPE_DEFINE = {"float32": "ENABLE_FP32", "float16": "ENABLE_FP16", "bfloat16": "ENABLE_BF16"}
 MIN_CAPABILITY = {"float32": 75, "float16": 75, "bfloat16": 80}
-INSTALL = 'HINT: pip install "llmc[cuda13]" (or "llmc[cuda12]" for a CUDA 12 driver)'
 
 GPT2_FILES = (  # what a GPT-2 training step uses, and compile_all compiles
     "encoder.cu",
@@ -47,6 +46,16 @@ HOPPER_FILES = {  # with their defines: also, in bf16 and fp16 at compute capabi
 compilations = []  # (file, dtype, defines) of each module this process compiled; a warm disk cache leaves it empty
 no_hopper = None  # why kernels for compute capability 9.0 alone are not used there, if they are not: device.try_hopper
 check_launches = False  # train --check: synchronise after every launch and name the kernel that failed
+
+
+def installation(cuda):
+    """What installs CuPy for CUDA 12 or 13. By real names: the `llmc` of the package index is another project's."""
+    if (pathlib.Path(__file__).resolve().parents[2] / "pyproject.toml").is_file():  # a checkout, which pip was run in
+        return f'pip install -e ".[cuda{cuda}]"'
+    return f'pip install "cupy-cuda{cuda}x[ctk]" ml_dtypes'
+
+
+INSTALL = f"HINT: {installation(13)} (or {installation(12)} for a CUDA 12 driver)"
 
 
 def kernels_dir():
@@ -83,7 +92,7 @@ def capability():
         if driver < needed:
             raise UserError(
                 f"the NVIDIA driver supports CUDA {version(driver)}, CuPy was built for CUDA {version(needed)}. "
-                'HINT: update the driver, or pip install "llmc[cuda12]"'
+                f"HINT: update the driver, or {installation(12)}"
             ) from error
         raise UserError(f"no usable GPU: {one_line(error)}. HINT: see nvidia-smi and CUDA_VISIBLE_DEVICES") from error
     if count == 0:
