@@ -1,16 +1,25 @@
 """Preparation: texts to shards, downloads, the default data, and what a user can get wrong."""
 
+import bz2
+import codecs
+import gzip
 import hashlib
 import io
+import lzma
 import os
+import random
 import subprocess
 import sys
+import tarfile
 import tracemalloc
 import urllib.error
 import urllib.request
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -20,8 +29,8 @@ from llmc.data.__main__ import main
 from llmc.data.cache import cache_dir
 from llmc.data.loader import DataLoader
 from llmc.data.prepare import dataset, prepare
-from llmc.data.shards import read_shard, read_shard_header
-from llmc.data.texts import pieces
+from llmc.data.shards import read_shard, read_shard_header, write_shard
+from llmc.data.texts import EOT_TEXT, SPLITS, pieces
 from llmc.data.tokenizer import get
 from llmc.errors import UserError
 
@@ -39,9 +48,12 @@ def cut_at(text, cuts):
     return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(data.__file__).parents[2])}
 WORDS = ["a", "'s", "'ll", "'", "don't", "Zoë", "東京", "🎭", "e\u0301", "12", "3", "...", "!?", "<|endoftext|>"]
 SPACES = [" ", "  ", "\n", "\n\n", "\n\n\n", "\t", "\r\n", "\xa0", "\u3000", "\x1c", "\x85", "\u2028", "   \n"]
-TEXTS = st.lists(st.sampled_from(WORDS + 2 * SPACES) | st.text(max_size=3), max_size=30).map("".join)
+TEXTS = st.lists(
+    st.sampled_from(WORDS + 2 * SPACES + ["\r", "\r\r", "\r\n\r\n"]) | st.text(max_size=3), max_size=30
+).map("".join)
 CUTS = st.lists(st.integers(0, 60), max_size=8)
 
 
@@ -51,21 +63,32 @@ CUTS = st.lists(st.integers(0, 60), max_size=8)
 @example(text="a \n b", cuts=[3])
 @example(text="x\n\n\ny", cuts=[2, 3, 4])
 def test_streamed_pieces_encode_as_the_whole(gpt2, text, cuts):
-    parts = list(pieces(cut_at(text, cuts), blank_lines=False))
+    parts = list(pieces(cut_at(text, cuts), SPLITS["files"]))
     assert "".join(piece for _, piece in parts) == text
     assert [starts for starts, _ in parts] == [True] * bool(parts) + [False] * (len(parts) - 1)
     expected = gpt2.encode(text).tolist()
     assert [i for _, piece in parts for i in gpt2.encode(piece).tolist()] == expected
 
 
+def blank_line_documents(text):
+    """Documents end behind two line ends in a row, each "\\n", "\\r\\n" or "\\r": character by character."""
+    found, here, ends, i = [], "", 0, 0
+    while i < len(text):
+        unit = "\r\n" if text.startswith("\r\n", i) else text[i]
+        here, i, ends = here + unit, i + len(unit), ends + 1 if unit in ("\r\n", "\n", "\r") else 0
+        if ends == 2:
+            found, here, ends = [*found, here], "", 0
+    return found + [here] * bool(here)
+
+
 @settings(max_examples=400)
 @given(text=TEXTS, cuts=CUTS)
+@example(text="a\r\n\r\nb\r\rc\r\n", cuts=[2, 3, 4, 5, 7, 10])
 @example(text="a\n\n\n\n\nb\n\n", cuts=[2, 3, 4, 5])
 def test_streamed_blank_line_documents_are_those_of_the_whole(gpt2, text, cuts):
-    documents = text.split("\n\n")
-    documents = [document + "\n\n" for document in documents[:-1]] + [d for d in documents[-1:] if d]
+    documents = blank_line_documents(text)
     streamed = []
-    for starts, piece in pieces(cut_at(text, cuts), blank_lines=True):
+    for starts, piece in pieces(cut_at(text, cuts), SPLITS["blank-lines"]):
         if starts:
             streamed.append([])
         streamed[-1].append(piece)
@@ -77,7 +100,7 @@ def test_streamed_blank_line_documents_are_those_of_the_whole(gpt2, text, cuts):
 def test_streaming_does_cut():
     """The property would also hold if nothing were ever cut."""
     chunks = ["some words and ", "others and\nmore ", "words"]
-    assert [len(piece) for _, piece in pieces(chunks, blank_lines=False)] == [14, 16, 6]
+    assert [len(piece) for _, piece in pieces(chunks, SPLITS["files"])] == [14, 16, 6]
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bytes"])
@@ -88,7 +111,7 @@ def test_file_streamed_in_small_chunks(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "CHUNK_BYTES", 37)
     monkeypatch.setattr(data, "BATCH_CHARS", 300)
     encoder = get(tokenizer)
-    ids = np.concatenate(list(data.tokenize([str(path)], encoder, blank_lines=False)))
+    ids = np.concatenate(list(data.Text([str(path)], encoder)))
     assert ids[0] == encoder.eot
     assert np.array_equal(ids[1:], encoder.encode(text))
 
@@ -192,6 +215,159 @@ def test_user_files(tmp_path, monkeypatch, capfd):
     assert " -j " not in capfd.readouterr().out
 
 
+# ----------------------------------------------------------------------------
+# text as people have it
+
+
+def tokens_of(*names, out="out", **options):
+    """All tokens that `prepare` makes of the names, byte by byte."""
+    train, val, *_ = prepare([str(name) for name in names], "bytes", out=str(out), val_fraction=0, **options)
+    assert val is None
+    return read_shard(train).tolist()
+
+
+TEXT = "“Ça va,” said 東京 🎭.\r\n\r\nAnd so on, and on.\n"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "bytes"])
+def test_a_byte_order_mark_is_no_text(tokenizer, folder):
+    (folder / "plain.txt").write_text(TEXT, encoding="utf-8", newline="")
+    (folder / "bom.txt").write_text(TEXT, encoding="utf-8-sig", newline="")
+    marked, plain = (
+        read_shard(prepare([name], tokenizer, out=name[:3], val_fraction=0).train) for name in ("bom.txt", "plain.txt")
+    )
+    assert np.array_equal(marked, plain)
+    if tokenizer == "gpt2":
+        (folder / "hello.txt").write_bytes(b"\xef\xbb\xbfHello world")
+        hello = prepare(["hello.txt"], out="hello", val_fraction=0)
+        assert read_shard(hello.train).tolist() == [50256, 15496, 995]
+
+
+PACKERS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard.compress}
+
+
+@pytest.mark.parametrize("suffix, pack", PACKERS.items(), ids=PACKERS)
+def test_packed_text_is_unpacked(suffix, pack, folder):
+    """Also of two parts, each packed for itself, and whatever the file is called."""
+    halves = TEXT[:20].encode() * 300, TEXT[20:].encode() * 300
+    (folder / "plain.txt").write_bytes(b"".join(halves))
+    for name in (f"book.txt.{suffix}", "download"):
+        (folder / name).write_bytes(pack(halves[0]) + pack(halves[1]))
+        assert tokens_of(name, out=f"of-{name}") == tokens_of("plain.txt")
+    assert os.listdir(f"of-book.txt.{suffix}") == ["book_train.bin"]
+    (folder / f"docs.jsonl.{suffix}").write_bytes(pack(b'{"text": "a document"}\n'))
+    assert tokens_of(f"docs.jsonl.{suffix}", out="docs") == [256, *b"a document"]
+
+
+def test_zstd_without_its_package(folder, monkeypatch, capsys):
+    (folder / "book.zst").write_bytes(zstandard.compress(TEXT.encode()))
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    monkeypatch.setitem(sys.modules, "compression", None)
+    assert main(["prepare", "book.zst", "--tokenizer", "bytes"]) == 2
+    assert "HINT: pip install zstandard" in capsys.readouterr().err
+
+
+def test_json_lines_are_a_document_each(folder):
+    one, two = '{"text": "one\\u00e9", "id": 1}', '{"id": 2, "body": "x", "text": "two\\n\\nparts"}' + "\r"
+    (folder / "docs.jsonl").write_text("\n".join([one, "", two, '{"text": ""}']), encoding="utf-8", newline="")
+    one = [256, *"oneé".encode()]
+    assert tokens_of("docs.jsonl") == [*one, 256, *b"two\n\nparts"]
+    assert tokens_of("docs.jsonl", out="parts", split="blank-lines") == [*one, 256, *b"two\n\n", 256, *b"parts"]
+    (folder / "lines.txt").write_text('{"body": "a"}\n{"body": "b"}\n')
+    assert tokens_of("lines.txt", out="body", field="body") == [256, *b"a", 256, *b"b"]
+    assert tokens_of("lines.txt", out="plain") == [256, *b'{"body": "a"}\n{"body": "b"}\n']
+
+
+def test_a_folder_is_its_text_files_in_order(folder, capsys):
+    for name, content in {
+        "texts/b.txt": b"bbb", "texts/a/z.md": b"zzz", "texts/a/.hidden.txt": b"no", "texts/.git/x.txt": b"no",
+        "texts/a/noise.bin": bytes(99), "texts/c": "ccç".encode(), "texts/d.jsonl": b'{"text": "ddd"}\n',
+        "texts/p.gz": gzip.compress(b"ppp"), "texts/empty": b"", "more.txt": b"more",
+    }.items():  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    command = ["prepare", "texts", "more.txt", "--tokenizer", "bytes", "--val-fraction", "0"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert f"passed over, as they hold no text: {os.path.join('texts', 'a', 'noise.bin')}, " in out
+    expected = [i for text in ("bbb", "ccç", "ddd", "ppp", "zzz", "more") for i in (256, *text.encode())]
+    assert read_shard("texts-bytes/texts_train.bin").tolist() == expected
+    assert main(["prepare", ".", *command[3:], "--out", "texts/here"]) == 0, "of what is made itself nothing is read"
+    assert main(["prepare", ".", *command[3:], "--out", "texts/here"]) == 0
+
+
+def test_standard_input(folder):
+    command = [sys.executable, "-m", "llmc.data", "prepare", "-", "--tokenizer", "bytes"]
+
+    def run(text):
+        return subprocess.run(command, input=text, capture_output=True, env=ENVIRONMENT)
+
+    assert run(gzip.compress(TEXT.encode() * 9)).returncode == 0
+    shards = [read_shard(f"stdin-bytes/stdin_{split}.bin") for split in ("train", "val")]
+    assert np.concatenate(shards).tolist() == [256, *(TEXT.encode() * 9)]
+    done = run(b"")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr == b"llmc.data: error: standard input is empty. HINT: name a file with text\n"
+    closed = subprocess.run(
+        f"{sys.executable} -m llmc.data prepare - <&-", shell=True, capture_output=True, env=ENVIRONMENT
+    )
+    assert closed.returncode == 2 and closed.stderr.count(b"\n") == 1 and b"HINT" in closed.stderr
+
+
+@pytest.mark.parametrize("chunk", [3, 1 << 20])
+def test_documents_that_contain_endoftext(chunk, folder, monkeypatch, capsys):
+    monkeypatch.setattr(texts, "CHUNK_BYTES", chunk)
+    story = f"{EOT_TEXT}\r\nOnce upon a time.\n{EOT_TEXT}\nAnd <|then|>{EOT_TEXT}{EOT_TEXT}\n\nthe end"
+    (folder / "stories.txt").write_text(story, newline="")
+    command = ["prepare", "stories.txt", "--tokenizer", "bytes", "--val-fraction", "0"]
+    assert main(command) == 0
+    assert f"{EOT_TEXT} stands in the text 4 times and was encoded as plain text. HINT" in capsys.readouterr().out
+    assert read_shard("stories-bytes/stories_train.bin").tolist() == [256, *story.encode()]
+    assert main([*command, "--split", "endoftext", "--out", "split"]) == 0
+    assert EOT_TEXT not in capsys.readouterr().out
+    stories = ["Once upon a time.\n", "And <|then|>", "the end"]
+    assert read_shard("split/stories_train.bin").tolist() == [i for s in stories for i in (256, *s.encode())]
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\r\n", "\u3000"])
+def test_a_million_blanks(blank, gpt2, folder):
+    text = "a" + blank * (1_000_000 // len(blank)) + "b c"
+    (folder / "blanks.txt").write_text(text, encoding="utf-8", newline="")
+    ids = read_shard(prepare(["blanks.txt"], "gpt2", val_fraction=0).train)
+    assert ids[0] == 50256 and gpt2.decode(ids[1:]) == text
+
+
+def test_an_input_too_small_to_be_useful_says_so(folder, capsys):
+    (folder / "small.txt").write_text("word " * 100)
+    (folder / "fine.txt").write_text("word " * 1000)
+    assert main(["prepare", "small.txt", "--tokenizer", "bytes"]) == 0
+    assert "51 tokens for validation are too few to be useful. HINT: use a longer text" in capsys.readouterr().out
+    assert main(["prepare", "fine.txt", "--tokenizer", "bytes"]) == 0
+    assert "too few" not in capsys.readouterr().out
+    (folder / "tiny.txt").write_text("ab")
+    assert main(["prepare", "tiny.txt", "--tokenizer", "bytes"]) == 2
+    assert "tiny.txt: 3 tokens are too few to split. HINT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["train", "medieval", "TRAINING notes", "a_train_b", "val", "book_val", "book"])
+@pytest.mark.parametrize("shard_size", [10**8, 3000])
+def test_no_pattern_matches_the_other_split(name, shard_size, folder):
+    """Also not the loose ones that people write: *train*.bin, *val*.bin."""
+    (folder / f"{name}.txt").write_text("To be, or not to be. " * 500)
+    prepared = prepare([f"{name}.txt"], "bytes", out="data", shard_size=shard_size)
+    files = [file.path for file in prepared.files]
+    for split, pattern in ("train", prepared.train), ("val", prepared.val):
+        found = DataLoader(pattern, 1, 8).paths
+        assert found == DataLoader(f"data/*{split}*.bin", 1, 8).paths and set(found) < set(files)
+    assert len(DataLoader(prepared.train, 1, 8).paths) + len(DataLoader(prepared.val, 1, 8).paths) == len(files)
+
+
 def test_many_shards_of_equal_size(tmp_path):
     path = tmp_path / "x.txt"
     path.write_bytes(bytes(range(32, 127)) * 10)  # 951 tokens with the EOT
@@ -224,7 +400,34 @@ def test_other_content_is_not_overwritten_silently(tmp_path, capsys):
 
 BAD_COMMANDS = {
     "no such file": (["none.txt"], "none.txt is neither a file nor a known dataset. HINT"),
-    "a folder": (["."], "cannot read .: Is a directory. HINT"),
+    "a folder without text": (["folder"], "folder is a folder without text files. HINT"),
+    "a pipe": (["pipe"], "cannot read pipe: it is a pipe. HINT"),
+    "a device": (["/dev/zero"], "cannot read /dev/zero: it is a device. HINT"),
+    "a NUL in the name": (["a\0b"], "a\0b is neither a file nor a known dataset. HINT"),
+    "standard input twice": (["-", "-"], "- is named twice"),
+    "field of known data": (["tinyshakespeare", "--field", "text"], "--field out"),
+    "UTF-16": (["utf16.txt"], "utf16.txt is UTF-16, not UTF-8. HINT: convert it with: iconv -f UTF-16 -t UTF-8"),
+    "UTF-16, big endian": (["utf16be.txt"], "utf16be.txt is UTF-16, not UTF-8"),
+    "UTF-16 without a mark": (["utf16le.txt"], "utf16le.txt is UTF-16LE, not UTF-8. HINT: convert it with: iconv -f"),
+    "UTF-32": (["utf32.txt"], "utf32.txt is UTF-32, not UTF-8. HINT: convert it with: iconv -f UTF-32 -t UTF-8"),
+    "UTF-32 without a mark": (["utf32be.txt"], "utf32be.txt is UTF-32BE, not UTF-8"),
+    "a ZIP archive": (["book.zip"], "book.zip is a ZIP archive (as .zip, .docx, .epub), not text. HINT"),
+    "a packed tar archive": (["book.tar.gz"], "book.tar.gz is a tar archive, not text. HINT"),
+    "a shard": (["shard.bin"], "shard.bin is a shard, tokens already, not text. HINT"),
+    "cut gzip": (["cut.gz"], "cut.gz is damaged or cut (gzip: "),
+    "damaged gzip": (["bad.gz"], "bad.gz is damaged or cut (gzip: "),
+    "cut zstd": (["cut.zst"], "cut.zst is damaged or cut (zstd: it ends inside a frame). HINT"),
+    "damaged zstd": (["bad.zst"], "bad.zst is damaged (zstd: "),
+    "cut xz": (["cut.xz"], "cut.xz is damaged or cut (xz: "),
+    "cut bzip2": (["cut.bz2"], "cut.bz2 is damaged or cut (bzip2: "),
+    "no JSON": (["bad.jsonl"], "bad.jsonl, line 2 is not JSON: "),
+    "nested JSON": (["nested.jsonl"], "nested.jsonl, line 1 is not JSON: it is nested too deep. HINT"),
+    "JSON of a long number": (["number.jsonl"], "number.jsonl, line 1 is not JSON: "),
+    "another field": (
+        ["docs.jsonl"],
+        "docs.jsonl, line 1 has no text in the field 'text'. HINT: --field 'body' would be",
+    ),
+    "no such field": (["docs.jsonl", "--field", "id"], "docs.jsonl, line 1 has no text in the field 'id'. HINT"),
     "empty file": (["empty.txt"], "empty.txt is empty. HINT"),
     "not UTF-8": (["latin1.txt"], "latin1.txt is not UTF-8 at byte offset 5 (byte 0xe9). HINT"),
     "cut UTF-8": (["cut.txt"], "cut.txt is not UTF-8 at byte offset 3 (byte 0xe2). HINT"),
@@ -246,6 +449,36 @@ BAD_COMMANDS = {
 }
 
 
+def write_bad_texts(folder):
+    """What people give for text, and is none."""
+    text = "Some plain English text, of a line.\n" * 50
+    for name, encoding in dict(utf16="utf-16", utf16le="utf-16-le", utf32="utf-32", utf32be="utf-32-be").items():
+        (folder / f"{name}.txt").write_bytes(text.encode(encoding))
+    (folder / "utf16be.txt").write_bytes(codecs.BOM_UTF16_BE + text.encode("utf-16-be"))
+    (folder / "folder").mkdir()
+    (folder / "folder" / "image.png").write_bytes(b"\x89PNG\r\n" + bytes(99))
+    os.mkfifo(folder / "pipe")
+    with zipfile.ZipFile(folder / "book.zip", "w") as file:
+        file.writestr("book.txt", text)
+    with tarfile.open(folder / "book.tar.gz", "w:gz") as file:
+        file.add(folder / "one.txt", "one.txt")
+    write_shard(folder / "shard.bin", np.arange(300, dtype=np.uint16))
+    (folder / "cut.gz").write_bytes(gzip.compress(text.encode())[:-9])
+    packed = bytearray(gzip.compress(text.encode()))
+    packed[30] ^= 255
+    (folder / "bad.gz").write_bytes(packed)
+    packed = bytearray(zstandard.compress(random.Random(1).randbytes(300)))
+    (folder / "cut.zst").write_bytes(packed[:-9])
+    packed[5] ^= 255
+    (folder / "bad.zst").write_bytes(packed)
+    (folder / "cut.xz").write_bytes(lzma.compress(text.encode())[:-9])
+    (folder / "cut.bz2").write_bytes(bz2.compress(text.encode())[:-9])
+    (folder / "bad.jsonl").write_text('{"text": "a document"}\n{"text": \n')
+    (folder / "nested.jsonl").write_text("[" * 100_000 + "\n")
+    (folder / "number.jsonl").write_text('{"text": "a", "n": ' + "9" * 5000 + "}\n")
+    (folder / "docs.jsonl").write_text('{"id": 1, "body": "a document"}\n')
+
+
 @pytest.mark.parametrize("args, message", BAD_COMMANDS.values(), ids=BAD_COMMANDS.keys())
 def test_bad_command_ends_with_one_line_and_code_2(args, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -257,6 +490,8 @@ def test_bad_command_ends_with_one_line_and_code_2(args, message, tmp_path, monk
     }.items():
         (tmp_path / f"{name}.txt").write_bytes(content)
     (tmp_path / "one.txt").write_bytes(b"a")
+    write_bad_texts(tmp_path)
+    before = sorted(os.listdir(tmp_path))
     tokenizer = [] if "--tokenizer" in args else ["--tokenizer", "bytes"]
     try:
         code = main(["prepare", *args, *tokenizer])
@@ -265,13 +500,13 @@ def test_bad_command_ends_with_one_line_and_code_2(args, message, tmp_path, monk
     assert code == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("llmc.data") and " error: " in err and message in err and err.count("\n") == 1
-    assert not [name for name in sorted(os.listdir(tmp_path)) if name.endswith(".bin")]
+    assert sorted(os.listdir(tmp_path)) == before, "a refusal leaves nothing behind"
 
 
 def test_command_as_a_process(tmp_path):
     run = subprocess.run(
         [sys.executable, "-m", "llmc.data", "prepare", "none.txt"], capture_output=True, text=True, cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(os.path.abspath(data.__file__)))},
+        env=ENVIRONMENT,
     )  # fmt: skip
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr.startswith("llmc.data: error: none.txt") and run.stderr.count("\n") == 1
@@ -288,7 +523,7 @@ def test_disk_full_leaves_no_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: Full())
     assert main(["prepare", str(path), "--tokenizer", "bytes", "--out", str(tmp_path / "out")]) == 2
     assert "No space left on device. HINT" in capsys.readouterr().err
-    assert not os.listdir(tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["x.txt"]
 
 
 def test_import_is_cheap():

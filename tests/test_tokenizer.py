@@ -1,6 +1,7 @@
 """Tokenizers: GPT-2's published ids, bytes, llm.c's tokenizer file, and what goes wrong."""
 
 import os
+import re
 import struct
 import sys
 
@@ -10,6 +11,7 @@ import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmc.data import tokenizer as tokenizers
 from llmc.data.tokenizer import get, read_tokenizer_bin, tokenizer_for, tokenizer_name, vocabulary, write_tokenizer_bin
 from llmc.errors import UserError
 
@@ -53,6 +55,18 @@ def test_encode_decode_round_trip(tokenizer, text):
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode_bytes(ids.tolist()) == text.encode()
     assert "".join(tokenizer.stream(iter(ids))) == text
+
+
+@given(parts=st.lists(st.sampled_from([*" \n\t\u3000\x1c\x85a東", "12", "..."]), max_size=40))
+def test_long_runs_of_white_space_encode_as_the_whole_would(gpt2, parts):
+    """Every run of two or more is taken for a long one: the ids are those of the pattern all the same."""
+    text, ordinary = "".join(parts), tiktoken.get_encoding("gpt2").encode_ordinary
+    long, blank = tokenizers.LONG, tokenizers.LONG_BLANK
+    try:
+        tokenizers.LONG, tokenizers.LONG_BLANK = 2, re.compile(blank.pattern.replace(str(long), "2"))
+        assert gpt2.encode(text).tolist() == ordinary(text)
+    finally:
+        tokenizers.LONG, tokenizers.LONG_BLANK = long, blank
 
 
 def test_encode_batch_equals_encode(tokenizer):

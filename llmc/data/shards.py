@@ -9,7 +9,9 @@ Source: llm.c llmc/dataloader.h, dev/data/data_common.py.
 
 import glob
 import os
-from typing import NamedTuple
+import re
+import stat
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,8 +44,22 @@ class Dataset(NamedTuple):
     vocab_size: int
 
 
+def check_regular(path: Path) -> None:
+    """UserError for what is no file: something that is not there, a folder, a pipe or a device, which may never end."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}. HINT: check the path") from error
+    if stat.S_ISDIR(mode):
+        raise UserError(f"cannot read {path}: Is a directory. HINT: name a file")
+    if not stat.S_ISREG(mode):
+        kind = "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+        raise UserError(f"cannot read {path}: it is {kind}. HINT: name a file")
+
+
 def read_shard_header(path: Path) -> ShardHeader:
     """The header of a shard, checked against the size of the file. Errors: UserError."""
+    check_regular(path)
     try:
         with open(path, "rb") as file:
             raw = file.read(HEADER_BYTES)
@@ -90,25 +106,72 @@ def write_shard(path: Path, tokens: NDArray[np.unsignedinteger], vocab_size: int
     vocab_size is stored in header word 3; 0, as in llm.c's files, leaves it open.
     Errors: UserError for no tokens, more than MAX_TOKENS, or a file that cannot be written.
     """
-    assert tokens.ndim == 1 and tokens.dtype in (np.uint16, np.uint32), (tokens.shape, tokens.dtype)
     if not 1 <= tokens.size <= MAX_TOKENS:
         raise UserError(f"{path}: a shard holds 1 to {MAX_TOKENS} tokens, not {tokens.size}. HINT: use --shard-size")
+    with atomic_write(path) as file:
+        put_shard(file, tokens, vocab_size)
+
+
+def put_shard(file: BinaryIO, tokens: NDArray[np.unsignedinteger], vocab_size: int) -> None:
+    """Write what write_shard does into an open file. Errors: OSError."""
+    assert tokens.ndim == 1 and tokens.dtype in (np.uint16, np.uint32), (tokens.shape, tokens.dtype)
+    assert 1 <= tokens.size <= MAX_TOKENS, tokens.size
     gpt2 = tokens.dtype == np.uint16
     header = np.zeros(HEADER_BYTES // 4, "<i4")
     header[:2] = (GPT2_MAGIC, GPT2_VERSION) if gpt2 else (LLAMA3_MAGIC, LLAMA3_VERSION)
     header[2:4] = tokens.size, vocab_size
-    with atomic_write(path) as file:
-        file.write(header)
-        file.write(np.ascontiguousarray(tokens, "<u2" if gpt2 else "<u4"))
+    file.write(header.tobytes())
+    file.write(np.ascontiguousarray(tokens, "<u2" if gpt2 else "<u4").data)
 
 
 def shard_paths(pattern: str) -> list[str]:
-    """The files that a pattern names, sorted by name: a path that exists is that file alone. Errors: UserError."""
-    paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
+    """The files that a pattern names, sorted by name: a path that exists is that file alone.
+
+    A leading ~ is the user's home. Brackets, stars and question marks in the names of folders that exist are taken as
+    they are, and only behind them as parts of the pattern.
+    Errors: UserError where there is no such file, or where it is of a set that is not complete.
+    """
+    expanded = os.path.expanduser(pattern)
+    paths = next(([path] for path in (pattern, expanded) if os.path.exists(path)), None)
+    paths = paths or sorted(glob.glob(_escape_folders(expanded))) or sorted(glob.glob(expanded))
     if not paths:
         wrong = f"no file matches {pattern}" if glob.has_magic(pattern) else f"cannot read {pattern}: No such file"
         raise UserError(f"{wrong}. HINT: make shards with: python -m llmc.data prepare FILE.txt")
+    for path in paths:
+        check_complete(path)
     return paths
+
+
+def _escape_folders(pattern: str) -> str:
+    """The pattern, with the longest part of it that is a folder escaped."""
+    folder = os.path.dirname(pattern)
+    while folder and not os.path.isdir(folder) and folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+    return glob.escape(folder) + pattern[len(folder) :] if os.path.isdir(folder) else pattern
+
+
+def incomplete_marker(folder: str, prefix: str) -> str:
+    """The file that is there while `prepare` gives the shards of a set their names, which begin with `prefix`."""
+    return os.path.join(folder, f".{prefix}incomplete")
+
+
+def check_complete(path: str) -> None:
+    """UserError for a shard of a set that `prepare` is writing, or was writing when it was killed."""
+    folder, name = os.path.split(path)
+    match = re.fullmatch(r"(.*)(train|val)(_\d{6})?\.bin", name)
+    if match and os.path.exists(incomplete_marker(folder, match[1])):
+        wrong = "is of a set that is not complete: `llmc.data prepare` is writing it, or was interrupted"
+        raise UserError(f"{path} {wrong}. HINT: run it again")
+
+
+def check_apart(train: str, val: str) -> None:
+    """UserError if a shard is matched by both patterns: what a model was trained on says nothing about it."""
+    trained_on = {os.path.realpath(path) for path in shard_paths(train)}
+    for path in shard_paths(val):
+        same = os.path.realpath(path)
+        if same in trained_on or any(os.path.samefile(same, other) for other in trained_on):
+            both = f"is trained on (-i {train}) and validated on (-j {val})"
+            raise UserError(f"{path} {both}. HINT: give patterns that tell the two apart")
 
 
 def vocabulary_of(pattern: str) -> int:

@@ -8,6 +8,7 @@ Source: llm.c llmc/tokenizer.h (tokenizer_init, tokenizer_decode), train_gpt2.py
 
 import codecs
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -25,6 +26,11 @@ BYTES_VOCAB, BYTES_EOT = 257, 256
 NAMES = {"gpt2": GPT2_VOCAB, "bytes": BYTES_VOCAB}
 LARGEST_GPT2_VOCAB = 51200  # GPT-2's, padded to a multiple of 1024: a model with more ids has another tokenizer
 EOT_PIECE = b"<|endoftext|>"
+# The white space of GPT-2's pattern. A run of some 100,000 kills tiktoken, so that a long one is encoded as what the
+# pattern makes of it: one piece, without its last character if a word follows.
+BLANK = "[\\t-\\r \\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]"
+LONG = 1 << 16
+LONG_BLANK = re.compile(f"(?<!{BLANK}){BLANK}{{{LONG},}}")
 
 Ids = NDArray[np.uint16]
 
@@ -113,6 +119,12 @@ def tokenizer_for(vocab_size: int, name: str | None = None) -> Tokenizer:
     raise UserError(f"{wrong}. HINT: {f'give --tokenizer {fitting}' if fitting else f'llmc has {known}'}.")
 
 
+def has_long_blank(text: str) -> bool:
+    """Whether a run of LONG white space may be in a text: then a whole block of half its length is blank."""
+    block = LONG // 2
+    return any(text[i : i + block].isspace() for i in range(0, len(text), block))
+
+
 def _gpt2() -> Tokenizer:
     from concurrent.futures import ThreadPoolExecutor
 
@@ -135,8 +147,21 @@ def _gpt2() -> Tokenizer:
         ) from error
     pieces = [bpe.decode_single_token_bytes(i) for i in range(GPT2_EOT)] + [EOT_PIECE]
 
+    def encode_long(text: str) -> list[int]:
+        ids: list[int] = []
+        start = 0
+        for run in LONG_BLANK.finditer(text):
+            end = run.end() - (run.end() < len(text))  # the last character goes with the word behind it
+            ids += bpe.encode_ordinary(text[start : run.start()])
+            ids += bpe._encode_single_piece(text[run.start() : end])
+            start = end
+        return ids + bpe.encode_ordinary(text[start:])
+
     def encode_group(texts: Sequence[str]) -> list[Ids]:
-        return [np.array(bpe.encode_ordinary(text), np.uint16) for text in texts]
+        return [
+            np.array(encode_long(text) if has_long_blank(text) else bpe.encode_ordinary(text), np.uint16)
+            for text in texts
+        ]
 
     def encode_batch(texts: Sequence[str]) -> list[Ids]:
         step = -(-len(texts) // (os.cpu_count() or 1)) or 1
