@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from llmc.data import prepare as data
 from llmc.data import texts
 from llmc.data.__main__ import main
-from llmc.data.cache import cache_dir
+from llmc.data.cache import cache_dir, writable_cache_dir
 from llmc.data.loader import DataLoader
 from llmc.data.prepare import dataset, prepare
 from llmc.data.shards import read_shard, read_shard_header, write_shard
@@ -398,6 +398,90 @@ def test_other_content_is_not_overwritten_silently(tmp_path, capsys):
     assert main([*command, "--overwrite"]) == 0
 
 
+# ----------------------------------------------------------------------------
+# whole sets
+
+
+def test_many_processes_into_one_place_leave_one_whole_set(folder):
+    """Of different texts with one name: with --overwrite the set is that of one text, without it the first one's."""
+    sets = []
+    for i in range(4):
+        (folder / str(i)).mkdir()
+        (folder / str(i) / "x.txt").write_text(f"text {i} " * 9000)
+        prepared = prepare([f"{i}/x.txt"], "bytes", out=f"alone{i}", shard_size=9000)
+        sets.append({os.path.basename(file.path): Path(file.path).read_bytes() for file in prepared.files})
+    for flags, codes in ((["--overwrite"], [0, 0, 0, 0]), ([], [0, 2, 2, 2])):
+        command = [sys.executable, "-m", "llmc.data", "prepare", "--tokenizer", "bytes", "--shard-size", "9000"]
+        command += [*flags, "--out", f"out{len(flags)}"]
+        running = [subprocess.Popen([*command, f"{i}/x.txt"], env=ENVIRONMENT) for i in range(4)]
+        assert sorted(process.wait() for process in running) == codes
+        found = {path.name: path.read_bytes() for path in (folder / f"out{len(flags)}").iterdir()}
+        assert found in sets, sorted(found)
+
+
+KILLED = """
+import os, sys
+from llmc.data import prepare
+count, replace = int(sys.argv[2]), os.replace
+def killed(*args):
+    global count
+    count -= args[1].endswith(".bin")
+    if count < 0:
+        os._exit(9)
+    replace(*args)
+os.replace = killed
+prepare.prepare(["new/x.txt"], "bytes", out=sys.argv[1], shard_size=2000, overwrite=True)
+"""
+
+
+@pytest.mark.parametrize("old_size", [None, 500, 3000, 7000])
+def test_a_kill_leaves_one_whole_set_or_none_that_is_used(old_size, folder):
+    """The new set has 4 + 1 shards, the old one none, fewer, as many, or more. Killed before each gets its name."""
+    for name, size in ("old", old_size), ("new", 8000):
+        (folder / name).mkdir()
+        (folder / name / "x.txt").write_text(f"{name} text " * (size // 9) if size else "")
+    new = prepare(["new/x.txt"], "bytes", out="expected", shard_size=2000)
+    content = [Path(file.path).read_bytes() for file in new.files]
+    for kill in range(len(new.files)):
+        out = f"out{kill}"
+        old = prepare(["old/x.txt"], "bytes", out=out, shard_size=1500).files if old_size else []
+        before = {file.path: Path(file.path).read_bytes() for file in old}
+        killed = subprocess.run([sys.executable, "-c", KILLED, out, str(kill)], env=ENVIRONMENT)
+        assert killed.returncode == 9 and [name for name in os.listdir(out) if name.endswith(".tmp")]
+        if kill == 0 and old_size:
+            assert all(Path(path).read_bytes() == raw for path, raw in before.items())
+        for path in Path(out).glob("x_*.bin"):
+            with pytest.raises(UserError, match="of a set that is not complete.*HINT: run it again"):
+                DataLoader(str(path), 1, 8)
+        again = prepare(["new/x.txt"], "bytes", out=out, shard_size=2000)
+        assert [Path(file.path).read_bytes() for file in again.files] == content
+        assert sorted(os.listdir(out)) == sorted(os.listdir("expected")), "nothing of the killed one is left"
+        assert DataLoader(again.train, 1, 8).num_tokens == DataLoader(new.train, 1, 8).num_tokens
+
+
+def test_a_set_is_not_touched_where_the_disk_is_full(folder, monkeypatch, capsys):
+    (folder / "x.txt").write_text("some text " * 900)
+    command = ["prepare", "x.txt", "--tokenizer", "bytes", "--out", "out", "--shard-size", "2000", "--overwrite"]
+    assert main(command) == 0
+    before = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
+    (folder / "x.txt").write_text("other text " * 900)
+    calls, fsync = [], os.fsync
+
+    def full(file):
+        calls.append(file)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    capsys.readouterr()
+    assert main(command) == 2
+    assert capsys.readouterr().err == (
+        "llmc.data: error: cannot write to out: No space left on device. HINT: choose another folder with --out\n"
+    )
+    assert {path.name: path.read_bytes() for path in (folder / "out").iterdir()} == before
+
+
 BAD_COMMANDS = {
     "no such file": (["none.txt"], "none.txt is neither a file nor a known dataset. HINT"),
     "a folder without text": (["folder"], "folder is a folder without text files. HINT"),
@@ -655,6 +739,41 @@ def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))
     with pytest.raises(UserError, match="cannot write to .*HINT"):
         data.prepare_default("bytes")
+
+
+def test_a_temporary_folder_of_somebody_else_is_not_used(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = tmp_path / f"llmc-{os.getuid()}"
+    assert writable_cache_dir() == str(folder) and folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    with pytest.raises(UserError, match=r"is not used as a cache: others may write to it \(mode 777\)\. HINT"):
+        data.prepare_default("bytes")
+    folder.chmod(0o755)
+    assert writable_cache_dir() == str(folder)
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is not used as a cache: it is no folder"):
+        writable_cache_dir()
+    folder.unlink()
+    folder.mkdir()
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    folder.rename(tmp_path / "llmc-12345")
+    with pytest.raises(UserError, match="is not used as a cache: it belongs to user"):
+        writable_cache_dir()
+
+
+def test_no_home_is_no_folder_called_tilde(tmp_path, monkeypatch):
+    """No HOME, and a user without an entry in passwd: expanduser leaves "~" as it is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert cache_dir() == writable_cache_dir() == str(tmp_path / "tmp" / f"llmc-{os.getuid()}")
+    train, _, what = data.prepare_default("bytes")
+    assert train.startswith(cache_dir()) and os.listdir(tmp_path) == ["tmp"], what
 
 
 def test_cache_folder_of_each_platform(monkeypatch):

@@ -5,8 +5,8 @@ import os
 import numpy as np
 import pytest
 
-from llmc.data.loader import DataLoader
-from llmc.data.shards import read_shard, read_shard_header, write_shard
+from llmc.data.loader import DataLoader, EveryPair
+from llmc.data.shards import check_apart, read_shard, read_shard_header, shard_paths, write_shard
 from llmc.errors import UserError
 
 
@@ -95,3 +95,73 @@ def test_empty_and_oversized_shards_are_not_written(tmp_path):
     with pytest.raises(UserError, match="2147483648.*HINT"):
         write_shard(tmp_path / "a.bin", huge)
     assert not os.listdir(tmp_path)
+
+
+# ----------------------------------------------------------------------------
+# the files that a pattern names
+
+
+def test_brackets_and_stars_in_folder_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("my [1] data", "my 1 data", "[x]/new*", "plain"):
+        (tmp_path / folder).mkdir(parents=True)
+        make_shards(tmp_path / folder, [9, 9])
+    for folder in ("my [1] data", "[x]/new*", "plain", os.path.join(tmp_path, "my [1] data")):
+        expected = [os.path.join(folder, f"shard_{i}.bin") for i in (0, 1)]
+        assert shard_paths(os.path.join(folder, "shard_*.bin")) == expected
+        assert shard_paths(expected[1]) == expected[1:]
+        assert shard_paths(os.path.join(folder, "shard_[0].bin")) == expected[:1]
+    assert len(shard_paths("*/*/shard_1.bin")) == 1 and len(shard_paths("*/shard_1.bin")) == 3
+    assert shard_paths("my [0-9] data/*.bin") == [os.path.join("my 1 data", f"shard_{i}.bin") for i in (0, 1)]
+    (tmp_path / "empty [2]").mkdir()
+    with pytest.raises(UserError, match=r"no file matches empty \[2\]/\*.bin"):
+        shard_paths("empty [2]/*.bin")
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    make_shards(tmp_path / "home", [9, 9])
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    expected = [str(tmp_path / "home" / f"shard_{i}.bin") for i in (0, 1)]
+    assert shard_paths("~/shard_*.bin") == DataLoader("~/shard_*.bin", 1, 4).paths == expected
+    assert shard_paths("~/shard_0.bin") == expected[:1]
+    (tmp_path / "~").mkdir()
+    make_shards(tmp_path / "~", [9])
+    assert shard_paths("~/shard_0.bin") == ["~/shard_0.bin"], "what is called so is meant"
+
+
+READERS = [read_shard_header, lambda path: DataLoader(path, 1, 2), lambda path: EveryPair(path, 1, 2)]
+
+
+@pytest.mark.parametrize("call", READERS)
+def test_pipes_and_devices_are_refused(call, tmp_path):
+    """Not opened: opening a pipe waits for its writer."""
+    os.mkfifo(tmp_path / "pipe.bin")
+    for path, kind in (str(tmp_path / "pipe.bin"), "a pipe"), ("/dev/zero", "a device"):
+        with pytest.raises(UserError, match=f"cannot read {path}: it is {kind}. HINT"):
+            call(path)
+
+
+def test_a_shard_of_both_splits_is_named(tmp_path):
+    pattern = make_shards(tmp_path, [9, 9])
+    check_apart(str(tmp_path / "shard_0.bin"), str(tmp_path / "shard_1.bin"))
+    (tmp_path / "link.bin").symlink_to(tmp_path / "shard_0.bin")
+    os.link(tmp_path / "shard_0.bin", tmp_path / "hard.bin")
+    for val in ("shard_0.bin", "shard_[0].bin", "link.bin", "hard.bin"):
+        with pytest.raises(UserError, match=r"\.bin is trained on \(-i .*shard_\*.bin\) and validated on .*HINT"):
+            check_apart(pattern, str(tmp_path / val))
+
+
+def test_shards_of_an_incomplete_set_are_refused(tmp_path):
+    for name in ("book_train_000000.bin", "book_val.bin", "other_train.bin", "train.bin"):
+        write_shard(tmp_path / name, np.arange(9, dtype=np.uint16))
+    (tmp_path / ".book_incomplete").touch()
+    assert len(shard_paths(str(tmp_path / "other_*.bin"))) == len(shard_paths(str(tmp_path / "train.bin"))) == 1
+    for name in ("book_train_*.bin", "book_val.bin", "*.bin"):
+        with pytest.raises(UserError, match="book_.*is of a set that is not complete.*HINT"):
+            shard_paths(str(tmp_path / name))
+    (tmp_path / ".book_incomplete").rename(tmp_path / ".incomplete")
+    assert len(shard_paths(str(tmp_path / "book_*.bin"))) == 2
+    with pytest.raises(UserError, match="/train.bin is of a set that is not complete"):
+        shard_paths(str(tmp_path / "train.bin"))

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 import sys
 import tempfile
 
@@ -13,29 +14,63 @@ class DownloadError(UserError):
 
 
 def cache_dir() -> str:
-    """The user's cache folder for llmc (it need not exist)."""
+    """The user's cache folder for llmc (it need not exist); of a user without a home that for temporary files."""
+    home = os.path.expanduser("~")
     if sys.platform == "win32":
-        return os.path.join(os.environ.get("LOCALAPPDATA") or os.path.expanduser("~"), "llmc", "cache")
-    if sys.platform == "darwin":
-        return os.path.expanduser("~/Library/Caches/llmc")
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "llmc")
+        base = os.environ.get("LOCALAPPDATA") or home
+        folder = os.path.join(base, "llmc", "cache")
+    elif sys.platform == "darwin":
+        base, folder = home, os.path.join(home, "Library", "Caches", "llmc")
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or home
+        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache"), "llmc")
+    return folder if os.path.isabs(base) else _temporary_dir()  # "~" stays where there is no HOME and no passwd entry
+
+
+def _temporary_dir() -> str:
+    """This user's folder under that for temporary files. Errors: UserError if it is there and not this user's alone."""
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    folder = os.path.join(tempfile.gettempdir(), f"llmc-{user}")
+    if os.path.lexists(folder):
+        check_owner(folder)
+    return folder
 
 
 def writable_cache_dir() -> str:
-    """cache_dir(), made if missing; where that is not possible, this user's folder for temporary files."""
+    """cache_dir(), made if missing; where that is not possible, this user's folder for temporary files.
+
+    Errors: UserError where neither can be written, or where somebody else could write into the latter.
+    """
     folder = cache_dir()
     try:
-        os.makedirs(folder, exist_ok=True)
+        os.makedirs(folder, mode=0o700, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        user = os.getuid() if hasattr(os, "getuid") else "user"
-        temporary = os.path.join(tempfile.gettempdir(), f"llmc-{user}")
-        try:
-            os.makedirs(temporary, mode=0o700, exist_ok=True)
-        except OSError:
-            raise UserError(f"cannot write to {folder} or {temporary}: {error.strerror}. HINT: set TMPDIR") from error
-        return temporary
+        reason = error.strerror or str(error)
+    temporary = _temporary_dir()
+    try:
+        os.makedirs(temporary, mode=0o700, exist_ok=True)
+        with tempfile.TemporaryFile(dir=temporary):
+            check_owner(temporary)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} or {temporary}: {reason}. HINT: set XDG_CACHE_HOME") from error
+    return temporary
+
+
+def check_owner(folder: str) -> None:
+    """UserError for a folder under that of temporary files which is not this user's alone: others may fill it."""
+    state = os.lstat(folder)
+    others = None
+    if not stat.S_ISDIR(state.st_mode):
+        others = "it is no folder"
+    elif hasattr(os, "getuid"):
+        if state.st_uid != os.getuid():
+            others = f"it belongs to user {state.st_uid}"
+        elif state.st_mode & 0o022:
+            others = f"others may write to it (mode {stat.S_IMODE(state.st_mode):o})"
+    if others:
+        raise UserError(f"{folder} is not used as a cache: {others}. HINT: set XDG_CACHE_HOME to a folder of yours")
 
 
 def sha256_of(data: bytes) -> str:

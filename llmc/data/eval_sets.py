@@ -55,7 +55,7 @@ def write_eval_set(path: Path, examples: list[Example]) -> None:
     header = np.zeros(HEADER_BYTES // 4, "<i4")
     header[:4] = EVAL_MAGIC, EVAL_VERSION, len(examples), longest
     with atomic_write(path) as file:
-        file.write(header)
+        file.write(header.tobytes())
         for example in stream:
             file.write(example.data)
 

@@ -72,6 +72,7 @@ def read_shard_header(path: Path) -> ShardHeader:
     if len(raw) < HEADER_BYTES:
         raise UserError(f"{path} has {size} bytes, fewer than a shard's header of {HEADER_BYTES}. HINT: {prepare}")
     magic, version, num_tokens, vocab_size = np.frombuffer(raw, "<i4", 4).tolist()
+    dtype: np.dtype
     if magic == GPT2_MAGIC:
         expected_version, dtype = GPT2_VERSION, np.dtype("<u2")
     elif magic == LLAMA3_MAGIC:
