@@ -33,24 +33,23 @@ def main(argv=None):
     args = parser().parse_args(argv)
     if not (args.hellaswag or args.input_val_bin):
         raise UserError("nothing to evaluate on. HINT: give --hellaswag FILE, -j SHARDS, or both.")
-    import numpy as np
     from tqdm import tqdm
 
-    from llmc.data.loader import DataLoader
+    from llmc.data.loader import EveryPair
     from llmc.training.multiple_choice import load_examples, score, score_line
     from llmc.training.validation import validate
 
     path = loading.model_file(args.model)
     header = loading.model_header(path)
     B, T = args.batch_size, args.sequence_length or min(header["max_seq_len"], 1024)
-    loader = args.input_val_bin and DataLoader(args.input_val_bin, B, T, vocab_size=header["vocab_size"])
+    pairs, limit = None, None if args.val_max_steps == -1 else args.val_max_steps
+    if args.input_val_bin:
+        pairs = EveryPair(args.input_val_bin, B, T, vocab_size=header["vocab_size"], limit=limit)
     examples, notice = load_examples(args.hellaswag, header["vocab_size"], T) if args.hellaswag else (None, None)
     model, device = loading.open_model(path, args.device, args.dtype, args.threads, B, T)
     print(f"{path} on {device}")
-    if loader:
-        batches = loader.num_tokens // (B * T) if args.val_max_steps == -1 else args.val_max_steps
-        inputs, targets = np.empty((2, B, T), np.int32)
-        print(f"val loss {validate(model, loader, batches, inputs, targets):f}")
+    if pairs:
+        print(f"val loss {validate(model, pairs):f}")
     if args.hellaswag:
         if notice:
             print(notice)

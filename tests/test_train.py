@@ -1129,7 +1129,7 @@ FILES = {
     ),
     "total-batch": (lambda: ["-d", "100"], ["-d 100", "-b 2", "-t 32", "64"]),
     "short-shard": (lambda: ["-b", "10"], ["train_1.bin", "203", "-b 10", "-t 32", "321"]),
-    "short-val-shard": (lambda: ["-b", "13", "-i", long_shard()], ["val.bin", "385", "-b 13"]),
+    "no-pair-in-val": (lambda: ["-j", one_token()], ["one.bin", "2 tokens"]),
     "short-for-a-step": (lambda: ["-x", "-1", "-d", "6400"], ["-d 6400", "801"]),
     "resumed-beyond": (lambda: ["-o", model() and "trained", "-y", "1", "-x", "1"], ["-x 1", "trained", "step 2"]),
     "resume-other-shards": (lambda: ["-o", model() and "trained", "-y", "1", "-i", "val.bin"], ["val.bin", "3 shards"]),
@@ -1141,6 +1141,11 @@ FILES = {
     "proc": (lambda: ["-o", "/proc/llmc"], ["-o /proc/llmc"]),
     "resume-nothing": (lambda: ["-y", "1"], ["-y 1", "-o"]),
 }
+
+
+def one_token():
+    write_tokens("one.bin", 1)
+    return "one.bin"
 
 
 def long_shard():

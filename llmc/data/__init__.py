@@ -11,7 +11,14 @@ cache.py      the user's cache folder, and downloads that are checked
 
 from typing import Any
 
-_PUBLIC = {"DataLoader": "loader", "EveryPair": "loader", "dataset": "prepare"}  # imported on first use: NumPy is heavy
+_PUBLIC = {  # imported on first use: NumPy is heavy
+    "DataLoader": "loader",
+    "EveryPair": "loader",
+    "dataset": "prepare",
+    "read_shard": "shards",
+    "write_shard": "shards",
+    "main": "__main__",
+}
 
 
 def __getattr__(name: str) -> Any:

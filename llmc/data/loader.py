@@ -69,6 +69,16 @@ def read_tokens(
     return tokens
 
 
+def check_shards(paths: list[str], vocab_size: int | None) -> None:
+    """check_ids of every token of these shards."""
+    for path in paths:
+        header = read_shard_header(path)
+        with open_shard(path) as file:
+            file.seek(HEADER_BYTES)
+            for position in range(0, header.num_tokens, 1 << 20):
+                check_ids(path, position, np.fromfile(file, header.dtype, 1 << 20), vocab_size)
+
+
 def open_shard(path: str) -> FileIO:
     """The file of a shard, unbuffered. Errors: UserError."""
     try:
@@ -271,12 +281,8 @@ class DataLoader:
 
     def check_all_ids(self, limit: int = 1 << 25) -> None:
         """Look at every id before training where there are at most `limit` tokens; of more, each batch is checked."""
-        for path in self.paths if self.num_tokens <= limit else ():
-            header = read_shard_header(path)
-            with open(path, "rb") as file:
-                file.seek(HEADER_BYTES)
-                for position in range(0, header.num_tokens, 1 << 20):
-                    check_ids(path, position, np.fromfile(file, header.dtype, 1 << 20), self.vocab_size)
+        if self.num_tokens <= limit:
+            check_shards(self.paths, self.vocab_size)
 
     def state(self) -> dict[str, Any]:
         """The position, to be saved: what llm.c keeps, and `streams`, which llm.c has not.
@@ -406,6 +412,11 @@ class EveryPair:
             self.num_batches, self.num_pairs = self.num_batches + 1, self.num_pairs + b * t
         if not self.num_pairs:
             raise UserError(f"{pattern}: no shard has the 2 tokens that make an input and its target. HINT: more text")
+
+    def check_all_ids(self, limit: int = 1 << 25) -> None:
+        """As DataLoader.check_all_ids."""
+        if sum(header.num_tokens for header in self._headers) <= limit:
+            check_shards(self.paths, self.vocab_size)
 
     def _cuts(self) -> Iterator[tuple[int, int, int, int]]:
         """Yield (shard, first token, b, t) of each batch of all ranks, as far as the limit."""

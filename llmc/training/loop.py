@@ -59,8 +59,7 @@ class Loop:
         """Validation loss, HellaSwag and a sample, each where it is due."""
         s, run = self.settings, self.run
         if s.val_loss_every and (step % s.val_loss_every == 0 or last):
-            batches = run.all_val_batches if s.default_job and last else run.val_batches
-            self.val_loss = validate(self.model, run.val_loader, batches, self.inputs[0], self.targets[0])
+            self.val_loss = validate(self.model, run.all_val_pairs if s.default_job and last else run.val_pairs)
             self.display.write(f"val loss {self.val_loss:.6f}")
             self.logger.val(step, self.val_loss)
         if run.examples and (last or due(s.val_loss_every, step, last)):

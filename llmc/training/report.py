@@ -38,8 +38,7 @@ def print_end(run, speed, val_loss, baseline):
     if speed.average_ms():
         print(f"total average iteration time: {speed.average_ms():f} ms")
     if s.default_job and val_loss is not None:
-        tokens = run.all_val_batches * s.batch_size * run.T * s.num_processes
-        print(f"validation loss on all {tokens} held-out tokens: {val_loss:.4f} nats per token")
+        print(f"validation loss on all {run.all_val_pairs.num_pairs} held-out tokens: {val_loss:.4f} nats per token")
     print_memory_used(run, baseline)
     if run.output_dir and s.checkpoint_every:
         print(f'more text: python -m llmc.generate {run.output_dir} --prompt "ROMEO:"')
@@ -114,7 +113,7 @@ def model_rows(run):
         ("num_parameters", f"{gpt2.num_parameters(config)}"),
         None,
         ("train_num_batches", run.steps),
-        ("val_num_batches", run.val_batches),
+        ("val_num_batches", run.val_pairs.num_batches),
         None,
         ("run hellaswag", "yes" if run.examples else "no"),
         None,

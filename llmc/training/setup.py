@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from llmc import devices, gpt2, loading
 from llmc.cuda import ladder
-from llmc.data.loader import DataLoader
+from llmc.data.loader import DataLoader, EveryPair
 from llmc.data.prepare import prepare_default
 from llmc.data.shards import vocabulary_of
 from llmc.data.tokenizer import tokenizer_for
@@ -55,7 +55,8 @@ class Run:
     micro_steps: int  # micro-batches of one update, on each process
     steps: int  # the step at which the run ends
     train_loader: Any
-    val_loader: Any
+    val_pairs: EveryPair  # what one validation reads
+    all_val_pairs: EveryPair  # the same without the limit of -m
     examples: list  # HellaSwag's, or none
     tokenizer: Any  # of samples; None where token ids are printed
     gpu: tuple | None  # mfu.current_gpu()
@@ -66,15 +67,6 @@ class Run:
     def total_batch(self):
         """Tokens of one update."""
         return self.micro_steps * self.settings.batch_size * self.T * self.settings.num_processes
-
-    @property
-    def all_val_batches(self):
-        return self.val_loader.num_tokens // (self.settings.batch_size * self.T * self.settings.num_processes)
-
-    @property
-    def val_batches(self):
-        """Batches of one validation."""
-        return self.all_val_batches if self.settings.val_max_steps == -1 else self.settings.val_max_steps
 
     @property
     def precision(self):
@@ -104,8 +96,8 @@ def prepare(settings, machine, notices=()):
         ladder.use(ops, text, s.dtype, config.channels // config.num_heads)
     T = s.sequence_length or min(1024, config.max_seq_len)
     total_batch, micro_steps = total_batch_of(s, T)
-    loaders = open_data(s, train_data, val_data, config, T, machine.rank)
-    steps = count_steps(s, loaders[0].num_tokens, total_batch, output_dir, resume_step)
+    train_loader, pairs = open_data(s, train_data, val_data, config, T, machine.rank)
+    steps = count_steps(s, train_loader.num_tokens, total_batch, output_dir, resume_step)
     examples, hellaswag_line = open_hellaswag(train_data, config, T) if s.hellaswag else ([], None)
     tokenizer, tokenizer_line = sample_tokenizer(config, s.tokenizer) if s.sample_every else (None, None)
     shards, zero_line = shards_of(s, config)
@@ -113,8 +105,8 @@ def prepare(settings, machine, notices=()):
     return Run(
         settings=s, machine=machine, notices=[line for line in lines if line], train_data=train_data,
         val_data=val_data, output_dir=output_dir, resume_step=resume_step, config=config, model_path=model_path,
-        dtype=dtype, shards=shards, T=T, micro_steps=micro_steps, steps=steps, train_loader=loaders[0],
-        val_loader=loaders[1], examples=examples, tokenizer=tokenizer, gpu=gpu,
+        dtype=dtype, shards=shards, T=T, micro_steps=micro_steps, steps=steps, train_loader=train_loader,
+        val_pairs=pairs[0], all_val_pairs=pairs[1], examples=examples, tokenizer=tokenizer, gpu=gpu,
         peak=mfu.peak_flops(*gpu[:2], s.dtype) if gpu else None, gpu_stats=gpu_stats,
     )  # fmt: skip
 
@@ -200,18 +192,19 @@ def check_output_dir(folder, resume):
 
 
 def open_data(settings, train_data, val_data, config, T, rank):
-    """The training and the validation loader, every token id checked. -a 1 trains on validation data, unshuffled.
+    """(training loader, (pairs of one validation, all pairs)), every token id checked.
 
-    P processes take turns in the order that one has, so that a step has the same batches however many there are.
+    -a 1 trains on validation data, unshuffled. P processes take turns in the order that one has, so that a step has the
+    same batches however many there are.
     """
-    B, P, overfit = settings.batch_size, settings.num_processes, settings.overfit_single_batch
-    options = dict(vocab_size=config.vocab_size, streams=1, rows=B)
-    pattern = val_data if overfit else train_data
-    train_loader = DataLoader(pattern, B, T, rank, P, should_shuffle=not overfit, **options)
-    val_loader = DataLoader(val_data, B, T, rank, P, **options)
+    B, P, overfit, V = settings.batch_size, settings.num_processes, settings.overfit_single_batch, config.vocab_size
+    pattern, limit = val_data if overfit else train_data, settings.val_max_steps
+    train_loader = DataLoader(pattern, B, T, rank, P, should_shuffle=not overfit, vocab_size=V, streams=1, rows=B)
+    all_pairs = EveryPair(val_data, B, T, rank, P, V)
+    pairs = all_pairs if limit == -1 else EveryPair(val_data, B, T, rank, P, V, limit)
     train_loader.check_all_ids()
-    val_loader.check_all_ids()
-    return train_loader, val_loader
+    all_pairs.check_all_ids()
+    return train_loader, (pairs, all_pairs)
 
 
 def open_hellaswag(train_data, config, T):

@@ -1,16 +1,19 @@
 """The validation loss of a model, in the training loop and in llmc.evaluate."""
 
+from typing import Any
+
+import numpy as np
+
+from llmc.data.loader import EveryPair
 from llmc.parallel.communicators import total
 
 
-def validate(model, loader, batches, inputs, targets):
-    """Mean loss in nats over the first batches of the validation data, on all ranks.
+def validate(model: Any, pairs: EveryPair) -> float:
+    """Mean loss in nats over every (input, target) pair of a set, each counted once; the same on all ranks.
 
-    inputs, targets (B, T) i32 are written (=) with each batch. Of the batches each rank does every P-th.
+    pairs: this rank's share of the set. Its batches may be smaller than the model's B x T, none is larger.
     """
-    loader.reset()
     loss = 0.0
-    for _ in range(model.rank, batches, model.num_ranks):
-        loader.next_batch(inputs, targets)
-        loss += model.validate(inputs, targets)
-    return total(model.ranks, loss) / batches
+    for inputs, targets in pairs:
+        loss += float(model.token_losses(inputs, targets).sum(dtype=np.float64))
+    return total(model.ranks, loss) / pairs.num_pairs
