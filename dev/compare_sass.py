@@ -13,6 +13,8 @@ has nothing to be compared with, else 0.
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import os
 import re
@@ -22,6 +24,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -32,8 +36,8 @@ INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/ +(.*?);? +/\* (0x[0-9a-f]{16}) \*/
 
 
 def calls(ops, dtype, grads):
-    """Functions that call the ops of llmc.cuda on arrays of zeros which nobody touches. dtype is the model's, grads
-    that of the gradients of weights. The shapes are those at which the launchers choose differently."""
+    """(file, function) that calls the file's ops of llmc.cuda on arrays of zeros which nobody touches. dtype is the
+    model's, grads that of the gradients of weights. The shapes are those at which the launchers choose differently."""
     import numpy as np
 
     f32, B, T = np.dtype(np.float32), 4, 1024
@@ -96,35 +100,43 @@ def calls(ops, dtype, grads):
             zeros(1, dtype=f32), zeros(ops.global_norm_scratch_size(1 << 20), dtype=f32), zeros(1 << 20)
         )
 
-    yield from (
-        lambda C=C: layernorm(C) for C in (768, 1024, 8448)
-    )  # three packs a thread, four, rows too wide for that
-    yield from (lambda sizes=sizes: matmul(*sizes) for sizes in ((768, 2304), (1024, 1024), (1024, 4096), (3072, 768)))
-    yield from (lambda HS=HS: attention(HS) for HS in (64, 80, 128, 136))  # and a head too large for tiles
-    yield from (encoder, gelu, adamw, global_norm)
-    yield from (lambda V=V: fused_classifier(V) for V in (50257, 150000))  # and a row too large for shared memory
+    shapes = {
+        layernorm: [(768,), (1024,), (8448,)],  # three packs a thread, four, and rows too wide for either
+        matmul: [(768, 2304), (1024, 1024), (1024, 4096), (3072, 768)],
+        attention: [(64,), (80,), (128,), (136,)],  # the last has no tiles
+        fused_classifier: [(50257,), (150000,)],  # the second row does not fit shared memory
+    }
+    for op in (encoder, layernorm, matmul, attention, gelu, fused_classifier, adamw, global_norm):
+        for sizes in shapes.get(op, [()]):
+            yield op.__name__, functools.partial(op, *sizes)
 
 
-def launched(arch, dtype):
-    """{(file, kernel, defines)} of the calls at a compute capability, compiled for `arch`."""
+def launched(arch, dtype, rung=None):
+    """{(file, kernel, dtype, defines)} of the calls at the compute capability of `arch`: by the public functions, or by
+    one rung of llmc.cuda.ladder alone."""
     import ml_dtypes
     import numpy as np
 
     from llmc import cuda
 
-    found, capability = set(), int(re.search(r"\d+", arch)[0])
+    found, capability, ops = set(), int(re.search(r"\d+", arch)[0]), cuda
+    if rung is not None:
+        names = [name for name in cuda.__all__ if name != "device"]
+        sizes = {name: getattr(cuda, name) for name in names if name.endswith("_scratch_size")}
+        ops = SimpleNamespace(**dict.fromkeys(names, lambda *args, **kwargs: None) | sizes | {rung.op: rung.call})
 
     def record(file, name, dtype, defines=(), smem=0, arch=None, strict=False):
         found.add((file, name, str(getattr(dtype, "name", dtype)), tuple(defines)))
         return lambda grid, block, args, shared_mem=0: None
 
-    cuda.module.kernel = record
-    cuda.module.capability = lambda: capability
-    cuda.module.multiprocessors = lambda: 132
-    cuda.module.tensor_map = lambda *args: None
-    for grads in (dtype, "float32"):
-        for call in calls(cuda, np.dtype(getattr(ml_dtypes, dtype, dtype)), np.dtype(getattr(ml_dtypes, grads, grads))):
-            call()
+    nothing_runs = dict(capability=lambda: capability, multiprocessors=lambda: 132, tensor_map=lambda *args: None)
+    with mock.patch.multiple(cuda.module, kernel=record, **nothing_runs):
+        for grads in (dtype, "float32"):
+            types = (np.dtype(getattr(ml_dtypes, name, name)) for name in (dtype, grads))
+            for file, call in calls(ops, *types):
+                if rung is None or rung.call.__module__.endswith(f".{file}"):
+                    with contextlib.suppress(*([AssertionError] if rung else [])):  # a rung need not take every shape
+                        call()
     return found
 
 

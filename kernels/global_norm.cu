@@ -7,58 +7,23 @@
 // llm.c's grid follows the number of multiprocessors. Here grid and block depend on N alone, so that a checkpoint continues
 // with the same bits on another GPU. Partial sums go through memory to a second, one-block kernel: no atomics.
 //
-// measured on an H200, 124 M values of bf16, microseconds (% of the speed of a copy of as many bytes in the same run;
-// 3 and 4 on 2026-11-26):
-// version                | idea                                             | bytes moved | measured
-// global_norm_squared 1  | one block walks the array                        | N           | 44322 (0.1 %)
-// global_norm_squared 2  | up to 1024 blocks, element by element; then one  | N           | 197 (33 %)
-// global_norm_squared 3  | the same in 16-byte packs                        | N           | 71.5 (90.8 %)
-// global_norm_squared 4  | four packs of a thread really under way at once; | N           | 70.2 (92.5 %),
-//                        | the last kernel's threads load once each         |             | predicted 0.95 x 3
-// In 3, ptxas checks the end of the array after each pack, so that one load of a thread is under way (seen in SASS): 62
-// warps of a multiprocessor x 512 bytes = 32 KB, just about what 4.3 TB/s x 0.8 us / 132 take.
+// Measured on an H200, 124 M values of bf16, microseconds (% of the speed of a copy of as many bytes in the same run):
+// rung | idea                                                       | measured       | file
+// 1    | one block walks the array                                  | 44322 (0.1 %)  | ladder/global_norm_01_one_block.cu
+// 2    | up to 1024 blocks, element by element; then one block      | 197 (33 %)     | ladder/global_norm_02_many_blocks.cu
+// 4    | 16-byte packs, four of a thread on their way at once       | 70.2 (92.5 %)  | this one
 //
 // Source: llm.c llmc/global_norm.cuh (global_norm_squared_kernel, global_norm_aggregate_kernel).
+// BLOCK, the threads of a block, comes from llmc/cuda/global_norm.py.
 #include "common.cuh"
 
-// out[0] = sum of squares. grid 1, block a multiple of 32 up to 1024.
-extern "C" __global__ void global_norm_squared_kernel1(float* out, const floatX* values, i64 N) {
-    double sum = 0.0;  // a thread adds many thousand terms, which in float would cost it four digits
-    for (i64 i = threadIdx.x; i < N; i += blockDim.x) { sum += (float)values[i] * (float)values[i]; }
-    float total = blockReduceSum((float)sum);
-    if (threadIdx.x == 0) { out[0] = total; }
-}
+#define AHEAD 4  // packs that a thread has on their way: 16 of its 32 registers (sm_90)
 
-// partials[block] = sum of squares of the elements this block visits. Any grid; block a multiple of 32 up to 1024.
-extern "C" __global__ void global_norm_squared_kernel2(float* partials, const floatX* values, i64 N) {
-    float sum = 0.0f;
-    for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < N; i += (i64)gridDim.x * blockDim.x) {
-        sum += (float)values[i] * (float)values[i];
-    }
-    sum = blockReduceSum(sum);
-    if (threadIdx.x == 0) { partials[blockIdx.x] = sum; }
-}
-
-// The same in 16-byte packs; the last N % x128::size elements go to the first threads.
+// partials[block] = sum of squares of the packs that this block visits, AHEAD loads of each thread before the first sum.
+// The last N % x128::size elements go to the first threads. Any grid (132 multiprocessors hold 1056 blocks); block BLOCK.
 // The optimiser reads the array next: default caching, so that its end is still in L2.
-extern "C" __global__ void global_norm_squared_kernel3(float* partials, const floatX* values, i64 N) {
-    i64 first = (i64)blockIdx.x * blockDim.x + threadIdx.x, stride = (i64)gridDim.x * blockDim.x;
-    i64 packs = N / x128::size, ragged = packs * x128::size + first;
-    float sum = ragged < N ? (float)values[ragged] * (float)values[ragged] : 0.0f;
-#pragma unroll 4
-    for (i64 i = first; i < packs; i += stride) {
-        x128 pack = load128(values + i * x128::size);
-        for (int k = 0; k < x128::size; k++) { sum += (float)pack[k] * (float)pack[k]; }
-    }
-    sum = blockReduceSum(sum);
-    if (threadIdx.x == 0) { partials[blockIdx.x] = sum; }
-}
-
-#define AHEAD 4  // packs of a thread under way: 16 of its 32 registers (sm_90)
-
-// The same with AHEAD loads before the first sum. grid up to 1024 blocks of 256 threads: 132 multiprocessors hold 1056.
-extern "C" __global__ void __launch_bounds__(256)
-global_norm_squared_kernel4(float* partials, const floatX* values, i64 N) {
+extern "C" __global__ void __launch_bounds__(BLOCK)
+global_norm_squared_kernel(float* partials, const floatX* values, i64 N) {
     i64 first = (i64)blockIdx.x * blockDim.x + threadIdx.x, stride = (i64)gridDim.x * blockDim.x;
     i64 packs = N / x128::size, ragged = packs * x128::size + first;
     float sum = ragged < N ? (float)values[ragged] * (float)values[ragged] : 0.0f;

@@ -48,11 +48,14 @@ def model_dtype(name: str) -> Any:
     return ml_dtypes.bfloat16
 
 
-def prepare_kernels(config: Any, dtype: Any, check: bool = False, grad_dtype: str | None = None) -> str:
+def prepare_kernels(
+    config: Any, dtype: Any, check: bool = False, grad_dtype: str | None = None, tensors: int | None = None
+) -> str:
     """Compile what the cache does not have yet, several files at a time, so that no step has to. -> a line about it.
 
     config: of the model, for the sizes that kernels are compiled for. dtype, grad_dtype: NumPy's, of the parameters and
-    of the gradients (None: the same). check: compile the kernels with their bounds checks (--check).
+    of the gradients (None: the same). check: wait for each launch, and name the kernel that fails (--check). tensors:
+    how many tensors the parameters have, for the update; None where there will be no update.
     Hopper's kernels are tried; where they do not work, stderr says so, whichever command it is.
     """
     import numpy as np
@@ -61,15 +64,9 @@ def prepare_kernels(config: Any, dtype: Any, check: bool = False, grad_dtype: st
 
     module.check_launches = check
     timer = time.perf_counter()
-    HS = config.channels // config.num_heads
-    name, attention = np.dtype(dtype).name, ("attention.cu", "attention_sm90.cu")
-    defines = dict.fromkeys(attention, (f"HEAD_SIZE={HS}",)) if HS != 64 else {}
-    tall = matmul.turned(matmul.HOPPER[-1], config.channels, config.padded_vocab_size)
-    module.compile_all(name, defines, tall)
-    if grad_dtype not in (None, name):  # what writes gradients, once more; the rest is loaded already
-        writers = ("encoder.cu", "layernorm.cu", "matmul.cu", "matmul_sm90.cu", "adamw.cu")
-        module.compile_all(name, defines | dict.fromkeys(writers, ("GRADS_FP32",)), tall)
-    fallback = device.try_hopper(dtype, HS, tall)
+    C, HS, Vp = config.channels, config.channels // config.num_heads, config.padded_vocab_size
+    module.compile_all(np.dtype(dtype).name, device.step_modules(dtype, C, HS, Vp, tensors, grad_dtype))
+    fallback = device.try_hopper(dtype, HS, matmul.turned(matmul.HOPPER[-1], C, Vp))
     if fallback:
         print(fallback, file=sys.stderr)
     return f"kernels ready after {time.perf_counter() - timer:.1f} s, {len(module.compilations)} files compiled"

@@ -162,14 +162,14 @@ def main(argv=None):
     args = parser().parse_args(argv)
     header, debug = read_files(args.model, args.debug_state)
 
-    from llmc.gpt2 import GPT2, config_from_header, num_parameters
+    from llmc.gpt2 import GPT2, config_from_header, num_parameters, parameter_specs
 
     ops, device, line = devices.pick_device(args.device, args.threads)
     stored = {3: "fp32", 5: "bf16"}[header["version"]]
     dtype = devices.check_dtype(args.dtype or (stored if device == "cuda" else None), device)
     config, (B, T) = config_from_header(header), debug["x"].shape
     if device == "cuda":
-        devices.prepare_kernels(config, devices.model_dtype(dtype))
+        devices.prepare_kernels(config, devices.model_dtype(dtype), tensors=len(parameter_specs(config)))
     model = GPT2(config, ops, B, T, args.recompute, dtype=devices.model_dtype(dtype))
     exact = stored == dtype == "fp32"
 

@@ -44,6 +44,7 @@ def train(settings, machine, notices, start_time):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding does not have
     from llmc import devices
+    from llmc.gpt2 import parameter_specs
     from llmc.training import report, setup
     from llmc.training.loop import Loop
 
@@ -53,7 +54,8 @@ def train(settings, machine, notices, start_time):
     baseline = report.peak_memory()
     report.print_batch(run)
     if settings.device == "cuda":
-        print(devices.prepare_kernels(run.config, run.dtype, settings.check, run.precision["grad_dtype"]))
+        tensors = len(parameter_specs(run.config))
+        print(devices.prepare_kernels(run.config, run.dtype, settings.check, run.precision["grad_dtype"], tensors))
     loop = Loop(run, *setup.build(run, limits), start_time)
     loop.train()
     report.print_end(run, loop.speed, loop.val_loss, baseline)

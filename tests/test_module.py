@@ -175,24 +175,25 @@ def test_resources_of_a_log():
 
 
 def test_one_compilation_per_file_dtype_and_defines(cupy):
-    first = module.kernel("gelu.cu", "gelu_forward_kernel1", np.dtype(np.float32))
-    assert module.kernel("gelu.cu", "gelu_forward_kernel1", np.dtype(np.float32)) is first
-    module.kernel("gelu.cu", "gelu_forward_kernel2", np.dtype(np.float32))
+    first = module.kernel("gelu.cu", "gelu_forward_kernel", np.dtype(np.float32))
+    assert module.kernel("gelu.cu", "gelu_forward_kernel", np.dtype(np.float32)) is first
+    module.kernel("gelu.cu", "gelu_backward_inplace_kernel", np.dtype(np.float32))
     assert module.compilations == [("gelu.cu", "float32", ())]
-    module.kernel("gelu.cu", "gelu_forward_kernel2", np.dtype(ml_dtypes.bfloat16))
-    module.kernel("adamw.cu", "adamw_update_kernel2", "bfloat16", ("GRADS_FP32",))
-    module.kernel("adamw.cu", "adamw_update_kernel2", "bfloat16")
+    module.kernel("gelu.cu", "gelu_forward_kernel", np.dtype(ml_dtypes.bfloat16))
+    module.kernel("adamw.cu", "adamw_update_kernel", "bfloat16", ("GRADS_FP32",))
+    module.kernel("adamw.cu", "adamw_update_kernel", "bfloat16")
     assert len(module.compilations) == 4, module.compilations
 
 
 def test_a_second_process_compiles_nothing(cupy):
-    module.compile_all("bfloat16")
-    files = sorted(file for file, _, _ in module.compilations)
-    assert files == sorted((*module.GPT2_FILES, *module.HOPPER_FILES))
+    modules = llmc.cuda.device.step_modules(ml_dtypes.bfloat16, 768, 64, 50304, 16)
+    module.compile_all("bfloat16", modules)
+    assert sorted(module.compilations) == sorted((file, "bfloat16", defines) for file, defines, _ in modules)
+    assert {file for file, _, _ in modules} == {path.name for path in module.kernels_dir().glob("*.cu")}
     cupy.restart()
-    module.compile_all("bfloat16")
+    module.compile_all("bfloat16", modules)
     assert module.compilations == []
-    module.compile_all("bfloat16", {"attention.cu": ("HEAD_SIZE=128",)})
+    module.compile_all("bfloat16", [*modules, ("attention.cu", ("HEAD_SIZE=128",), None)])
     assert module.compilations == [("attention.cu", "bfloat16", ("HEAD_SIZE=128",))]
 
 
@@ -267,10 +268,10 @@ def test_strict_kernels_may_not_spill(cupy):
 
 def test_check_launches_names_the_kernel(cupy, monkeypatch):
     monkeypatch.setattr(module, "check_launches", True)
-    launch = module.kernel("gelu.cu", "gelu_forward_kernel1", "float32")
+    launch = module.kernel("gelu.cu", "gelu_forward_kernel", "float32")
     launch((7,), (256,), ())
     cupy.sync_failure = FakeError("cudaErrorIllegalAddress: an illegal memory access was encountered")
-    with pytest.raises(RuntimeError, match=r"gelu.cu: gelu_forward_kernel1 failed, grid .7,., block .256,.: .*Illegal"):
+    with pytest.raises(RuntimeError, match=r"gelu.cu: gelu_forward_kernel failed, grid .7,., block .256,.: .*Illegal"):
         launch((7,), (256,), ())
 
 
@@ -306,9 +307,9 @@ def test_device_too_old(cupy):
 
 def test_dtype_not_supported_by_the_device(cupy):
     cupy.capability = "75"
-    message = user_error(module.kernel, "gelu.cu", "gelu_forward_kernel1", "bfloat16")
+    message = user_error(module.kernel, "gelu.cu", "gelu_forward_kernel", "bfloat16")
     assert "bfloat16" in message and "8.0" in message and "7.5" in message, message
-    module.kernel("gelu.cu", "gelu_forward_kernel1", "float16")
+    module.kernel("gelu.cu", "gelu_forward_kernel", "float16")
 
 
 def test_missing_headers(cupy):
@@ -325,7 +326,7 @@ def test_missing_compiler(cupy):
 def test_errors_in_a_kernel_are_not_hidden(cupy):
     cupy.failure = RuntimeError('gelu.cu(40): error: identifier "x" is undefined')
     with pytest.raises(RuntimeError, match='identifier "x" is undefined'):
-        module.kernel("gelu.cu", "gelu_forward_kernel1", "float32")
+        module.kernel("gelu.cu", "gelu_forward_kernel", "float32")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -359,8 +360,10 @@ def test_noise_on_the_device(tmp_path):
 @pytest.mark.gpu
 def test_gpu_second_process_compiles_nothing(gpu, tmp_path):
     code = (
-        "import time; start = time.time(); from llmc.cuda import module; module.compile_all('bfloat16'); "
-        "print(len(module.compilations), time.time() - start)"
+        "import time; start = time.time(); import ml_dtypes; from llmc.cuda import device, module; "
+        "modules = device.step_modules(ml_dtypes.bfloat16, 768, 64, 50304, 16); "
+        "module.compile_all('bfloat16', modules); "
+        "print(len(module.compilations), time.time() - start, len(modules))"
     )
     env = {"CUPY_CACHE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
     runs = []
@@ -369,8 +372,7 @@ def test_gpu_second_process_compiles_nothing(gpu, tmp_path):
         assert done.returncode == 0, done.stderr
         runs.append(done.stdout.split())
     print(f"cold {runs[0][1]} s, warm {runs[1][1]} s")
-    files = len(module.GPT2_FILES) + (len(module.HOPPER_FILES) if module.capability() == 90 else 0)
-    assert [int(count) for count, _ in runs] == [files, 0], runs
+    assert [int(count) for count, _, _ in runs] == [int(runs[0][2]), 0], runs
 
 
 @pytest.mark.gpu
@@ -409,6 +411,7 @@ def test_gpu_uploads_arrive_in_order(gpu):
 
 @pytest.mark.gpu
 def test_gpu_kernels_do_not_use_local_memory_where_they_claim(gpu):
-    module.kernel("layernorm.cu", "layernorm_backward_kernel3", "bfloat16", strict=True)
-    found = module.load("layernorm.cu", "bfloat16")[0].get_function("layernorm_backward_kernel3")
+    defines = llmc.cuda.layernorm.defines(768, 2)
+    module.kernel("layernorm.cu", "layernorm_backward_wide_kernel", "bfloat16", defines, strict=True)
+    found = module.load("layernorm.cu", "bfloat16", defines)[0].get_function("layernorm_backward_wide_kernel")
     assert found.local_size_bytes == 0 and found.num_regs <= 128

@@ -130,7 +130,6 @@ TABLE = {
     "global_norm_squared": {
         1: (763776, 4, 23869, 64),
         2: (767872, 4100, 25021, 16400),
-        3: (764544, 4100, 24079, 2992),
         4: (764544, 4100, 24079, 3040),
     },
 }
@@ -152,7 +151,6 @@ KEPT = {
     ("matmul_backward fcproj", 5): "three tiles in flight",
     ("adamw_update", 2): "fewer instructions, but more sectors: worse, and shows it",
     ("global_norm_squared", 2): "many blocks instead of one",
-    ("global_norm_squared", 4): "four loads in flight",
 }
 # Bytes moved over the fewest possible, for ops whose time is that of their bytes
 LIMITS = {

@@ -5,6 +5,7 @@ of our own current, which is what a CUDA graph is captured on.
 """
 
 import collections
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,43 @@ def start():
     global_norm_squared(out, scratch, values)
     if float(out.get()[0]) != 8.0:
         raise UserError("the GPU computes wrong results: the sum of eight ones is not 8. HINT: use --device cpu")
+
+
+def step_modules(
+    dtype: Any, C: int, HS: int, Vp: int, tensors: int | None = None, grad_dtype: Any = None
+) -> list[module.Module]:
+    """The modules whose kernels the passes of a GPT-2 launch on this GPU, and with `tensors` those of its update.
+
+    dtype, grad_dtype  NumPy's, of the parameters and of their gradients (None: the same)
+    C, HS, Vp          channels, head size and padded vocabulary, which some kernels are compiled for
+    tensors            how many tensors the parameters have: rows of AdamW's tables
+    """
+    from . import attention, global_norm, matmul
+
+    heads = () if HS == 64 else (f"HEAD_SIZE={HS}",)
+    defines = {
+        "encoder.cu": (),
+        "layernorm.cu": (),
+        "matmul.cu": (),
+        "attention.cu": heads,
+        "gelu.cu": (),
+        "fused_classifier.cu": (),
+        "global_norm.cu": global_norm.DEFINES,
+    }
+    if tensors is not None:
+        defines["adamw.cu"] = ()
+    found: list[module.Module] = [(file, own, None) for file, own in defines.items()]
+    if module.capability() == 90 and np.dtype(dtype) != np.float32:
+        if HS in attention.HEAD_SIZES[4]:
+            found.append(("attention_sm90.cu", heads, "sm_90a"))
+        rung = (f"RUNG={matmul.HOPPER[-1]}",)
+        found.append(("matmul_sm90.cu", rung, "sm_90a"))
+        if matmul.turned(matmul.HOPPER[-1], C, Vp):
+            found.append(("matmul_sm90.cu", (*rung, "TALL"), "sm_90a"))
+    if grad_dtype is not None and np.dtype(grad_dtype) != np.dtype(dtype):  # what reads or writes gradients, once more
+        files = ("encoder.cu", "layernorm.cu", "matmul.cu", "matmul_sm90.cu", "adamw.cu")
+        found += [(file, (*own, "GRADS_FP32"), arch) for file, own, arch in found if file in files]
+    return found
 
 
 def try_hopper(dtype, HS=64, tall=False):

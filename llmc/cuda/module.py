@@ -19,36 +19,28 @@ import hashlib
 import io
 import pathlib
 import re
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
+from llmc.buffers import Array
 from llmc.errors import UserError
 
 DTYPE_DEFINE = {"float32": "ENABLE_FP32", "float16": "ENABLE_FP16", "bfloat16": "ENABLE_BF16"}
 MIN_CAPABILITY = {"float32": 75, "float16": 75, "bfloat16": 80}
 
-GPT2_FILES = (  # what a GPT-2 training step uses, and compile_all compiles
-    "encoder.cu",
-    "layernorm.cu",
-    "matmul.cu",
-    "attention.cu",
-    "gelu.cu",
-    "fused_classifier.cu",
-    "adamw.cu",
-    "global_norm.cu",
-)
-
-HOPPER_FILES = {  # with their defines: also, in bf16 and fp16 at compute capability 9.0
-    "attention_sm90.cu": (),
-    "matmul_sm90.cu": ("RUNG=11",),
-}
-
-compilations = []  # (file, dtype, defines) of each module this process compiled; a warm disk cache leaves it empty
-no_hopper = None  # why kernels for compute capability 9.0 alone are not used there, if they are not: device.try_hopper
-check_launches = False  # train --check: synchronise after every launch and name the kernel that failed
+Module = tuple[str, tuple[str, ...], str | None]
+"A kernel file of kernels/, its -D options, and the architecture it is for (None: that of the device)."
+compilations: list[tuple[str, str, tuple[str, ...]]] = []
+"(file, dtype, defines) of each module that this process compiled; a warm disk cache leaves it empty."
+no_hopper: str | None = None
+"Why kernels for compute capability 9.0 alone are not used there, if they are not: device.try_hopper."
+check_launches = False
+"Of train --check: synchronise after every launch and name the kernel that failed."
 
 
-def installation(cuda):
+def installation(cuda: int) -> str:
     """What installs CuPy for CUDA 12 or 13. By real names: the `llmc` of the package index is another project's."""
     if (pathlib.Path(__file__).resolve().parents[2] / "pyproject.toml").is_file():  # a checkout, which pip was run in
         return f'pip install -e ".[cuda{cuda}]"'
@@ -58,7 +50,7 @@ def installation(cuda):
 INSTALL = f"HINT: {installation(13)} (or {installation(12)} for a CUDA 12 driver)"
 
 
-def kernels_dir():
+def kernels_dir() -> pathlib.Path:
     """The folder with the .cu files: beside the package in a checkout or editable install, inside it in a wheel."""
     package = pathlib.Path(__file__).resolve().parents[1]
     for folder in (package.parent / "kernels", package / "kernels"):
@@ -67,7 +59,7 @@ def kernels_dir():
     raise UserError(f"no kernels folder at {package.parent / 'kernels'} or {package / 'kernels'}. HINT: reinstall llmc")
 
 
-def import_cupy():
+def import_cupy() -> Any:
     """CuPy, imported on first use so that `import llmc.cuda` works without it."""
     try:
         import cupy
@@ -79,7 +71,7 @@ def import_cupy():
 
 
 @functools.cache
-def capability():
+def capability() -> int:
     """Compute capability of the current device as one number: 80 for A100, 90 for H100 and H200. Checks the driver."""
     cupy = import_cupy()
     runtime = cupy.cuda.runtime
@@ -103,18 +95,18 @@ def capability():
     return found
 
 
-def hopper():
+def hopper() -> bool:
     """Whether steps are to use the kernels for compute capability 9.0 alone."""
     return capability() == 90 and no_hopper is None
 
 
 @functools.cache
-def multiprocessors():
+def multiprocessors() -> int:
     """Multiprocessors of the current device: the grid of kernels whose blocks stay. No result may depend on it."""
     return import_cupy().cuda.Device().attributes["MultiProcessorCount"]
 
 
-def grad_defines(dtype, grads):
+def grad_defines(dtype: Any, grads: Iterable[Array]) -> tuple[str, ...]:
     """Defines for kernels that write gradients of weights, given the model's dtype and those gradients (None: absent):
     these have the model's dtype, or float32."""
     found = {array.dtype for array in grads if array is not None}
@@ -125,7 +117,7 @@ def grad_defines(dtype, grads):
 
 
 @functools.cache
-def header_hash(folder):
+def header_hash(folder: pathlib.Path) -> str:
     """SHA-1 over every header, name and content: changes when any of them does."""
     digest = hashlib.sha1()
     for header in sorted(folder.glob("*.cuh")):
@@ -133,7 +125,7 @@ def header_hash(folder):
     return digest.hexdigest()[:16]
 
 
-def options(dtype_name, defines=(), arch=None):
+def options(dtype_name: str, defines: tuple[str, ...] = (), arch: str | None = None) -> tuple[str, ...]:
     """The NVRTC options, shared with the compile test. An `arch` such as "sm_90a" stands before the one CuPy appends;
     NVRTC keeps the 'a' (seen with 13.0 and 13.5), and code that needs it fails to compile if it ever does not."""
     folder = kernels_dir()
@@ -150,7 +142,7 @@ def options(dtype_name, defines=(), arch=None):
     )
 
 
-def resources(log):
+def resources(log: str) -> dict[str, tuple[int, int, bool]]:
     """{kernel: (registers, spill bytes, serialised wgmma)} from a ptxas -v log."""
     found = {}
     for part in re.split(r"Compiling entry function '", log)[1:]:
@@ -165,7 +157,9 @@ def resources(log):
 
 
 @functools.cache
-def load(file, dtype_name, defines=(), arch=None):
+def load(
+    file: str, dtype_name: str, defines: tuple[str, ...] = (), arch: str | None = None
+) -> tuple[Any, dict[str, tuple[int, int, bool]]]:
     """Compiles kernels/<file> or takes it from CuPy's cache -> (cupy.RawModule, resources)."""
     needed, found = MIN_CAPABILITY[dtype_name], capability()
     if found < needed:
@@ -192,7 +186,15 @@ def load(file, dtype_name, defines=(), arch=None):
 
 
 @functools.cache
-def kernel(file, name, dtype, defines=(), smem=0, arch=None, strict=False):
+def kernel(
+    file: str,
+    name: str,
+    dtype: Any,
+    defines: tuple[str, ...] = (),
+    smem: int = 0,
+    arch: str | None = None,
+    strict: bool = False,
+) -> Callable[..., None]:
     """The kernel `name` of kernels/<file>, compiled for `dtype` -> callable(grid, block, args, shared_mem=0).
 
     dtype    that of the arrays (NumPy or CuPy dtype, or its name): float32, float16 or bfloat16
@@ -218,11 +220,11 @@ def kernel(file, name, dtype, defines=(), smem=0, arch=None, strict=False):
     return checked(function, f"kernels/{file}: {name}") if check_launches else function
 
 
-def checked(function, name):
+def checked(function: Callable[..., None], name: str) -> Callable[..., None]:
     """The same kernel, followed by a synchronisation that reports a failure under the kernel's name."""
     runtime = import_cupy().cuda.runtime
 
-    def launch(grid, block, args, shared_mem=0):
+    def launch(grid: tuple, block: tuple, args: tuple, shared_mem: int = 0) -> None:
         try:
             function(grid, block, args, shared_mem=shared_mem)
             runtime.deviceSynchronize()
@@ -232,14 +234,14 @@ def checked(function, name):
     return launch
 
 
-def tensor_map(array, rows, columns, box_rows):
+def tensor_map(array: Array, rows: int, columns: int, box_rows: int) -> np.ndarray:
     """What TMA has to know of a 16-bit array, seen as (rows, columns), to copy boxes of (box_rows, 64): an argument for
     kernels, of 128 bytes. It holds the array's address, and stays right for whatever array is there later."""
     return _tensor_map(array.data.ptr, array.dtype.name == "bfloat16", rows, columns, box_rows)
 
 
 @functools.cache
-def _tensor_map(address, is_bfloat16, rows, columns, box_rows):
+def _tensor_map(address: int, is_bfloat16: bool, rows: int, columns: int, box_rows: int) -> np.ndarray:
     room = np.zeros(256, np.uint8)
     start = -room.ctypes.data % 128
     found = room[start : start + 128].view("V128")  # CuPy passes an array of one element by value
@@ -254,41 +256,37 @@ def _tensor_map(address, is_bfloat16, rows, columns, box_rows):
 
 
 @functools.cache
-def libcuda():
+def libcuda() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-def compile_all(dtype, defines=None, tall=False):
-    """Compiles or loads everything a GPT-2 step needs, several files at a time. Call it while data is being read.
+def compile_all(dtype: Any, modules: list[Module]) -> None:
+    """Compiles or loads kernel files, several at a time. Call it while data is being read.
 
-    defines  {file: defines} where a model needs some, e.g. {"attention.cu": ("HEAD_SIZE=128",)}
-    tall     Hopper's matmul with the other tile too: llmc/cuda/matmul.py: turned
+    modules  (file, defines, arch) each, such as those of device.step_modules
+    Errors: that of the first file that does not compile. Files for one architecture alone are left out then, as they
+    have a substitute: device.try_hopper tells what is wrong.
     """
     capability()  # one clear error instead of eight
-    device, name = import_cupy().cuda.Device(), getattr(dtype, "name", dtype)
+    device = import_cupy().cuda.Device()
 
-    jobs = [(file, (defines or {}).get(file, ()), None) for file in GPT2_FILES]
-    if capability() == 90 and name != "float32":
-        hopper = [*HOPPER_FILES.items()] + [("matmul_sm90.cu", (*HOPPER_FILES["matmul_sm90.cu"], "TALL"))] * tall
-        jobs += [(file, (*own, *(defines or {}).get(file, ())), "sm_90a") for file, own in hopper]
-
-    def compile_one(job):
-        file, file_defines, arch = job
+    def compile_one(module: Module) -> None:
+        file, defines, arch = module
         with device:  # a new thread starts on device 0
             try:
-                load(file, name, file_defines, arch)
+                load(file, getattr(dtype, "name", dtype), defines, arch)
             except Exception:
-                if file not in HOPPER_FILES:  # they have a substitute: device.try_hopper tells what is wrong
+                if arch is None:
                     raise
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        list(pool.map(compile_one, jobs))
+        list(pool.map(compile_one, modules))
 
 
-def one_line(error):
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def version(number):
+def version(number: int) -> str:
     """13020 -> "13.2", as CUDA encodes its versions."""
     return f"{number // 1000}.{number % 1000 // 10}"
