@@ -12,6 +12,8 @@ import pytest
 import reference as ref
 from conftest import ROOT
 
+from llmc.cuda import ladder
+
 NOT_OPS = {"__init__", "device", "module"}  # device: memory and timers of the set; module: loads the kernels
 DEVICE = ("alloc", "describe", "download", "memory", "synchronize", "timer", "upload", "zero")
 SIGNATURES = {
@@ -51,10 +53,17 @@ def either(request):
     return importlib.import_module(f"llmc.{request.param}")
 
 
+def parameters_of(function):
+    """ "out, inp, bias=None": a function's parameters without their types."""
+    signature = inspect.signature(function)
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+    return str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))[1:-1]
+
+
 def test_signatures(either):
     for name, parameters in SIGNATURES.items():
         function = getattr(either, name)
-        assert str(inspect.signature(function)) == f"({parameters})", f"{either.__name__}.{name}"
+        assert parameters_of(function) == parameters, f"{either.__name__}.{name}"
         file = either.__name__ + "." + (re.sub("_scratch_size$", "", name) if "scratch" in name else ref.file_of(name))
         assert getattr(importlib.import_module(file), name) is function, f"{name} is not the one of {file}"
 
@@ -79,8 +88,25 @@ def test_every_op_has_its_kernels():
     assert names_in("kernels", "*.cu") - {f"{op}_sm90" for op in ref.OPS} == set(ref.OPS)
 
 
+def test_every_rung_is_a_whole_op():
+    """A rung has the parameters of the public function, a number of its own, and says what it is. Every public function
+    of llmc.cuda has rungs, production is among them, and every file of the ladder belongs to an op."""
+    cuda = importlib.import_module("llmc.cuda")
+    numbers = [(rung.op, rung.number) for rung in ladder.RUNGS]
+    assert len(set(numbers)) == len(numbers), "two rungs of an op have one number"
+    assert {rung.op for rung in ladder.RUNGS} == {name for names in ref.OPS.values() for name in names}
+    for rung in ladder.RUNGS:
+        assert parameters_of(rung.call) == SIGNATURES[rung.op], rung
+        assert set(rung.dtypes) <= set(ref.DTYPES), rung
+        assert hasattr(cuda, rung.op)
+    for op in {rung.op for rung in ladder.RUNGS}:
+        assert any(rung.production for rung in ladder.of(op)), op
+    for name in names_in("kernels/ladder", "*.cu"):
+        assert re.fullmatch(rf"({'|'.join(ref.OPS)})(_sm90)?_\d\d_[a-z_]+", name), name
+
+
 def test_docstrings_state_shapes_and_source(either):
-    """Shapes such as (B, T, C) or (N,) and the source in llm.c; "gelu_forward1 with ..." stands for that rung's."""
+    """Shapes such as (B, T, C) or (N,) and the source in llm.c."""
     for file, names in ref.OPS.items():
         module = importlib.import_module(f"{either.__name__}.{file}")
         for name in names:
@@ -97,7 +123,7 @@ def test_devices_have_the_same_functions(either):
     for name in DEVICE:
         function = getattr(either.device, name)
         other = getattr(importlib.import_module("llmc.cpu.device"), name)
-        assert str(inspect.signature(function)) == str(inspect.signature(other)), f"{either.__name__}.device.{name}"
+        assert parameters_of(function) == parameters_of(other), f"{either.__name__}.device.{name}"
 
 
 def test_cpu_results_do_not_depend_on_the_number_of_threads(monkeypatch):
