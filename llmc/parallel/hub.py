@@ -1,19 +1,33 @@
-"""The hub: how the processes of a run find each other, compare notes, and learn which of them died.
+"""The hub: a small process beside rank 0 that tells the ranks of a run which of them died, and what each has to say.
 
-A small process beside rank 0 to which every rank has a TCP connection. It carries what is not an array: flags to
-compare, barriers, errors, and a sign of life every two seconds. It is a process of its own because a launcher may kill
-all ranks within a millisecond of the first death: the hub is left to say which one it was.
+Every rank has a TCP connection to it. It carries what is not an array: flags to compare, barriers, errors, and a sign
+of life every two seconds. It is a process of its own because a launcher may kill all ranks within a millisecond of the
+first death: the hub is left to say which one it was. The ranks' side of it is ranks.py.
+
+A message is a line with one JSON object. Each side first shows that it knows the run's token, without sending it:
+    rank: {"rank": r, "size": P, "nonce": n, "proof": HMAC(token, "rank" r P n)}
+    hub:  {"welcome": r, "proof": HMAC(token, "hub" n)}
+From a rank then: value, error, beat, bye. To the ranks: values, once every rank has sent its own; stop, an exit code;
+beat. A hello with rank null asks whether the hub lives, and gets its welcome.
+
+What strangers may do: connect. The hub answers nothing to who does not know the token, reads 1 KiB of it, waits 5 s for
+it, and keeps 64 such connections, of which it closes the oldest where files are scarce. Once all ranks are there it
+stops listening.
 """
 
 import contextlib
+import errno
+import hashlib
+import hmac
 import json
 import os
-import queue
 import selectors
+import signal
 import socket
+import subprocess
 import sys
-import threading
 import time
+from typing import Any, NoReturn, cast
 
 from llmc.errors import UserError
 
@@ -21,301 +35,271 @@ BEAT = 2.0  # seconds between signs of life
 SILENCE = 20.0  # seconds without one after which a rank counts as dead
 CONNECT = 120.0  # seconds for all ranks to find the hub
 REPORT = 5.0  # seconds for the other ranks to report an error too
-LEAVE = 5.0  # seconds for mpirun to end the ranks
+HELLO = 5.0  # seconds for a connection to say who it is
+LONGEST_HELLO = 1 << 10  # bytes of that
+LONGEST = 1 << 20  # bytes of a rank's message
+STRANGERS = 64  # connections that have not said who they are
 AGAIN = "-y 1 continues from the last checkpoint in -o, with any number of processes"
 
+# ----------------------------------------------------------------------------------------------------------------------
+# messages
 
-def hub(fd, size, token, connect=CONNECT, silence=SILENCE):
-    """Serve the `size` ranks on the listening socket fd until all have said bye or one has failed.
 
-    A message is a JSON object in a line. From a rank: its rank, size and token; value, error, beat, bye. To the ranks:
-    welcome; values, once every rank has sent its own; stop, an exit code; beat. What has another token is dropped. A
-    token alone is answered too: is_alive asks.
-    stdin is a pipe that nothing is written to: its end tells that rank 0 is gone before it could connect.
+def pack(message: dict[str, Any]) -> bytes:
+    """The line that carries a message."""
+    return json.dumps(message).encode() + b"\n"
+
+
+def unpack(line: bytes) -> dict[str, Any]:
+    """The message in a line. Errors: ValueError for anything but a JSON object, however it is nested."""
+    try:
+        message = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(message, dict):
+        raise ValueError("not an object")
+    return message
+
+
+def proof(token: str, *about: Any) -> str:
+    """What only who knows the token can say about this."""
+    return hmac.new(token.encode(), json.dumps(about).encode(), hashlib.sha256).hexdigest()
+
+
+def proves(message: dict[str, Any], token: str, *about: Any) -> bool:
+    """Whether the message's proof is that of who knows the token."""
+    theirs = message.get("proof")
+    return isinstance(theirs, str) and hmac.compare_digest(theirs.encode(), proof(token, *about).encode())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the process
+
+
+class Connection:
+    """A socket, the rank at its other end (None before its hello), what it has said of a line, and when."""
+
+    def __init__(self, sock: socket.socket):
+        self.sock, self.unread, self.heard = sock, b"", time.monotonic()
+        self.rank: int | None = None
+
+
+class Hub:
+    """Serves the `size` ranks that connect to the listeners, until all have said bye or one has failed.
+
+    connect, silence: seconds, as CONNECT and SILENCE.
     """
-    listener = socket.socket(fileno=fd)
-    ranks, unread, heard, values, errors, left = {}, {}, {}, {}, {}, set()  # ranks: of each socket, None before hello
-    start = beat = time.monotonic()
 
-    def send(message, sockets=None):
-        for sock in sockets or [s for s, r in ranks.items() if r is not None and r not in left]:
+    def __init__(self, listeners: list[socket.socket], size: int, token: str, connect: float, silence: float):
+        self.listeners, self.size, self.token, self.connect, self.silence = listeners, size, token, connect, silence
+        self.strangers: list[Connection] = []  # the oldest first
+        self.ranks: dict[int, Connection] = {}
+        self.left: set[int] = set()  # ranks that have said bye
+        self.values: dict[int, Any] = {}  # of the exchange that is under way
+        self.errors: dict[int, tuple[float, str, int]] = {}  # rank: when, text, exit code
+        self.start = self.beat = time.monotonic()
+        self.ready = selectors.DefaultSelector()  # epoll: of several deaths since the last look, the first comes first
+        for listener in listeners:
+            listener.setblocking(False)
+            self.ready.register(listener, selectors.EVENT_READ, "listener")
+
+    def serve(self) -> None:
+        """The loop. stdin is a pipe: its end tells that rank 0 is gone before it could connect."""
+        self.ready.register(sys.stdin, selectors.EVENT_READ, "stdin")
+        while len(self.left) < self.size:
+            for key, _ in self.ready.select(0.2):
+                if key.data == "listener":
+                    self.accept(cast(socket.socket, key.fileobj))
+                elif key.data == "stdin":
+                    self.ready.unregister(sys.stdin)
+                    if 0 not in self.ranks and 0 not in self.left:
+                        return
+                elif key.data.sock.fileno() >= 0:  # not closed meanwhile
+                    self.read(key.data)
+            self.look(time.monotonic())
+
+    def accept(self, listener: socket.socket) -> None:
+        """Take a connection in. Where no file is left for it, a stranger's is closed, and it is taken next time."""
+        try:
+            sock = listener.accept()[0]
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self.drop(self.strangers[0]) if self.strangers else time.sleep(0.05)
+            return
+        sock.settimeout(self.silence)
+        connection = Connection(sock)
+        self.strangers.append(connection)
+        self.ready.register(sock, selectors.EVENT_READ, connection)
+        if len(self.strangers) > STRANGERS:
+            self.drop(self.strangers[0])
+
+    def drop(self, connection: Connection) -> None:
+        """Close a connection; if a rank's, that rank has died, and the run ends."""
+        self.ready.unregister(connection.sock)
+        connection.sock.close()
+        rank = connection.rank
+        if rank is None:
+            self.strangers.remove(connection)
+            return
+        del self.ranks[rank]
+        if rank not in self.left and rank not in self.errors:
+            self.stop([f"rank {rank} died, the other ranks stop. HINT: {AGAIN}"], 1)
+
+    def read(self, connection: Connection) -> None:
+        """Take what a connection has sent, line by line; one that says what it must not is dropped."""
+        try:
+            data = connection.sock.recv(1 << 16)
+            connection.unread += data
+            connection.heard = connection.heard if connection.rank is None else time.monotonic()
+            while True:
+                limit = LONGEST_HELLO if connection.rank is None else LONGEST
+                end = connection.unread.find(b"\n", 0, limit)
+                if end < 0 and len(connection.unread) >= limit:
+                    raise ValueError("too long")
+                if end < 0:
+                    break
+                line, connection.unread = connection.unread[:end], connection.unread[end + 1 :]
+                if connection.rank is None:
+                    self.hello(connection, unpack(line))
+                else:
+                    self.take(connection.rank, unpack(line))
+            if not data:
+                raise OSError("closed")
+        except (OSError, ValueError, KeyError, TypeError):
+            self.drop(connection)
+
+    def hello(self, connection: Connection, message: dict[str, Any]) -> None:
+        """Who is there? Errors: KeyError, ValueError for who is not of this run."""
+        rank, size, nonce = message["rank"], message["size"], message["nonce"]
+        if not proves(message, self.token, "rank", rank, size, nonce):
+            raise ValueError("not of this run")
+        answer = {"proof": proof(self.token, "hub", nonce)}
+        if rank is None:
+            self.send({"welcome": None, **answer}, [connection])
+            raise ValueError("no rank")
+        if type(rank) is not int or type(size) is not int:
+            raise ValueError("no rank")
+        wrong = None
+        if rank in self.ranks or rank in self.left:
+            wrong = f"two processes say that they are rank {rank}. HINT: give each its own -pr"
+        if size != self.size or not 0 <= rank < size:
+            wrong = f"rank {rank} was started as one of {size} processes, rank 0 as one of {self.size}"
+        if wrong:
+            self.send({"stop": 2, **answer}, [connection])
+            self.stop([wrong], 2)
+        self.strangers.remove(connection)
+        connection.rank, connection.heard = rank, time.monotonic()
+        self.ranks[rank] = connection
+        self.send({"welcome": rank, **answer}, [connection])
+        if len(self.ranks) == self.size:
+            self.close_doors()
+
+    def close_doors(self) -> None:
+        """All ranks are there: nobody else is waited for."""
+        for listener in self.listeners:
+            self.ready.unregister(listener)
+            listener.close()
+        for stranger in list(self.strangers):
+            self.drop(stranger)
+
+    def take(self, rank: int, message: dict[str, Any]) -> None:
+        """A message of a rank."""
+        if "value" in message:
+            self.values[rank] = message["value"]
+            if len(self.values) == self.size:
+                values, self.values = [self.values[r] for r in range(self.size)], {}
+                self.send({"values": values})
+        elif "error" in message:
+            self.errors.setdefault(rank, (time.monotonic(), str(message["error"]), int(message["code"])))
+        elif "bye" in message:
+            self.left.add(rank)
+
+    def look(self, now: float) -> None:
+        """What time brings: errors that all had time to report, ranks that are missing or silent, a sign of life."""
+        quiet = self.size - len(self.errors.keys() | self.values.keys())  # ranks that may be about to report one too
+        if self.errors and (not quiet or now - min(self.errors.values())[0] > REPORT):
+            texts: dict[str, str] = {}  # what all say is said once
+            for rank in sorted(self.errors):
+                texts.setdefault(self.errors[rank][1], f"rank {rank}: " * (rank > 0))
+            self.stop([prefix + text for text, prefix in texts.items()][:8], self.errors[min(self.errors)][2])
+        missing = sorted(set(range(self.size)) - self.ranks.keys() - self.left - self.errors.keys())
+        if missing and now - self.start > self.connect:
+            who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:8]))}"
+            text = f"{who} of {self.size} did not connect within {self.connect:.0f} s"
+            self.stop([f"{text}. HINT: start {self.size} processes, see -pn"], 2)
+        for rank, connection in self.ranks.items():
+            if rank not in self.left and now - connection.heard > self.silence:
+                text = f"rank {rank} has not been heard of for {self.silence:.0f} s, the other ranks stop"
+                self.stop([f"{text}. HINT: {AGAIN}"], 1)
+        for stranger in list(self.strangers):
+            if now - stranger.heard > min(HELLO, self.silence):
+                self.drop(stranger)
+        if now - self.beat > BEAT:
+            self.beat = now
+            self.send({"beat": 1})
+
+    def send(self, message: dict[str, Any], connections: list[Connection] | None = None) -> None:
+        """A message to these connections, else to all ranks that have not left."""
+        for connection in connections or [c for r, c in self.ranks.items() if r not in self.left]:
             with contextlib.suppress(OSError):
-                sock.sendall(json.dumps(message).encode() + b"\n")
+                connection.sock.sendall(pack(message))
 
-    def stop(texts, code):
-        for text in [texts] if isinstance(texts, str) else texts[:8]:
+    def stop(self, texts: list[str], code: int) -> NoReturn:
+        """End the run: each text is a line on stderr, every rank leaves with this exit code."""
+        for text in texts:
             with contextlib.suppress(OSError):
                 print(f"llmc.train: error: {text}", file=sys.stderr, flush=True)
-        send({"stop": code})
+        self.send({"stop": code})
         sys.exit(0)
 
-    def receive(sock, message):
-        rank = ranks[sock]
-        if rank is None:
-            if not isinstance(message, dict) or message.get("token") != token:
-                raise OSError("not of this run")
-            if "rank" not in message:
-                send({"welcome": None}, [sock])
-            rank, theirs = message["rank"], message["size"]
-            if rank in ranks.values():
-                stop(f"two processes say that they are rank {rank}. HINT: give each its own -pr", 2)
-            if theirs != size or not 0 <= rank < size:
-                stop(f"rank {rank} was started as one of {theirs} processes, rank 0 as one of {size}", 2)
-            ranks[sock] = rank
-            send({"welcome": rank}, [sock])
-        elif "value" in message:
-            values[rank] = message["value"]
-            if len(values) == size:
-                everything = [values[r] for r in range(size)]
-                values.clear()
-                send({"values": everything})
-        elif "error" in message:
-            errors.setdefault(rank, (time.monotonic(), message["error"], message["code"]))
-        elif "bye" in message:
-            left.add(rank)
 
-    ready = selectors.DefaultSelector()  # epoll: of several that have died since the last look, the first comes first
-    ready.register(listener, selectors.EVENT_READ)
-    ready.register(sys.stdin, selectors.EVENT_READ)
-    while len(left) < size:
-        for sock in [key.fileobj for key, _ in ready.select(0.2)]:
-            if sock is sys.stdin:
-                ready.unregister(sock)
-                if 0 not in ranks.values():
-                    return
-                continue
-            if sock is listener:
-                sock = listener.accept()[0]
-                sock.settimeout(silence)
-                ready.register(sock, selectors.EVENT_READ)
-                ranks[sock], unread[sock], heard[sock] = None, b"", time.monotonic()
-                continue
-            try:
-                data = sock.recv(1 << 16)
-                *lines, unread[sock] = (unread[sock] + data).split(b"\n")
-                heard[sock] = time.monotonic()
-                for line in lines:
-                    receive(sock, json.loads(line))
-                if not data:
-                    raise OSError("closed")
-            except (OSError, ValueError, KeyError):
-                rank = ranks.pop(sock)
-                ready.unregister(sock)
-                sock.close()
-                if rank is not None and rank not in left and rank not in errors:
-                    stop(f"rank {rank} died, the other ranks stop. HINT: {AGAIN}", 1)
-        now = time.monotonic()
-        busy = size - len(errors.keys() | values.keys())  # ranks that may be about to report an error too
-        if errors and (not busy or now - min(errors.values())[0] > REPORT):
-            texts = {}  # what all say is said once
-            for rank in sorted(errors):
-                texts.setdefault(errors[rank][1], f"rank {rank}: " * (rank > 0))
-            stop([prefix + text for text, prefix in texts.items()], errors[min(errors)][2])
-        missing = sorted(set(range(size)) - set(ranks.values()) - left)
-        if missing and now - start > connect:
-            who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:8]))}"
-            stop(f"{who} of {size} did not connect within {connect:.0f} s. HINT: start {size} processes, see -pn", 2)
-        for sock, rank in ranks.items():
-            if rank is not None and rank not in left and now - heard[sock] > silence:
-                stop(f"rank {rank} has not been heard of for {silence:.0f} s, the other ranks stop. HINT: {AGAIN}", 1)
-        if now - beat > BEAT:
-            beat = now
-            send({"beat": 1})
+def main() -> None:
+    """The process. stdin has a line of JSON, {files of the listeners, size, token, connect, silence}, and stays open.
+
+    Signals are for the ranks, who decide together what comes of them; a launcher may send them to every process.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    with contextlib.suppress(ImportError, OSError, ValueError):  # a file for every rank, as far as the system lets it
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    options = json.loads(sys.stdin.buffer.readline())
+    listeners = [socket.socket(fileno=fd) for fd in options.pop("files")]
+    Hub(listeners, **options).serve()
 
 
-def start_hub(size, token, host="", port=0, connect=CONNECT, silence=SILENCE):
-    """Start the hub beside this process, rank 0; returns its port. It outlives this process only to name the dead."""
-    import subprocess
+def start_hub(
+    size: int, token: str, places: list[tuple[str, int]], connect: float = CONNECT, silence: float = SILENCE
+) -> tuple[list[tuple[str, int]], subprocess.Popen[bytes]]:
+    """Start the hub beside this process, rank 0, listening at places [(address, port or 0)].
 
+    Returns ([(address, port)], the process): it outlives this one only to name the dead, and holds the end of a pipe
+    whose other end must be kept. Errors: UserError where nothing can listen.
+    """
+    listeners = []
     try:
-        listener = socket.create_server((host, port), backlog=size)
+        for host, port in places:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listeners.append(socket.create_server((host, port), family=family, backlog=max(128, size)))
+        at = [(host, listener.getsockname()[1]) for (host, _), listener in zip(places, listeners, strict=True)]
+        here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+        code = "import sys; sys.path.insert(0, sys.argv[1]); from llmc.parallel.hub import main; main()"
+        files = [listener.fileno() for listener in listeners]
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", code, here],
+            pass_fds=files, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
     except OSError as error:
-        raise UserError(f"port {port} of this machine: {error.strerror}. HINT: is another run using it?") from error
-    here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from llmc.parallel.hub import hub; "
-    code += "hub(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], float(sys.argv[5]), float(sys.argv[6]))"
-    argv = [here, listener.fileno(), size, token, connect, silence]
-    start_hub.process = subprocess.Popen(  # kept: it holds our end of the pipe
-        [sys.executable, "-I", "-S", "-c", code, *map(str, argv)],
-        pass_fds=[listener.fileno()], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    port = listener.getsockname()[1]
-    listener.close()
-    return port
-
-
-class Ranks:
-    """This process among the others, over its connection to the hub. rank, size, local_rank.
-
-    A thread answers the hub meanwhile: when another rank fails, it ends this process, whatever it is waiting for.
-    """
-
-    def __init__(self, who, place, connect=CONNECT, silence=SILENCE):
-        self.rank, self.size, self.local_rank, *_ = who
-        self.communicator = None  # an Mpi or Nccl, which launch.py makes
-        self.replies, self.lock, self.closed = queue.SimpleQueue(), threading.Lock(), threading.Event()
-        self.sock, self.lines = find_hub(who.rank, who.size, place, connect, silence)
-        self.sock.settimeout(silence)
-        for work in (self._listen, self._beat):
-            threading.Thread(target=work, daemon=True, name="llmc.ranks").start()
-        self.barrier()
-        if place.method == "fs" and who.rank == 0:
-            os.remove(place.path)
-
-    def _send(self, message):
-        with self.lock:
-            self.sock.sendall(json.dumps(message).encode() + b"\n")
-
-    def _beat(self):
-        while not self.closed.wait(BEAT):
-            with contextlib.suppress(OSError):  # _listen will see it
-                self._send({"beat": 1})
-
-    def _listen(self):
-        with contextlib.suppress(OSError, ValueError):
-            for message in map(json.loads, self.lines):
-                if "values" in message:
-                    self.replies.put(message["values"])
-                elif "stop" in message:
-                    leave(message["stop"])
-        if not self.closed.is_set():
-            text = f"rank {self.rank} lost its connection to the machine of rank 0"
-            print(f"llmc.train: error: {text}. HINT: {AGAIN}", file=sys.stderr, flush=True)
-            leave(1)
-
-    def exchange(self, value):
-        """[the value of every rank], which JSON must be able to hold. All ranks call it; it waits for them."""
-        self._send({"value": value})
-        return self.replies.get()
-
-    def barrier(self):
-        """Returns when every rank has called it."""
-        self.exchange(None)
-
-    def fail(self, text, code):
-        """End this process and the others; the hub prints the text, once if it is the same on all ranks."""
-        with contextlib.suppress(OSError):
-            self._send({"error": text, "code": code})
-            time.sleep(2 * REPORT)  # the hub's answer ends this process
-        leave(code)
-
-    def close(self):
-        """The end of a run that went well, on all ranks."""
-        self.barrier()
-        if self.communicator:
-            self.communicator.close()
-        self.closed.set()
-        with contextlib.suppress(OSError):
-            self._send({"bye": 1})
-
-
-def leave(code):
-    """End this process now: its main thread may be waiting in MPI or NCCL for a rank that is no more.
-
-    Where mpirun waits for the ranks, rank 0 has it end them all with this code. Were they to leave by themselves, it
-    would kill those that come second, and that would be the exit code of the run. srun waits for all of them.
-    """
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-    MPI = getattr(sys.modules.get("mpi4py"), "MPI", None)
-    if MPI and MPI.Is_initialized() and not MPI.Is_finalized():
-        threading.Timer(LEAVE, os._exit, [code]).start()
-        if "PMI_JOBID" in os.environ:  # srun --mpi=pmi2
-            os._exit(code)
-        if MPI.COMM_WORLD.rank == 0:
-            time.sleep(0.2)  # mpirun may end before it has passed on what was printed
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the hub has said why, MPI need not say that
-            MPI.COMM_WORLD.Abort(code)
-        time.sleep(LEAVE)
-    os._exit(code)
-
-
-def find_hub(rank, size, place, connect=CONNECT, silence=SILENCE):
-    """(socket to the hub, the lines it sends). On rank 0 the hub is started first. place: where they meet.
-
-    A file that an earlier run left leads to a closed port, or to a hub that wants another token: it is read again
-    until rank 0 has replaced it.
-    """
-    import secrets
-
-    token, hosts, port = "", [], 0
-    if place.method == "tcp":
-        hosts, port = [place.host], place.port
-    if place.method == "mpi":
-        from llmc.parallel.communicators import import_mpi
-
-        comm = import_mpi(size).COMM_WORLD
-    if rank == 0:
-        token = "" if place.method == "tcp" else secrets.token_hex(8)
-        hosts, port = addresses(), start_hub(size, token, port=port, connect=connect, silence=silence)
-    if place.method == "mpi":
-        token, hosts, port = comm.bcast((token, hosts, port))
-    elif place.method == "fs" and rank == 0:
-        write_place(place.path, token, hosts, port)
-    deadline = time.monotonic() + connect
-    while True:
-        if place.method == "fs" and rank:
-            token, hosts, port = read_place(place.path)
-        for host in hosts:
-            with contextlib.suppress(OSError, ValueError):
-                sock = socket.create_connection((host, port), timeout=10)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.sendall(json.dumps(dict(rank=rank, size=size, token=token)).encode() + b"\n")
-                lines = sock.makefile("rb")
-                answer = json.loads(lines.readline())  # nothing, if this is the hub of another run
-                if "stop" in answer:
-                    leave(answer["stop"])
-                return sock, lines
-        if time.monotonic() > deadline:
-            at = place.path if place.method == "fs" else f"{hosts[0]} port {port}"
-            raise UserError(f"rank {rank} did not find rank 0 within {connect:.0f} s: {at}. HINT: is rank 0 running?")
-        time.sleep(0.2)
-
-
-def write_place(path, token, hosts, port):
-    """Tell the others where the hub is, in a file that all machines see. One that an earlier run left is replaced.
-
-    Errors: UserError if the file is something else, or of a run that goes on: two would take each other's ranks.
-    """
-    while True:
-        with contextlib.suppress(FileExistsError), open(path, "x") as file:  # of two runs one succeeds
-            file.write(json.dumps({"llmc": [token, hosts, port]}))
-            return
-        theirs = read_place(path)
-        if is_alive(*theirs):
-            raise UserError(f"{path} is of another run that starts now. HINT: give each run its own folder -pf.")
-        if theirs[0] == "" and os.path.exists(path):
-            raise UserError(f"{path} is not a file of a run. HINT: -pf needs a folder for this alone.")
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(path)
-
-
-def is_alive(token, hosts, port):
-    """Whether a hub that knows this token listens there."""
-    for host in hosts:
-        with contextlib.suppress(OSError, ValueError), socket.create_connection((host, port), timeout=5) as sock:
-            sock.sendall(json.dumps(dict(token=token)).encode() + b"\n")
-            if "welcome" in json.loads(sock.makefile("rb").readline()):
-                return True
-    return False
-
-
-def read_place(path):
-    """What write_place wrote, or nothing: ("", [], 0)."""
-    try:
-        with open(path, "rb") as file:
-            token, hosts, port = json.load(file)["llmc"]
-        return str(token), list(hosts), int(port)
-    except (OSError, ValueError, KeyError, TypeError):
-        return "", [], 0
-
-
-def addresses():
-    """Names and addresses under which other machines may reach this one; this machine's own first."""
-    found = ["127.0.0.1"]
-    with contextlib.suppress(OSError):
-        probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        probe.connect(("192.0.2.1", 9))  # sends nothing: it only looks up the way out
-        found.append(probe.getsockname()[0])
-        probe.close()
-    return [*found, socket.gethostname()]
+        text = f"the ranks cannot meet at {host or 'any address'} port {port}: {error.strerror}"
+        raise UserError(f"{text}. HINT: is another run using it?") from error
+    finally:
+        for listener in listeners:
+            listener.close()
+    options = dict(files=files, size=size, token=token, connect=connect, silence=silence)
+    assert process.stdin
+    process.stdin.write(pack(options))  # not in the command line, which everybody on the machine can read
+    process.stdin.flush()
+    return at, process

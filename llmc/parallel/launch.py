@@ -21,7 +21,7 @@ from llmc.parallel.world import MPI_VARIABLES, Place, World
 
 if TYPE_CHECKING:
     from llmc.parallel.communicators import Communicator
-    from llmc.parallel.hub import Ranks
+    from llmc.parallel.ranks import Ranks
 
 T = TypeVar("T")
 
@@ -68,7 +68,7 @@ def launched(who: World, place: Place | None, device: str = "auto") -> "Iterator
         yield None
         return
     from llmc.parallel.communicators import import_mpi
-    from llmc.parallel.hub import Ranks
+    from llmc.parallel.ranks import Ranks
 
     if device == "cpu":
         import_mpi(who.size)  # if it is missing, the others need not be waited for
