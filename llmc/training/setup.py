@@ -28,7 +28,7 @@ class Machine(NamedTuple):
 
     ops: Any  # the op set, its device ready
     line: str  # which device it is, and why
-    ranks: Any  # the hub.Ranks that this process is one of, None for a process on its own
+    ranks: Any  # the ranks.Ranks that this process is one of, None for a process on its own
     sums: Any  # their communicator, Mpi or Nccl, or None
 
     @property
