@@ -272,7 +272,8 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     write_shard(str(folder / "val.bin"), np.full(2000, 97, np.uint16), 257)
     write_eval_set(str(folder / "gpt2.bin"), [(0, [1, 2], [[3], [4], [50000], [5]])])
-    paths = {"-i": folder / "val.bin", "-j": folder / "val.bin", "-o": folder / "out"}
+    write_shard(str(folder / "train.bin"), np.full(2000, 97, np.uint16), 257)
+    paths = {"-i": folder / "train.bin", "-j": folder / "val.bin", "-o": folder / "out"}
     flags = [*TRAIN[4:-2], "-x", "1", "-n", "1"]
     assert train.main([*map(str, itertools.chain(*paths.items())), *[f for f in flags if f not in ("-o", "out")]]) == 0
     return folder

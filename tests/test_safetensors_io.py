@@ -155,8 +155,9 @@ def test_tied_head_is_accepted_and_another_one_is_not(folder, tmp_path):
 
 def test_train_generate_and_evaluate_take_it(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_shard("val.bin", tokens(3, 2 * B * T + 1).astype(np.uint16))
-    where = ("-i", "val.bin", "-j", "val.bin", "--device", "cpu", "-b", str(B), "-t", str(T))
+    for name in ("train.bin", "val.bin"):
+        write_shard(name, tokens(3, 2 * B * T + 1).astype(np.uint16))
+    where = ("-i", "train.bin", "-j", "val.bin", "--device", "cpu", "-b", str(B), "-t", str(T))
     model = f"hf:{folder}"
     assert train.main(["-e", model, *where, "-x", "1", "-o", "run", "-n", "1", "-v", "1", "-s", "0", "-l", "0"]) == 0
     out = capsys.readouterr().out
@@ -281,13 +282,14 @@ REFUSALS = (
 def test_download_with_the_library(folder, hub, tmp_path):
     """huggingface_hub itself, in processes of their own as it reads its settings when it is imported."""
     pytest.importorskip("huggingface_hub")
-    write_shard(tmp_path / "val.bin", tokens(3, 2 * B * T + 1).astype(np.uint16))
+    for name in ("train.bin", "val.bin"):
+        write_shard(tmp_path / name, tokens(3, 2 * B * T + 1).astype(np.uint16))
     settings = {
         "NO_PROXY": "127.0.0.1",
         "HF_HOME": str(tmp_path / "home"),
         "PYTHONPATH": str(Path(loading.__file__).parents[1]),
     }
-    flags = "-i val.bin -j val.bin --device cpu --threads 1 -x 1 -o out -n 1 -v 0 -s 0 -l 0".split()
+    flags = "-i train.bin -j val.bin --device cpu --threads 1 -x 1 -o out -n 1 -v 0 -s 0 -l 0".split()
     flags += ["-b", str(B), "-t", str(T)]
 
     def run(name, endpoint):

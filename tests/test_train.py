@@ -547,7 +547,7 @@ def test_llama3_shards_train_where_the_vocabulary_fits(capsys):
     assert vocabulary_of("llama.bin") == 128256
     trained_model()
     capsys.readouterr()
-    assert run("-e", "model.bin", "-i", "llama.bin", "-j", "llama.bin") == 2
+    assert run("-e", "model.bin", "-i", "llama.bin") == 2
     assert_one_line(capsys.readouterr().err, "llama.bin", "128000", "256", "HINT: ")
 
 
@@ -1124,15 +1124,19 @@ FILES = {
     ),
     "too-long-rows": (lambda: ["-e", model(), "-t", "33"], ["-t 33", "32"]),
     "too-long-rows-gpt2": (
-        lambda: ["-e", "d12", "-b", "1", "-t", "1025", "-i", long_shard(), "-j", "long.bin"],
+        lambda: ["-e", "d12", "-b", "1", "-t", "1025", "-i", long_shard()],
         ["-t 1025", "1024"],
     ),
     "total-batch": (lambda: ["-d", "100"], ["-d 100", "-b 2", "-t 32", "64"]),
     "short-shard": (lambda: ["-b", "10"], ["train_1.bin", "203", "-b 10", "-t 32", "321"]),
+    "trained-and-validated-on": (lambda: ["-j", "train_1.bin"], ["train_1.bin", "-i train_*.bin", "-j train_1.bin"]),
     "no-pair-in-val": (lambda: ["-j", one_token()], ["one.bin", "2 tokens"]),
     "short-for-a-step": (lambda: ["-x", "-1", "-d", "6400"], ["-d 6400", "801"]),
     "resumed-beyond": (lambda: ["-o", model() and "trained", "-y", "1", "-x", "1"], ["-x 1", "trained", "step 2"]),
-    "resume-other-shards": (lambda: ["-o", model() and "trained", "-y", "1", "-i", "val.bin"], ["val.bin", "3 shards"]),
+    "resume-other-shards": (
+        lambda: ["-o", model() and "trained", "-y", "1", "-i", "train_0.bin"],
+        ["train_0.bin", "3 shards"],
+    ),
     "resume-other-shuffling": (lambda: ["-o", model() and "trained", "-y", "1", "-a", "1"], ["-a", "shuffling"]),
     "resume-other-rows": (lambda: ["-o", model() and "trained", "-y", "1", "-t", "16"], ["-t 32", "16"]),
     "holds-a-run": (lambda: ["-o", model() and "trained"], ["-o trained", "step 2", "-y 1"]),

@@ -12,7 +12,7 @@ from llmc import devices, gpt2, loading
 from llmc.cuda import ladder
 from llmc.data.loader import DataLoader, EveryPair
 from llmc.data.prepare import prepare_default
-from llmc.data.shards import vocabulary_of
+from llmc.data.shards import check_apart, vocabulary_of
 from llmc.data.tokenizer import tokenizer_for
 from llmc.errors import UserError
 from llmc.files import checkpoints, model_file
@@ -199,6 +199,8 @@ def open_data(settings, train_data, val_data, config, T, rank):
     """
     B, P, overfit, V = settings.batch_size, settings.num_processes, settings.overfit_single_batch, config.vocab_size
     pattern, limit = val_data if overfit else train_data, settings.val_max_steps
+    if not overfit:
+        check_apart(train_data, val_data)
     train_loader = DataLoader(pattern, B, T, rank, P, should_shuffle=not overfit, vocab_size=V, streams=1, rows=B)
     all_pairs = EveryPair(val_data, B, T, rank, P, V)
     pairs = all_pairs if limit == -1 else EveryPair(val_data, B, T, rank, P, V, limit)
