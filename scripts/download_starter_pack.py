@@ -7,26 +7,23 @@
     dev/data/tinyshakespeare/*.bin         Tiny Shakespeare, tokenized
     dev/data/hellaswag/hellaswag_val.bin   HellaSwag's validation set: python -m llmc.train -h 1
 
-1.3 GB in seven files. What is there already is not downloaded again, and a download that was cut goes on where it
-stopped (FILE.part). A file gets its name when it has its size and its header is right.
+1.3 GB in seven files, by huggingface_hub. What is there already is not downloaded again, and a download that was cut
+goes on where it stopped. A file gets its name when it has its size and its header is right.
 
 Source: llm.c dev/download_starter_pack.sh; the files are Hugging Face's dataset karpathy/llmc-starter-pack.
 """
 
 import argparse
-import http.client
 import os
+import shutil
 import sys
-import time
-import urllib.error
-import urllib.request
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))  # a checkout, not installed
 
 from llmc.command import command  # noqa: E402
 from llmc.errors import UserError
 
-URL = "https://huggingface.co/datasets/karpathy/llmc-starter-pack/resolve/main"
+REPOSITORY = "karpathy/llmc-starter-pack"
 FILES = {  # path: (size in bytes, None where llm.c does not fix it; the first two words, which are magic and version)
     "gpt2_124M.bin": (497_904_640, (20240326, 3)),
     "gpt2_124M_bf16.bin": (248_952_832, (20240326, 5)),
@@ -36,8 +33,7 @@ FILES = {  # path: (size in bytes, None where llm.c does not fix it; the first t
     "dev/data/tinyshakespeare/tiny_shakespeare_val.bin": (66_560, (20240520, 1)),
     "dev/data/hellaswag/hellaswag_val.bin": (None, (20240522, 1)),
 }
-ATTEMPTS, PAUSE = 5, 1.0  # tries in a row that bring nothing, seconds between two
-BLOCK = 1 << 20
+PARTS = ".llmc-starter-pack"  # the folder in DIR where a download lies until it is whole and checked
 
 
 def problem_of(path, size, words):
@@ -51,87 +47,46 @@ def problem_of(path, size, words):
     return None if start == expected else f"it starts with {start.hex()}, expected {expected.hex()}"
 
 
-def fetch(url, part, size, progress):
-    """Append to the file `part` what is missing of `url`; its size as the server tells. Errors: OSError.
-
-    size: the expected one or None. progress(bytes there, bytes in all) is called after each block.
-    """
-    have = os.path.getsize(part) if os.path.exists(part) else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+def download(name, parts, target, size, words):
+    """`target` from the file of that name at the hub, by way of the folder `parts`. Errors: UserError."""
     try:
-        response = urllib.request.urlopen(request, timeout=60)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:
-            raise
-        total = int(error.headers.get("Content-Range", "*/-1").rpartition("/")[2])
-        if have == total:
-            return total
-        os.remove(part)  # it is longer than the file: of another version
-        raise OSError("the part that was there did not fit") from error
-    with response, open(part, "ab" if response.status == 206 else "wb") as file:
-        start = file.tell()  # 0 if the server sends all of it again
-        total = start + int(response.headers["Content-Length"])
-        if size is not None and total != size:
-            raise UserError(f"{url} has {total} bytes, expected {size}. HINT: it is another version of the file")
-        while block := response.read(BLOCK):
-            file.write(block)
-            progress(file.tell(), total)
-        file.flush()
-        os.fsync(file.fileno())
-        if file.tell() != total:
-            raise OSError(f"{file.tell()} of {total} bytes came")
-    return total
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        hint = "HINT: pip install huggingface_hub"
+        raise UserError(f"the starter pack is downloaded with huggingface_hub, which is not there. {hint}") from None
+    from llmc.files.huggingface import why_not
 
-
-def download(url, target, size, words, progress=lambda done, total: None):
-    """`target` from `url`: resumed, checked, then renamed. Errors: UserError."""
-    part, failures = target + ".part", 0
-    while True:
-        before = os.path.getsize(part) if os.path.exists(part) else 0
-        try:
-            os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
-            total = fetch(url, part, size, progress)
-            break
-        except (OSError, http.client.HTTPException) as error:
-            after = os.path.getsize(part) if os.path.exists(part) else 0
-            failures = 0 if after > before else failures + 1
-            final = isinstance(error, urllib.error.HTTPError) and error.code < 500
-            if final or failures == ATTEMPTS:
-                reason = " ".join(str(error).split())[:160]
-                kept = f"the same command goes on from byte {after}" if after else "is there a network?"
-                raise UserError(f"cannot download {url} to {target}: {reason}. HINT: {kept}") from error
-            time.sleep(PAUSE)
-    problem = problem_of(part, total, words)
+    try:
+        os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
+        path = hf_hub_download(REPOSITORY, name, repo_type="dataset", local_dir=parts)
+    except Exception as error:  # its errors have no common class, and its messages have many lines
+        reason, hint = why_not(error)
+        again = "the same command goes on where it stopped"
+        raise UserError(f"cannot download {name} to {target}: {reason}. HINT: {hint}; {again}") from error
+    problem = problem_of(path, size, words)
     if problem:
-        os.remove(part)
-        raise UserError(f"{url} is not what it was: {problem}. HINT: try again later; nothing was kept")
-    os.replace(part, target)
+        os.remove(path)
+        raise UserError(f"{REPOSITORY}: {name} is not what it was: {problem}. HINT: try again later; it was not kept")
+    os.replace(path, target)
 
 
 @command("download_starter_pack")
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="download_starter_pack", description=__doc__.partition("\n")[0])
     parser.add_argument("folder", nargs="?", default=".", metavar="DIR", help="where to (default: the current folder)")
-    parser.add_argument("--url", default=URL, help="where from")
-    args = parser.parse_args(argv)
-    from tqdm import tqdm
-
-    for name, (size, words) in FILES.items():
-        target = os.path.join(args.folder, *name.split("/"))
-        if os.path.exists(target):
-            problem = problem_of(target, size, words)
-            if problem:
-                raise UserError(f"{target} is not of the starter pack: {problem}. HINT: move it away")
-            print(f"have  {target}")
+    folder = parser.parse_args(argv).folder
+    parts = os.path.join(folder, PARTS)
+    for path, (size, words) in FILES.items():
+        target = os.path.join(folder, *path.split("/"))
+        if not os.path.exists(target):
+            download(os.path.basename(path), parts, target, size, words)
+            print(f"wrote {target}, {os.path.getsize(target)} bytes")
             continue
-        with tqdm(total=size, desc=os.path.basename(name), unit="B", unit_scale=True, leave=False, disable=None) as bar:
-
-            def progress(done, total, bar=bar):
-                bar.total = total
-                bar.update(done - bar.n)
-
-            download(f"{args.url}/{os.path.basename(name)}", target, size, words, progress)
-        print(f"wrote {target}, {os.path.getsize(target)} bytes")
+        problem = problem_of(target, size, words)
+        if problem:
+            raise UserError(f"{target} is not of the starter pack: {problem}. HINT: move it away")
+        print(f"have  {target}")
+    shutil.rmtree(parts, ignore_errors=True)  # what the hub notes there for itself
     return 0
 
 
