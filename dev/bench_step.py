@@ -32,13 +32,15 @@ import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
+import llmc.model
 from dev import bench, roofline
 from llmc import gpt2
 from llmc.cuda import ladder
 from llmc.errors import UserError
+from llmc.model import AdamW, Model, memory_plan
 
 # The rate is small so that large models, too, can do without warm-up: their losses are compared at every step.
-HYPER = dict(learning_rate=1e-5, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0)
+HYPER = AdamW(lr=1e-5, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0)
 
 
 class Ours:
@@ -46,7 +48,8 @@ class Ours:
 
     def __init__(self, b, recompute, graphs, ops=None, params=None):
         self.b, self.t = b, 0
-        self.model = gpt2.GPT2(b.config, ops or b.ops, b.B, b.T, recompute, dtype=b.dtype, graphs=graphs)
+        options = dict(recompute=recompute, dtype=b.dtype, graphs=graphs)
+        self.model = Model(gpt2, ops or b.ops, b.config, b.B, b.T, **options)
         if params is None:
             self.model.init_weights()
         else:
@@ -56,13 +59,14 @@ class Ours:
         self.t += 1
         self.model.forward(x)
         self.model.backward(x, y)
-        self.model.update(**HYPER, t=self.t)
+        self.model.update(HYPER, self.t)
         return self.model.mean_loss()
 
     def memory(self, x, y):
         """Bytes of the plan, which is all that is allocated on the device."""
-        specs = gpt2.memory_plan(self.b.config, self.b.ops, self.b.B, self.b.T, self.model.recompute, self.b.dtype)
-        return sum(nbytes for *_, nbytes in specs)
+        b = self.b
+        plan = memory_plan(gpt2, b.ops, b.config, b.B, b.T, recompute=self.model.recompute, dtype=b.dtype)
+        return sum(buffer.nbytes for buffer in plan)
 
 
 class Timed:
@@ -252,7 +256,7 @@ def main(argv=None):
     p.add_argument(
         "--variant", action="append", default=[], metavar="OP=N,...", help="ours with other rungs, beside it"
     )
-    p.add_argument("--head-rows", type=int, default=gpt2.HEAD_ROWS, metavar="N", help="ours: gpt2.HEAD_ROWS")
+    p.add_argument("--head-rows", type=int, default=llmc.model.HEAD_ROWS, metavar="N", help="ours: model.HEAD_ROWS")
     p.add_argument("--ops", action="store_true", help="time of each op of our step")
     p.add_argument("--start", action="store_true", help="time to the first and tenth step, cold and warm, instead")
     p.add_argument("--pace", type=int, default=0, metavar="N", help="time N steps of ours alone instead")
@@ -287,7 +291,7 @@ def run(args):
         rows = start_table(B, T, args.model, device)
         print(json.dumps(rows))
         return
-    gpt2.HEAD_ROWS = args.head_rows
+    llmc.model.HEAD_ROWS = args.head_rows
     b = bench.Bench(device, False, args.model, B, T, args.dtype)
     if device == "cuda":
         b.ops.device.stream().use()  # ours, where graphs can be captured; each step ends with a wait

@@ -18,6 +18,7 @@ its evaluation another loss than its training had, or its export other logits.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -39,6 +40,7 @@ from llmc import cpu, gpt2, loading
 from llmc.data.prepare import prepare_default
 from llmc.data.shards import write_shard
 from llmc.errors import UserError
+from llmc.model import Model, memory_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, ALLOWED = 10, {"bf16": 0.005, "fp16": 0.005, "fp32": 0.0005}  # relative difference of a loss
@@ -78,7 +80,7 @@ def losses_of(model, batches, host):
     for t, (x, y) in enumerate(batches):
         model.forward(x)
         model.backward(x, y)
-        model.update(**{**bench_step.HYPER, "learning_rate": 1e-4}, t=t + 1)
+        model.update(dataclasses.replace(bench_step.HYPER, lr=1e-4), t + 1)
         losses.append(model.mean_loss())
     return np.array(losses)
 
@@ -97,14 +99,14 @@ def parity(args, rows):
     cuda.device.start()
     config = gpt2.config_from_descriptor("d12")
     batches = draw(config, STEPS, 4, 64)
-    model = gpt2.GPT2(config, cpu, 4, 64)
+    model = Model(gpt2, cpu, config, 4, 64)
     model.init_weights()
     host = model.host_parameters().copy()
     reference, ok = losses_of(model, batches, host), True
     print(f"{'losses':<10}{'first':>12}{'last':>12}{'largest difference':>22}{'allowed':>12}")
     print(f"{'cpu fp32':<10}{reference[0]:>12.6f}{reference[-1]:>12.6f}")
     for name, allowed in ALLOWED.items():
-        model = gpt2.GPT2(config, cuda, 4, 64, dtype=bench.numpy_dtype(name), graphs=True)
+        model = Model(gpt2, cuda, config, 4, 64, dtype=bench.numpy_dtype(name), graphs=True)
         model.loss_scale = 1024.0 if name == "fp16" else 1.0
         losses = losses_of(model, batches, host)
         worst = float(np.max(np.abs(losses / reference - 1)))
@@ -124,7 +126,7 @@ def speed(args, rows):
     print(f"{'B':<6}{'ms p50':>10}{'p20':>10}{'p80':>10}{'tokens/s':>12}{'MFU %':>8}{'plan MiB':>12}{'used MiB':>12}")
     for B in (4, 32, 64):
         b = argparse.Namespace(device="cuda", dtype_name="bf16")
-        model = gpt2.GPT2(config, cuda, B, 1024, dtype=bench.numpy_dtype("bf16"), graphs=True)
+        model = Model(gpt2, cuda, config, B, 1024, dtype=bench.numpy_dtype("bf16"), graphs=True)
         if host is None:
             model.init_weights()
             host = cuda.device.download(model.params_flat)
@@ -135,13 +137,14 @@ def speed(args, rows):
             start = time.perf_counter()
             model.forward(x)
             model.backward(x, y)
-            model.update(**bench_step.HYPER, t=t + 1)
+            model.update(bench_step.HYPER, t + 1)
             model.mean_loss()
             ms.append((time.perf_counter() - start) * 1e3)
         q, peak = bench_step.quantiles(ms[4:]), bench_step.peak_flops(b)
         rate, flops = B * 1024 / q["ms_p50"] * 1e3, gpt2.flops_per_token(config, 1024)
         mfu = 100 * rate * flops / peak / 1e12 if peak else float("nan")
-        plan = sum(n for *_, n in gpt2.memory_plan(config, cuda, B, 1024, 1, bench.numpy_dtype("bf16"))) / 2**20
+        plan = memory_plan(gpt2, cuda, config, B, 1024, dtype=bench.numpy_dtype("bf16"))
+        plan = sum(buffer.nbytes for buffer in plan) / 2**20
         used = cupy.get_default_memory_pool().used_bytes() / 2**20
         times = f"{q['ms_p50']:>10.2f}{q['ms_p20']:>10.2f}{q['ms_p80']:>10.2f}"
         print(f"{B:<6}{times}{rate:>12.0f}{mfu:>8.1f}{plan:>12.0f}{used:>12.0f}", flush=True)

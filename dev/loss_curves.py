@@ -11,6 +11,7 @@ where else.
 
 import argparse
 import csv
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from llmc import cpu, devices, gpt2
 from llmc.data.loader import DataLoader
 from llmc.data.prepare import prepare_default
 from llmc.data.shards import read_shard_header
+from llmc.model import Model
 from llmc.training.schedulers import get_learning_rate
 
 
@@ -46,8 +48,8 @@ def main(argv=None):
     B, T = args.batch_size, args.sequence_length
     print(f"{line}\n{text}\n{args.model} B={B} T={T}, {args.steps} steps, learning rate {args.learning_rate:g}")
 
-    ours = gpt2.GPT2(config, ops, B, T, dtype=dtype, graphs=device == "cuda")
-    drawn = gpt2.GPT2(config, cpu, 1, 8, training=False)
+    ours = Model(gpt2, ops, config, B, T, dtype=dtype, graphs=device == "cuda")
+    drawn = Model(gpt2, cpu, config, 1, 8, training=False)
     drawn.init_weights()
     ours.load_parameters(drawn.params_flat)
     if ours.master is not None:
@@ -55,21 +57,18 @@ def main(argv=None):
     params = {s.name: getattr(drawn.params, s.name) for s in gpt2.parameter_specs(config)}
     theirs = Trainer(config, device, compiled=False, params=params)
     theirs.net.classes = config.vocab_size
-    hyper = {**bench_step.HYPER}
     loader = DataLoader(train, B, T, should_shuffle=True, vocab_size=config.vocab_size)
     x, y = np.empty((2, B, T), np.int32)
     rows, worst = [], 0.0
     print("  step       ours    PyTorch   difference")
     for step in range(args.steps):
-        hyper["learning_rate"] = get_learning_rate(
-            "cosine", step, args.learning_rate, args.warmup_iterations, args.steps, 0.1
-        )
+        lr = get_learning_rate("cosine", step, args.learning_rate, args.warmup_iterations, args.steps, 0.1)
         for group in theirs.optimizer.param_groups:
-            group["lr"] = hyper["learning_rate"]
+            group["lr"] = lr
         loader.next_batch(x, y)
         ours.forward(x)
         ours.backward(x, y)
-        ours.update(**hyper, t=step + 1)
+        ours.update(dataclasses.replace(bench_step.HYPER, lr=lr), step + 1)
         rows.append((step + 1, ours.mean_loss(), theirs.step(x, y)))
         if (step + 1) % 10 == 0 or step == 0:
             _, a, b = rows[-1]

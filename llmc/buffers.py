@@ -4,20 +4,25 @@ A table of TensorSpec is the single source for four things: the memory plan prin
 allocation itself, the views the model works on (``t.wte``, ``t.h[l].qkvw``), and, for parameters, init and decay.
 """
 
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-Array = Any  # an array of NumPy or of CuPy, whichever the op set uses; docstrings state shapes and dtypes
+Array: TypeAlias = Any  # an array of NumPy or of CuPy, whichever the op set uses; docstrings state shapes and dtypes
+Views: TypeAlias = SimpleNamespace  # what carve() makes: an array for each row of a table, by name
 
 
 class TensorSpec(NamedTuple):
     """One row of a buffer. Its array has shape (layers, *shape), or shape alone where layers is 0.
 
-    ``dtype`` is "X" (the model's precision), "f32", "i32", "u32" or "i64". ``layers`` is 0 for one of the whole model,
-    the number of layers for one of each layer, and 1 for one that all layers share (that is how recomputation saves
-    memory: one number in the table). ``init`` ("normal", "residual", "zeros", "ones") and ``decay`` are for parameters.
+    ``dtype`` is "X" (the model's precision), "f32", "i32", "u32" or "i64". ``layers`` is 0 for a tensor of the whole
+    model, the number of layers for one that each layer has, and 1 for one that all layers share (recomputation saves
+    memory in this way: one number in the table). ``init`` ("normal", "residual", "zeros", "ones") and ``decay`` are for
+    parameters, and so is ``accumulated``: the ops only ever add to such a gradient (+=), so that a step has to start
+    it from zero, while they write the others (=).
     """
 
     name: str
@@ -26,22 +31,24 @@ class TensorSpec(NamedTuple):
     layers: int = 0
     init: str = "zeros"
     decay: bool = False
+    accumulated: bool = False
 
     @property
-    def size(self):
+    def size(self) -> int:
+        """The number of elements, those of all layers together."""
         size = max(self.layers, 1)
         for s in self.shape:
             size *= s
         return size
 
 
-def dtypes(model_dtype):
+def dtypes(model_dtype: DTypeLike) -> dict[str, np.dtype]:
     """The NumPy dtype of each dtype letter of a table; model_dtype is the one "X" stands for."""
     letters = {"X": model_dtype, "f32": np.float32, "i32": np.int32, "u32": np.uint32, "i64": np.int64}
     return {letter: np.dtype(kind) for letter, kind in letters.items()}
 
 
-def offsets(specs, model_dtype, align=1):
+def offsets(specs: Sequence[TensorSpec], model_dtype: DTypeLike, align: int = 1) -> tuple[list[int], int]:
     """Byte offset of each row, and the total number of bytes; rows start at multiples of align."""
     starts, at, kinds = [], 0, dtypes(model_dtype)
     for spec in specs:
@@ -51,7 +58,9 @@ def offsets(specs, model_dtype, align=1):
     return starts, -(-at // align) * align
 
 
-def carve(flat, specs, num_layers, model_dtype, align=1):
+def carve(
+    flat: Array, specs: Sequence[TensorSpec], num_layers: int, model_dtype: DTypeLike, align: int = 1
+) -> Views:  # fmt: skip
     """Views into flat (uint8): a namespace with .<name> for each row, and .h[l].<name> for those that have layers.
 
     The rows may describe less than the buffer was allocated for: a smaller batch lives in the same memory.
@@ -71,7 +80,7 @@ def carve(flat, specs, num_layers, model_dtype, align=1):
     return views
 
 
-def plan(title, specs, model_dtype, align=1):
+def plan(title: str, specs: Sequence[TensorSpec], model_dtype: DTypeLike, align: int = 1) -> list[str]:
     """Lines of the memory plan for one buffer: each row's shape, dtype and bytes, then the total."""
     kinds = dtypes(model_dtype)
     lines = []

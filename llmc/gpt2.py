@@ -1,30 +1,30 @@
 """GPT-2: its sizes, its tensors, and every forward and backward call by hand. Read this file first.
 
-There is no autograd and there are no modules. ``forward`` and ``backward`` are flat lists of op calls over named views
-into flat buffers, in the order llm.c has them (train_gpt2.cu), with its tensor names:
+There is no autograd and there are no modules. ``forward_pass`` and ``backward_pass`` are flat lists of op calls over
+named views into flat buffers, in the order llm.c has them (train_gpt2.cu), with its tensor names:
 
     w   weights of one layer       params.h[l].qkvw ...     (checkpoint order, so that a checkpoint is one copy)
     g   their gradients            grads.h[l].qkvw ...
     a   activations of one layer   acts.h[l].atty ...
 
 ``ops`` is one of two plain modules with the same functions: llmc.cuda (kernels) or llmc.cpu (NumPy and BLAS).
+``model`` is a llmc.model.Model: it owns the buffers that the tables here describe, and calls the passes.
 
-Shapes: B batch, T positions, C channels, NH heads, L layers, V vocabulary, Vp vocabulary padded to a multiple of 128.
+Shapes: B batch, T positions, C channels, NH heads, L layers, V vocabulary, Vp vocabulary padded to a multiple of 128,
+maxT the most positions. A batch may be smaller than the buffers: b x t.
 """
 
-import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
-from llmc.errors import UserError
-from llmc.parallel import zero
-
 from . import rand
-from .buffers import TensorSpec, carve, offsets, plan
-
-ALIGN = 256  # bytes: rows of the activation buffer start at multiples of it
+from .buffers import Array, TensorSpec, Views
+from .errors import UserError
+from .model import Model, head_shape, pieces, rows
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class GPT2Config:
     num_heads: int = 12
     channels: int = 768
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.channels % self.num_heads:
             C, NH = self.channels, self.num_heads
             raise UserError(f"channels {C} is not a multiple of num_heads {NH}. HINT: check the model file (-e).")
@@ -54,7 +54,9 @@ DESCRIPTORS = (
 )
 
 
-def config_from_descriptor(descriptor, vocab_size=50257, tiny_seq_len=None):
+def config_from_descriptor(
+    descriptor: str, vocab_size: int = 50257, tiny_seq_len: int | None = None
+) -> GPT2Config:  # fmt: skip
     """The GPT2Config that a descriptor names: llm.c's dN, gpt2:dN and gpt3:cN, and tiny:dN for CPUs.
 
     vocab_size is the tokenizer's; it is padded to a multiple of 128 as 50257 is to 50304. maxT is 1024
@@ -76,7 +78,7 @@ def config_from_descriptor(descriptor, vocab_size=50257, tiny_seq_len=None):
     return GPT2Config(maxT, vocab_size, -(-vocab_size // 128) * 128, L, NH, C)
 
 
-def config_from_header(header):
+def config_from_header(header: Mapping[str, int]) -> GPT2Config:
     """The GPT2Config of a model file; header is model_file.read_model_header's dict."""
     return GPT2Config(*(header[field] for field in GPT2Config.__dataclass_fields__))
 
@@ -85,48 +87,32 @@ def config_from_header(header):
 # the tensors
 
 
-def parameter_specs(config):
-    """The 16 parameter tensors, in the order of llm.c's checkpoint. Matrices are (out_features, in_features)."""
+def parameter_specs(config: GPT2Config) -> list[TensorSpec]:
+    """The parameter tensors, in the order of llm.c's checkpoint. Matrices are (out_features, in_features)."""
     Vp, maxT, L, C = config.padded_vocab_size, config.max_seq_len, config.num_layers, config.channels
     return [
         TensorSpec("wte", (Vp, C), "X", 0, "normal", True),  # rows V..Vp are zero, and stay zero
-        TensorSpec("wpe", (maxT, C), "X", 0, "normal", True),
-        TensorSpec("ln1w", (C,), "X", L, "ones"),
-        TensorSpec("ln1b", (C,), "X", L),
+        TensorSpec("wpe", (maxT, C), "X", 0, "normal", True, accumulated=True),
+        TensorSpec("ln1w", (C,), "X", L, "ones", accumulated=True),
+        TensorSpec("ln1b", (C,), "X", L, accumulated=True),
         TensorSpec("qkvw", (3 * C, C), "X", L, "normal", True),
         TensorSpec("qkvb", (3 * C,), "X", L),
         TensorSpec("attprojw", (C, C), "X", L, "residual", True),
         TensorSpec("attprojb", (C,), "X", L),
-        TensorSpec("ln2w", (C,), "X", L, "ones"),
-        TensorSpec("ln2b", (C,), "X", L),
+        TensorSpec("ln2w", (C,), "X", L, "ones", accumulated=True),
+        TensorSpec("ln2b", (C,), "X", L, accumulated=True),
         TensorSpec("fcw", (4 * C, C), "X", L, "normal", True),
         TensorSpec("fcb", (4 * C,), "X", L),
         TensorSpec("fcprojw", (C, 4 * C), "X", L, "residual", True),
         TensorSpec("fcprojb", (C,), "X", L),
-        TensorSpec("lnfw", (C,), "X", 0, "ones"),
-        TensorSpec("lnfb", (C,), "X", 0),
+        TensorSpec("lnfw", (C,), "X", 0, "ones", accumulated=True),
+        TensorSpec("lnfb", (C,), "X", 0, accumulated=True),
     ]
 
 
-# Positions whose logits are in memory at once. A larger micro-batch goes through the classifier in pieces, forward and
-# backward, one after another: the logits would be the largest tensor by far (6.6 GB at 64 x 1024 in bf16). A number of
-# rows that Hopper's matmul makes dlnf of in whole rounds: 132 x 4 tiles are four for each of 132 multiprocessors. Half
-# as many rows save 0.8 GiB and take 1.5 of 98 ms more: dwte, which all pieces add to, is read and written for each.
-HEAD_ROWS = 132 * 128
-
-
-def pieces(positions):
-    """Slices of up to HEAD_ROWS positions."""
-    return [slice(i, min(i + HEAD_ROWS, positions)) for i in range(0, positions, HEAD_ROWS)]
-
-
-def rows(array, piece):
-    """A slice of the positions of a (b, t, ...) array, as (1, rows, ...); of all of them, the array."""
-    flat = array.reshape(1, -1, *array.shape[2:])
-    return array if flat.shape[1] == piece.stop - piece.start else flat[:, piece]
-
-
-def activation_specs(config, B, T, recompute, training=True):
+def activation_specs(
+    config: GPT2Config, B: int, T: int, recompute: int, training: bool = True
+) -> list[TensorSpec]:  # fmt: skip
     """The activations of a micro-batch. recompute 0 keeps all, 1 recomputes GELU in backward, 2 also the layernorms.
 
     Without training there is no backward pass to keep them for: all layers share those of one.
@@ -156,382 +142,185 @@ def activation_specs(config, B, T, recompute, training=True):
         TensorSpec("lnf_mean", (B, T), "f32"),
         TensorSpec("lnf_rstd", (B, T), "f32"),
         TensorSpec("losses", (B, T), "f32"),
-        TensorSpec("output", (B, T, Vp) if B * T <= HEAD_ROWS else (1, HEAD_ROWS, Vp)),  # logits, then dlogits
+        TensorSpec("output", (*head_shape(B, T), Vp)),  # logits, then dlogits
         TensorSpec("scratch_btc", (B, T, C)),  # forward: input of a residual add; backward: dresidual
         TensorSpec("scratch_bt4c", (B, T, 4 * C)),  # backward: dlnf, dfch, dqkvr
     ]
 
 
-def scratch_specs(config, ops, B, T):
-    """What the ops want as scratch, and the small arrays that a step reads its scalars from."""
+def scratch_sizes(config: GPT2Config, ops: ModuleType, B: int, T: int) -> tuple[int, int]:
+    """(f32, i32) elements of scratch: what the op that wants most of each wants, for a batch B x T."""
     Vp, NH, C = config.padded_vocab_size, config.num_heads, config.channels
-    N = num_parameters(config)
-    shapes = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)]
-    last = B * T % HEAD_ROWS or min(B * T, HEAD_ROWS)  # positions of the classifier's last piece, and of the others
-    scratch = max(
+    layer = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)]  # (in, out features) of qkvw, attprojw, fcw, fcprojw
+    f32 = max(
         ops.layernorm_scratch_size(B, T, C),
         ops.attention_scratch_size(B, T, C, NH),
-        ops.global_norm_scratch_size(max(N, B * T)),  # of the gradients, of the losses
-        *(ops.matmul_scratch_size(B, T, c, oc) for c, oc in shapes),
-        *(ops.matmul_scratch_size(1, positions, C, Vp) for positions in (last, min(B * T, HEAD_ROWS))),
+        *(ops.matmul_scratch_size(B, T, c, oc) for c, oc in layer),
+        *(ops.matmul_scratch_size(1, piece.stop - piece.start, C, Vp) for piece in pieces(B * T)),
     )
-    return [
-        TensorSpec("f32", (scratch,), "f32"),
-        TensorSpec("i32", (ops.encoder_scratch_size(B, T, C, Vp),), "i32"),
-        TensorSpec("norm_squared", (2,), "f32"),  # of the gradients times the loss scale, and of the losses
-        TensorSpec("hyper", (4,), "f32"),  # learning rate, 1 - beta1^t, 1 - beta2^t, 1 / loss scale
-        TensorSpec("ends", (16,), "i64"),  # where each of the 16 tensors ends in the flat parameters
-        TensorSpec("decays", (16,), "f32"),
-        TensorSpec("seeds", (16,), "u32"),
-        TensorSpec("encoder_seed", (1,), "u32"),
-    ]
+    return f32, ops.encoder_scratch_size(B, T, C, Vp)
 
 
-OUTSIDE = ("wte", "wpe", "lnfw", "lnfb")  # the tensors that belong to no layer
-
-
-def num_parameters(config):
+def num_parameters(config: GPT2Config) -> int:
     """The padded parameter count N, as llm.c prints it and counts its FLOPs with."""
     return sum(spec.size for spec in parameter_specs(config))
 
 
-def flops_per_token(config, T):
+def flops_per_token(config: GPT2Config, T: int) -> int:
     """6 N + 6 L C T: forward and backward matmuls, and causal attention (llm.c train_gpt2.cu gpt2_estimate_mfu)."""
     return 6 * num_parameters(config) + 6 * config.num_layers * config.channels * T
 
 
-def memory_plan(
-    config, ops, B, T, recompute=1, dtype="float32", training=True, use_master_weights=True, grad_dtype=None,
-    shards=1,
-):  # fmt: skip
-    """[(title, specs, align, bytes)] for each buffer that GPT2(...) allocates with the same arguments."""
-    parameters, activations = parameter_specs(config), activation_specs(config, B, T, recompute, training)
-    scratch = scratch_specs(config, ops, B, T)
-    gradients = [spec._replace(dtype="f32") for spec in parameters] if grad_dtype == "float32" else parameters
-    master = use_master_weights and np.dtype(dtype) != np.float32  # fp32 weights are their own master
-    state = ("m", "v", "master") if master else ("m", "v")
-    optimizer = [TensorSpec(name, (num_parameters(config) // shards,), "f32") for name in state]
-    plans = [("parameters", parameters, 1)]
-    if training:
-        plans += [("gradients", gradients, 1), ("optimizer", optimizer, 1)]
-    if training and shards > 1:
-        plans += [("share", zero.share_specs(parameters, shards, gradients[0].dtype), ALIGN)]
-    plans += [("activations", activations, ALIGN), ("scratch", scratch, ALIGN)]
-    return [(title, specs, align, offsets(specs, dtype, align)[1]) for title, specs, align in plans]
+def init_weights(config: GPT2Config, params: Views, seed: int) -> None:
+    """Fresh weights on the host, the same bits as llm.c for a seed.
 
-
-def format_plan(plans, dtype="float32"):
-    """The memory plan as text: a line a tensor with its bytes, a total a buffer, and the grand total."""
-    lines = ["memory plan"]
-    for title, specs, align, _ in plans:
-        rows = plan(title, specs, dtype, align)
-        if title == "gradients":  # the same rows again would only hide the others
-            rows = [rows[-1].replace(f"{title:<50}", f"{'gradients (tensor by tensor as the parameters)':<50}")]
-        lines += rows
-    total = sum(nbytes for *_, nbytes in plans)
-    return "\n".join([*lines, f"  {'total':<50}{total:>16,} bytes = {total / 2**20:,.1f} MiB"])
+    params: fp32 views, written (=). wte, wpe, then the layers' matrices layer by layer are drawn from one MT19937.
+    Source: llm.c train_gpt2.cu gpt2_build_from_descriptor.
+    """
+    f32, specs = np.float32, parameter_specs(config)  # std, too, is llm.c's float, to the last bit
+    std = {"normal": f32(0.02), "residual": f32(0.02) * (f32(1) / np.sqrt(f32(2 * config.num_layers)))}
+    for spec in specs:
+        getattr(params, spec.name).fill(1.0 if spec.init == "ones" else 0.0)
+    drawn = [(params.wte[: config.vocab_size], "normal"), (params.wpe, "normal")]
+    drawn += [(getattr(w, s.name), s.init) for w in params.h for s in specs if s.layers and s.init in std]
+    rand.normals_([(array, 0.0, std[init]) for array, init in drawn], rand.MT19937(seed))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the model
+# the passes
 
 
-class GPT2:
-    """Buffers and the three passes. Nothing is allocated on the device after __init__.
+def head(params: Views) -> Array:
+    """The weight (Vp, C) of the last matmul, which makes the logits: GPT-2 ties it to the embedding."""
+    return params.wte
 
-    dtype is the precision of parameters, activations and gradients: float32, or on a GPU also float16 and bfloat16.
-    grad_dtype "float32" is for gradients that micro-steps add to without rounding; None: that of the model.
-    use_master_weights=False: AdamW updates the parameters themselves, in bfloat16 by stochastic rounding.
-    training=False leaves out gradients and optimizer state, and keeps the activations of one layer. graphs=True replays
-    the passes over a full batch as CUDA graphs: the same launches, without their cost on the host.
-    ranks: distributed.Mpi or Nccl, over which gradients are summed; None for one process. shards: 1, or with ZeRO-1 the
-    number of ranks: m, v and master are then this rank's share, see zero.py.
+
+# fmt: off
+def forward_pass(model: Model, b: int, t: int) -> None:
+    """Every forward call, for the token ids in acts.inputs (b, t).
+
+    The residual stream is encoded, then residual2 (attention added) and residual3 (MLP added) of each layer. An add is
+    one op with the layernorm that follows it, which is the next layer's or, after the last layer, the final one.
     """
+    ops, params, acts = model.ops, model.params, model.activations(b, t)
+    residual = acts.encoded  # (b, t, C)
+    branch = acts.scratch_btc  # (b, t, C), what attention or the MLP adds to the residual stream
 
-    def __init__(
-        self, config, ops, B, T, recompute=1, training=True, dtype="float32", graphs=False, use_master_weights=True,
-        grad_dtype=None, ranks=None, shards=1,
-    ):  # fmt: skip
-        if not 0 < T <= config.max_seq_len:
-            raise UserError(f"-t {T}: the model has positions for 1 to {config.max_seq_len} tokens. HINT: lower -t.")
-        self.config, self.ops, self.B, self.T, self.recompute, self.training = config, ops, B, T, recompute, training
-        self.dtype = np.dtype(dtype)
-        L = config.num_layers
-        buffers = {}
-        precision = (use_master_weights, grad_dtype, shards)
-        for title, specs, align, nbytes in memory_plan(config, ops, B, T, recompute, self.dtype, training, *precision):
-            buffers[title] = (ops.device.alloc(nbytes), specs, align)
+    ops.encoder_forward(out=residual, inp=acts.inputs, wte=params.wte, wpe=params.wpe)  # (b, t) ids -> (b, t, C)
+    w, a = params.h[0], acts.h[0]
+    ops.layernorm_forward(out=a.ln1, mean=a.ln1_mean, rstd=a.ln1_rstd, inp=residual, weight=w.ln1w, bias=w.ln1b)
 
-        def views(title):
-            flat, specs, align = buffers[title]
-            return carve(flat, specs, L, self.dtype, align)
+    for layer, (w, a) in enumerate(zip(params.h, acts.h, strict=True)):
+        ops.matmul_forward(out=a.qkvr, inp=a.ln1, weight=w.qkvw, bias=w.qkvb)  # (b, t, C) -> (b, t, 3C)
+        ops.attention_forward(out=a.atty, att=a.att, qkvr=a.qkvr)  # (b, t, 3C) -> (b, t, C), att (b, NH, t)
+        ops.matmul_forward(out=branch, inp=a.atty, weight=w.attprojw, bias=w.attprojb)  # (b, t, C) -> (b, t, C)
+        ops.fused_residual_forward(  # two (b, t, C) -> their sum and its layernorm
+            residual=a.residual2, normed=a.ln2, mean=a.ln2_mean, rstd=a.ln2_rstd,
+            inp1=residual, inp2=branch, weight=w.ln2w, bias=w.ln2b,
+        )
+        ops.matmul_forward(  # (b, t, C) -> (b, t, 4C), before and after GELU
+            out=a.fch_gelu, inp=a.ln2, weight=w.fcw, bias=w.fcb, pre_gelu=a.fch,
+        )
+        ops.matmul_forward(out=branch, inp=a.fch_gelu, weight=w.fcprojw, bias=w.fcprojb)  # (b, t, 4C) -> (b, t, C)
+        if layer + 1 < len(params.h):
+            next_w, next_a = params.h[layer + 1], acts.h[layer + 1]
+            ops.fused_residual_forward(
+                residual=a.residual3, normed=next_a.ln1, mean=next_a.ln1_mean, rstd=next_a.ln1_rstd,
+                inp1=a.residual2, inp2=branch, weight=next_w.ln1w, bias=next_w.ln1b,
+            )
+        else:
+            ops.fused_residual_forward(
+                residual=a.residual3, normed=acts.lnf, mean=acts.lnf_mean, rstd=acts.lnf_rstd,
+                inp1=a.residual2, inp2=branch, weight=params.lnfw, bias=params.lnfb,
+            )
+        residual = a.residual3
 
-        self.params, self.params_flat = views("parameters"), buffers["parameters"][0].view(self.dtype)
-        self.master = None
-        if training:
-            self.grads, self.grads_flat = views("gradients"), buffers["gradients"][0].view(grad_dtype or self.dtype)
-            optimizer = views("optimizer")
-            self.m, self.v, self.master = optimizer.m, optimizer.v, getattr(optimizer, "master", None)
-        self.acts_flat = buffers["activations"][0]
-        self.scratch = views("scratch")
-        self.views = {}  # (b, t) -> activation views; smaller batches (validation tails, sampling) use the same memory
-        self.acts = self.activations(B, T)
-        ends = np.cumsum([spec.size for spec in parameter_specs(config)], dtype=np.int64)
-        ops.device.upload(self.scratch.ends, ends)
-        self.ranks, self.rank, self.num_ranks = ranks, ranks.rank if ranks else 0, ranks.size if ranks else 1
-        self.share = None
-        if training and shards > 1:
-            self.share = zero.Share(parameter_specs(config), self.rank, shards, views("share"), ops.device)
-        self.rng_state = 13371337  # of the stochastic-rounding seeds, as in llm.c; on all ranks the same
-        self.rng_state_last_update = self.rng_state
-        self.loss_scale = 1.0  # the gradients are this many times too large: a power of 2, so that no bit is lost
-        self.graphs = {} if graphs else None  # what is replayed, by pass and arguments
+    if len(pieces(b * t)) == 1:  # the logits of more positions have no room: model.logits() makes them piece by piece
+        ops.matmul_forward(out=acts.output, inp=acts.lnf, weight=params.wte)  # (b, t, C) -> (b, t, Vp)
 
-    def activations(self, b, t):
-        """Views of the activations for a batch of b rows of t tokens, b*t <= B*T and t <= T."""
-        if (b, t) not in self.views:
-            specs = activation_specs(self.config, b, t, self.recompute, self.training)
-            self.views[b, t] = carve(self.acts_flat, specs, self.config.num_layers, self.dtype, ALIGN)
-        return self.views[b, t]
 
-    def host_parameters(self):
-        """A flat fp32 NumPy array to put weights into, for load_parameters; on a CPU the parameters themselves."""
-        on_host = isinstance(self.params_flat, np.ndarray) and self.dtype == np.float32
-        return self.params_flat if on_host else np.zeros(self.params_flat.size, np.float32)
+def gradient_views(acts: Views) -> SimpleNamespace:
+    """Where backward keeps gradients of activations, all of them for one layer at a time."""
+    b, t, C = acts.encoded.shape
+    wide = acts.scratch_bt4c.reshape(-1)  # dlnf, then of each layer dfch and dqkvr: never two of them at once
+    return SimpleNamespace(
+        dresidual=acts.scratch_btc,  # (b, t, C), of the residual stream, which all ops add to
+        dl_btc=acts.h[-1].residual3,  # (b, t, C), of what is within a layer: the last layernorm alone reads residual3
+        dfch=acts.scratch_bt4c,  # (b, t, 4C)
+        dqkvr=wide[: 3 * b * t * C].reshape(b, t, 3 * C),
+        dlnf=wide[: b * t * C].reshape(b, t, C),
+    )
 
-    def load_parameters(self, host):
-        """Parameters = host (N,), rounded to nearest where it is finer; master weights = the rounded values."""
-        rounded = host.astype(self.dtype, copy=False)
-        if host is not self.params_flat:
-            self.ops.device.upload(self.params_flat, rounded)
-        if self.share:
-            rounded = self.share.of(rounded)
-            self.ops.device.upload(self.share.params, rounded)
-        if self.master is not None:
-            self.ops.device.upload(self.master, rounded.astype(np.float32))
 
-    def init_weights(self, seed=42):
-        """Fresh weights, the same bits as llm.c for a seed: wte, wpe, then layer by layer, drawn from one MT19937."""
-        config, mt, f32 = self.config, rand.MT19937(seed), np.float32  # std too is llm.c's float, to the last bit
-        std = {"normal": f32(0.02), "residual": f32(0.02) * (f32(1) / np.sqrt(f32(2 * config.num_layers)))}
-        specs, host = parameter_specs(config), self.host_parameters()
-        params = carve(host.view(np.uint8), specs, config.num_layers, np.float32)
-        for spec in specs:
-            getattr(params, spec.name).fill(1.0 if spec.init == "ones" else 0.0)
-        drawn = [(params.wte[: config.vocab_size], "normal"), (params.wpe, "normal")]
-        drawn += [(getattr(w, s.name), s.init) for w in params.h for s in specs if s.layers and s.init in std]
-        rand.normals_([(array, 0.0, std[init]) for array, init in drawn], mt)
-        self.load_parameters(host)
+def backward_pass(model: Model, b: int, t: int, dloss: float, accumulate: bool, final: bool = False) -> None:
+    """Every backward call, from the gradient dloss of each position's loss.
 
-    def run(self, passes, shape, *args):
-        """passes(*args), or its graph: the first call of a kind launches, the second is captured, later ones replay."""
-        if self.graphs is None or shape != (self.B, self.T):
-            return passes(*args)
-        key = (passes.__name__, args)
-        if key not in self.graphs:
-            self.graphs[key] = None
-            return passes(*args)  # compiles what is not compiled yet, which no capture could do
-        if self.graphs[key] is None:
-            self.graphs[key] = self.ops.device.capture(lambda: passes(*args))
-        self.graphs[key]()
+    accumulate: the gradients of the parameters are added to (+=), else written (=).
+    final: they are complete after this pass but for those of other ranks, with which they are summed layer by layer,
+    while the pass goes on.
+    """
+    ops, params, grads, acts = model.ops, model.params, model.grads, model.activations(b, t)
+    d, scratch = gradient_views(acts), model.scratch.f32
+    if not accumulate:
+        model.zero_accumulated(acts)
+    ops.device.zero(d.dresidual)
 
-    def forward(self, inputs):
-        """Logits acts.output (b, t, Vp) for token ids inputs (b, t) i32 on the host. Returns the activations used.
+    for piece in pieces(b * t):  # n positions at a time, n = b t if there is room for all logits
+        logits = model.logits(acts, piece)
+        ops.fused_classifier(  # logits (b, t, Vp) become dlogits, losses (b, t) are added to
+            logits=logits, losses=rows(acts.losses, piece), dloss=dloss, targets=rows(acts.targets, piece),
+            V=model.config.vocab_size,
+        )
+        ops.matmul_backward(  # (b, t, Vp) -> dlnf (b, t, C), wte's gradient (Vp, C)
+            dinp=rows(d.dlnf, piece), dweight=grads.wte, dbias=None, scratch=scratch, dout=logits,
+            inp=rows(acts.lnf, piece), weight=params.wte, accumulate=accumulate or piece.start > 0,
+        )
+    ops.layernorm_backward(  # (b, t, C) -> (b, t, C)
+        dinp=d.dresidual, dweight=grads.lnfw, dbias=grads.lnfb, scratch=scratch, dout=d.dlnf,
+        inp=acts.h[-1].residual3, weight=params.lnfw, mean=acts.lnf_mean, rstd=acts.lnf_rstd,
+    )
 
-        For more than HEAD_ROWS positions there are no logits yet: what reads them makes them piece by piece.
-        """
-        acts = self.activations(*inputs.shape)
-        self.ops.device.upload(acts.inputs, inputs)
-        self.run(self.forward_pass, inputs.shape, *inputs.shape)
-        return acts
-
-    def forward_pass(self, b, t):
-        """Every forward call, for the tokens in acts.inputs."""
-        ops, acts, params = self.ops, self.activations(b, t), self.params
-        ops.encoder_forward(acts.encoded, acts.inputs, params.wte, params.wpe)
-        w, a = params.h[0], acts.h[0]
-        ops.layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, acts.encoded, w.ln1w, w.ln1b)
-        residual, x = acts.encoded, acts.scratch_btc
-        for w, a, next_w, next_a in zip(params.h, acts.h, [*params.h[1:], None], [*acts.h[1:], None], strict=True):
-            ops.matmul_forward(a.qkvr, a.ln1, w.qkvw, w.qkvb)
-            ops.attention_forward(a.atty, a.att, a.qkvr)
-            ops.matmul_forward(x, a.atty, w.attprojw, w.attprojb)
-            ops.fused_residual_forward(a.residual2, a.ln2, a.ln2_mean, a.ln2_rstd, residual, x, w.ln2w, w.ln2b)
-            ops.matmul_forward(a.fch_gelu, a.ln2, w.fcw, w.fcb, pre_gelu=a.fch)
-            ops.matmul_forward(x, a.fch_gelu, w.fcprojw, w.fcprojb)
-            if next_w is not None:  # the residual add is fused with the layernorm that follows it
-                n = (next_a.ln1, next_a.ln1_mean, next_a.ln1_rstd)
-                ops.fused_residual_forward(a.residual3, *n, a.residual2, x, next_w.ln1w, next_w.ln1b)
-            else:
-                n = (acts.lnf, acts.lnf_mean, acts.lnf_rstd)
-                ops.fused_residual_forward(a.residual3, *n, a.residual2, x, params.lnfw, params.lnfb)
-            residual = a.residual3
-        if b * t <= HEAD_ROWS:
-            ops.matmul_forward(acts.output, acts.lnf, params.wte)
-
-    def logits(self, acts, piece):
-        """The logits of a piece of the positions, made here where there is no room for those of all."""
-        output = rows(acts.output, slice(0, piece.stop - piece.start))
-        if acts.losses.size > HEAD_ROWS:
-            self.ops.matmul_forward(output, rows(acts.lnf, piece), self.params.wte)
-        return output
-
-    def validate(self, inputs, targets):
-        """Mean loss in nats over a batch. No gradient is computed or written."""
-        return float(self.token_losses(inputs, targets).mean(dtype=np.float64))
-
-    def token_losses(self, inputs, targets):
-        """The loss of each token in nats, (b, t) f32 on the host. No gradient is computed or written."""
-        ops, acts = self.ops, self.forward(inputs)
-        ops.device.upload(acts.targets, targets)
-        ops.device.zero(acts.losses)
-        for piece in pieces(inputs.size):
-            logits, losses, targets = self.logits(acts, piece), rows(acts.losses, piece), rows(acts.targets, piece)
-            ops.fused_classifier(logits, losses, 1.0, targets, self.config.vocab_size, write_dlogits=False)
-        return ops.device.download(acts.losses)
-
-    def backward(self, inputs, targets, grad_accum_steps=1, micro_step=0):
-        """Gradients of loss_scale times the mean loss over grad_accum_steps micro-batches, of which this is one.
-
-        Call forward(inputs) with it first. The first micro-step writes the gradients (=), later ones add to them (+=).
-        acts.losses likewise.
-        """
-        upload, seeds = self.ops.device.upload, np.empty(self.num_ranks, np.uint32)
-        for i in range(self.num_ranks):  # one for each micro-batch of all ranks, so that P does not matter
-            seeds[i], self.rng_state = rand.random_u32(self.rng_state)
-        upload(self.scratch.encoder_seed, seeds[self.rank : self.rank + 1])
-        upload(self.activations(*inputs.shape).targets, targets)
-        dloss = self.loss_scale / (inputs.size * grad_accum_steps * self.num_ranks)
-        final = self.ranks is not None and micro_step == grad_accum_steps - 1
-        self.run(self.backward_pass, inputs.shape, *inputs.shape, dloss, micro_step > 0, final)
-
-    def backward_pass(self, b, t, dloss, more, final=False):
-        """Every backward call, from the gradient dloss of each position's loss. more: gradients accumulate.
-
-        final: the gradients are complete but for those of other ranks, with which they are summed layer by layer,
-        while the pass goes on.
-        """
-        ops, acts, params, grads = self.ops, self.activations(b, t), self.params, self.grads
-        C, scratch = self.config.channels, self.scratch
-        if not more:  # what only ever accumulates starts from zero; matmuls write their gradients outright
-            ops.device.zero(acts.losses)
-            for name in ("wpe", "ln1w", "ln1b", "ln2w", "ln2b", "lnfw", "lnfb"):
-                ops.device.zero(getattr(grads, name))
-
-        dresidual = acts.scratch_btc
-        dl_btc, dl_bt4c = acts.h[-1].residual3, acts.scratch_bt4c  # lnf is the last to need the last residual3
-        dlnf, dqkvr = dl_bt4c.reshape(-1)[: b * t * C].reshape(b, t, C), dl_bt4c.reshape(-1)[: b * t * 3 * C]
-        dqkvr = dqkvr.reshape(b, t, 3 * C)
-        ops.device.zero(dresidual)
-        for piece in pieces(b * t):
-            logits, losses, targets = self.logits(acts, piece), rows(acts.losses, piece), rows(acts.targets, piece)
-            ops.fused_classifier(logits, losses, dloss, targets, self.config.vocab_size)
-            x, dx, again = rows(acts.lnf, piece), rows(dlnf, piece), more or piece.start > 0
-            ops.matmul_backward(dx, grads.wte, None, scratch.f32, logits, x, params.wte, accumulate=again)
-        n = (params.lnfw, acts.lnf_mean, acts.lnf_rstd)
-        ops.layernorm_backward(dresidual, grads.lnfw, grads.lnfb, scratch.f32, dlnf, acts.h[-1].residual3, *n)
-
-        residuals = [acts.encoded, *(a.residual3 for a in acts.h[:-1])]
-        for layer in reversed(range(self.config.num_layers)):
-            w, g, a, residual = params.h[layer], grads.h[layer], acts.h[layer], residuals[layer]
-            d, again = (g.fcprojw, g.fcprojb, scratch.f32), self.recompute >= 1  # again: fch_gelu = gelu(fch)
-            ops.matmul_backward(dl_bt4c, *d, dresidual, a.fch_gelu, w.fcprojw, a.fch, accumulate=more, recompute=again)
-            if self.recompute >= 2:
-                ops.layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, w.ln2w, w.ln2b)
-            ops.matmul_backward(dl_btc, g.fcw, g.fcb, scratch.f32, dl_bt4c, a.ln2, w.fcw, accumulate=more)
-            n = (w.ln2w, a.ln2_mean, a.ln2_rstd)
-            ops.layernorm_backward(dresidual, g.ln2w, g.ln2b, scratch.f32, dl_btc, a.residual2, *n)
-            d = (g.attprojw, g.attprojb, scratch.f32)
-            ops.matmul_backward(dl_btc, *d, dresidual, a.atty, w.attprojw, accumulate=more)
-            ops.attention_backward(dqkvr, scratch.f32, dl_btc, a.atty, a.qkvr, a.att)
-            if self.recompute >= 2:
-                ops.layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, w.ln1w, w.ln1b)
-            ops.matmul_backward(dl_btc, g.qkvw, g.qkvb, scratch.f32, dqkvr, a.ln1, w.qkvw, accumulate=more)
-            n = (w.ln1w, a.ln1_mean, a.ln1_rstd)
-            ops.layernorm_backward(dresidual, g.ln1w, g.ln1b, scratch.f32, dl_btc, residual, *n)
-            if final:
-                self.reduce(layer)
-        ops.encoder_backward(grads.wte, grads.wpe, scratch.i32, dresidual, acts.inputs, scratch.encoder_seed)
+    for layer in reversed(range(model.config.num_layers)):
+        w, g, a = params.h[layer], grads.h[layer], acts.h[layer]
+        residual = acts.h[layer - 1].residual3 if layer > 0 else acts.encoded  # (b, t, C), what the layer began with
+        ops.matmul_backward(  # (b, t, C) -> (b, t, 4C), through GELU; fch_gelu is made again where it was not kept
+            dinp=d.dfch, dweight=g.fcprojw, dbias=g.fcprojb, scratch=scratch, dout=d.dresidual, inp=a.fch_gelu,
+            weight=w.fcprojw, pre_gelu=a.fch, accumulate=accumulate, recompute=model.recompute >= 1,
+        )
+        if model.recompute >= 2:
+            ops.layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, inp=a.residual2, weight=w.ln2w, bias=w.ln2b)
+        ops.matmul_backward(  # (b, t, 4C) -> (b, t, C)
+            dinp=d.dl_btc, dweight=g.fcw, dbias=g.fcb, scratch=scratch, dout=d.dfch, inp=a.ln2,
+            weight=w.fcw, accumulate=accumulate,
+        )
+        ops.layernorm_backward(  # (b, t, C) -> (b, t, C)
+            dinp=d.dresidual, dweight=g.ln2w, dbias=g.ln2b, scratch=scratch, dout=d.dl_btc,
+            inp=a.residual2, weight=w.ln2w, mean=a.ln2_mean, rstd=a.ln2_rstd,
+        )
+        ops.matmul_backward(  # (b, t, C) -> (b, t, C)
+            dinp=d.dl_btc, dweight=g.attprojw, dbias=g.attprojb, scratch=scratch, dout=d.dresidual, inp=a.atty,
+            weight=w.attprojw, accumulate=accumulate,
+        )
+        ops.attention_backward(  # (b, t, C) -> (b, t, 3C)
+            dqkvr=d.dqkvr, scratch=scratch, dout=d.dl_btc, out=a.atty, qkvr=a.qkvr, att=a.att,
+        )
+        if model.recompute >= 2:
+            ops.layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, inp=residual, weight=w.ln1w, bias=w.ln1b)
+        ops.matmul_backward(  # (b, t, 3C) -> (b, t, C)
+            dinp=d.dl_btc, dweight=g.qkvw, dbias=g.qkvb, scratch=scratch, dout=d.dqkvr, inp=a.ln1,
+            weight=w.qkvw, accumulate=accumulate,
+        )
+        ops.layernorm_backward(  # (b, t, C) -> (b, t, C)
+            dinp=d.dresidual, dweight=g.ln1w, dbias=g.ln1b, scratch=scratch, dout=d.dl_btc,
+            inp=residual, weight=w.ln1w, mean=a.ln1_mean, rstd=a.ln1_rstd,
+        )
         if final:
-            self.reduce(-1)  # wte has had both its parts by now
-            self.ranks.wait()
+            model.reduce(layer)
 
-    def reduce(self, layer):
-        """Start the sum over all ranks of the gradients of a layer, of what is outside the layers for -1."""
-        if self.share:
-            whole, shares = self.share.pairs(self.grads_flat, self.share.grads, layer)
-            self.ranks.reduce_scatter(shares, whole)
-        else:
-            tensors = vars(self.grads.h[layer]) if layer >= 0 else {n: getattr(self.grads, n) for n in OUTSIDE}
-            self.ranks.all_reduce([tensor.reshape(-1) for tensor in tensors.values()])
-
-    def mean_loss(self, grad_accum_steps=1):
-        """Mean loss in nats of the micro-batches since the last micro_step 0, on all ranks."""
-        loss = float(self.ops.device.download(self.acts.losses).mean(dtype=np.float64)) / grad_accum_steps
-        return self.ranks.sums([loss])[0] / self.num_ranks if self.ranks else loss
-
-    def round_master(self):
-        """Parameters = the master weights, rounded with the noise of the last update (llm.c gpt2_build_from_state)."""
-        rng_state, seeds = self.rng_state_last_update, np.empty(16, np.uint32)
-        for i in range(16):
-            seeds[i], rng_state = rand.random_u32(rng_state)
-        if self.share:
-            self.share.set_tables(seeds, 0.0)
-            for arenas, (ends, _, row_seeds) in self.share.calls(self.share.params, self.master):
-                self.ops.init_from_master(*arenas, ends, row_seeds)
-            self.gather()
-        else:
-            self.ops.device.upload(self.scratch.seeds, seeds)
-            self.ops.init_from_master(self.params_flat, self.master, self.scratch.ends, self.scratch.seeds)
-
-    def gather(self):
-        """Parameters = the shares of all ranks."""
-        self.ranks.all_gather(*self.share.pairs(self.params_flat, self.share.params))
-        self.ranks.wait()
-
-    def update(self, learning_rate, beta1, beta2, eps, weight_decay, grad_clip, t):
-        """One AdamW step on all parameters; t counts updates from 1. Without finite norm and loss it does nothing."""
-        upload, scratch = self.ops.device.upload, self.scratch
-        self.rng_state_last_update = self.rng_state
-        seeds = np.empty(16, np.uint32)
-        for i in range(16):
-            seeds[i], self.rng_state = rand.random_u32(self.rng_state)
-        decays = [weight_decay if spec.decay else 0.0 for spec in parameter_specs(self.config)]
-        if self.share:
-            self.share.set_tables(seeds, weight_decay)
-        upload(scratch.seeds, seeds)
-        upload(scratch.decays, np.array(decays, np.float32))
-        hyper = [learning_rate, 1.0 - beta1**t, 1.0 - beta2**t, 1.0 / self.loss_scale]
-        upload(scratch.hyper, np.array(hyper, np.float32))
-        self.run(self.update_pass, (self.B, self.T), beta1, beta2, eps, grad_clip)
-
-    def update_pass(self, beta1, beta2, eps, grad_clip):
-        """The norms, then AdamW with the gradients clipped by theirs."""
-        self.norm_pass()
-        ops, scratch = self.ops, self.scratch
-        scalars = (scratch.hyper, scratch.norm_squared, beta1, beta2, eps, grad_clip)
-        if self.share:
-            for arenas, tables in self.share.calls(self.share.params, self.master, self.share.grads, self.m, self.v):
-                ops.adamw_update(*arenas, *tables, *scalars)
-            self.gather()
-        else:
-            arenas = (self.params_flat, self.master, self.grads_flat, self.m, self.v)
-            ops.adamw_update(*arenas, scratch.ends, scratch.decays, scratch.seeds, *scalars)
-
-    def norm_pass(self):
-        """The norms of the gradients and of the losses, those of all ranks."""
-        ops, scratch = self.ops, self.scratch
-        grads = self.share.grads if self.share else self.grads_flat
-        ops.global_norm_squared(scratch.norm_squared[:1], scratch.f32, grads)
-        ops.global_norm_squared(scratch.norm_squared[1:], scratch.f32, self.acts.losses.reshape(-1))
-        if self.ranks:  # summed gradients are the same everywhere, shares of them are not
-            self.ranks.all_reduce([scratch.norm_squared if self.share else scratch.norm_squared[1:]])
-            self.ranks.wait()
-
-    def measure_norm(self):
-        """Find grad_norm() without an update, for a caller that decides by it whether to update."""
-        self.run(self.norm_pass, (self.B, self.T))
-
-    def grad_norm(self):
-        """The L2 norm of all gradients, before clipping, as the last update() or measure_norm() found it."""
-        return math.sqrt(self.ops.device.download(self.scratch.norm_squared)[0]) / self.loss_scale
+    ops.encoder_backward(  # (b, t, C) -> wte's (Vp, C), which has its part from the head already, and wpe's (maxT, C)
+        dwte=grads.wte, dwpe=grads.wpe, scratch=model.scratch.i32, dout=d.dresidual, inp=acts.inputs,
+        seed=model.scratch.encoder_seed,
+    )
+    if final:
+        model.finish_reduction()
+# fmt: on

@@ -66,10 +66,11 @@ def open_model(
     device, dtype, threads: --device, --dtype and --threads. T: None takes the model's longest, at most 1024.
     Errors: UserError for a file that cannot be read, and where the device has no room.
     """
+    from llmc import gpt2
     from llmc.devices import check_dtype, model_dtype, pick_device, prepare_kernels
-    from llmc.gpt2 import GPT2, config_from_header
+    from llmc.model import Model
 
-    config = config_from_header(model_header(path))
+    config = gpt2.config_from_header(model_header(path))
     ops, name, line = pick_device(device, threads)
     precision = model_dtype(check_dtype(dtype, name))
     if name == "cuda":
@@ -79,7 +80,7 @@ def open_model(
     try:
         if budget is not None and needed > budget:
             raise MemoryError
-        model = GPT2(config, ops, B, T, recompute=2, training=False, dtype=precision)
+        model = Model(gpt2, ops, config, B, T, recompute=2, training=False, dtype=precision)
     except MemoryError as error:
         need = f"{B} x {T} tokens at once need {needed / 2**20:,.1f} MiB on {line}"
         raise UserError(f"{path}: {need}. HINT: lower -b or -t of llmc.evaluate, or take --device cpu.") from error
@@ -89,7 +90,8 @@ def open_model(
 
 def needed_bytes(config: Any, ops: ModuleType, B: int, T: int, dtype: Any) -> int:
     """Bytes that a model for forward passes over (B, T) tokens takes on the device, with the op set's own scratch."""
-    from llmc.gpt2 import memory_plan
+    from llmc import gpt2
+    from llmc.model import memory_plan
 
-    buffers = memory_plan(config, ops, B, T, 2, dtype, training=False)
+    buffers = memory_plan(gpt2, ops, config, B, T, recompute=2, dtype=dtype, training=False)
     return sum(nbytes for *_, nbytes in buffers) + ops.device.scratch_bytes()

@@ -115,13 +115,15 @@ def compare_passes(model, debug, exact):
 
 def train(model, debug, settings):
     """Yield the losses of ten steps on the debug state's batch."""
+    from llmc.model import AdamW
+
     model.ops.device.zero(model.m)
     model.ops.device.zero(model.v)
     for t in range(1, 11):
         model.forward(debug["x"])
         model.backward(debug["x"], debug["y"])
         yield model.mean_loss()
-        model.update(LEARNING_RATE, t=t, **settings)
+        model.update(AdamW(LEARNING_RATE, **settings), t)
 
 
 def compare_losses(losses, published, limit):
@@ -162,18 +164,19 @@ def main(argv=None):
     args = parser().parse_args(argv)
     header, debug = read_files(args.model, args.debug_state)
 
-    from llmc.gpt2 import GPT2, config_from_header, num_parameters, parameter_specs
+    from llmc import gpt2
+    from llmc.model import Model
 
     ops, device, line = devices.pick_device(args.device, args.threads)
     stored = {3: "fp32", 5: "bf16"}[header["version"]]
     dtype = devices.check_dtype(args.dtype or (stored if device == "cuda" else None), device)
-    config, (B, T) = config_from_header(header), debug["x"].shape
+    config, (B, T) = gpt2.config_from_header(header), debug["x"].shape
     if device == "cuda":
-        devices.prepare_kernels(config, devices.model_dtype(dtype), tensors=len(parameter_specs(config)))
-    model = GPT2(config, ops, B, T, args.recompute, dtype=devices.model_dtype(dtype))
+        devices.prepare_kernels(config, devices.model_dtype(dtype), tensors=len(gpt2.parameter_specs(config)))
+    model = Model(gpt2, ops, config, B, T, recompute=args.recompute, dtype=devices.model_dtype(dtype))
     exact = stored == dtype == "fp32"
 
-    N = num_parameters(config)
+    N = gpt2.num_parameters(config)
     print(f"{line}, {dtype}")
     print(f"{args.model}: {N:,} parameters, {stored} (version {header['version']})")
     print(f"{args.debug_state}: B = {B}, T = {T}, loss {debug['loss']:.6f}")

@@ -19,8 +19,10 @@ import pytest
 import llmc.cpu
 import llmc.cuda
 from dev.compare_sass import launched as launched_by
+from llmc import gpt2
 from llmc.cuda import ladder, module
-from llmc.gpt2 import GPT2, GPT2Config, config_from_descriptor, parameter_specs
+from llmc.gpt2 import GPT2Config, config_from_descriptor, parameter_specs
+from llmc.model import AdamW, Model
 
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason='NVRTC is not installed: pip install -e ".[test]"')
 
@@ -110,11 +112,12 @@ def launched(dtype, capability, config=ONE_LAYER, grad_dtype=None):
         patch.setattr(module, "capability", lambda: capability)
         patch.setattr(module, "multiprocessors", lambda: 132)
         patch.setattr(module, "tensor_map", lambda *args: None)
-        model = GPT2(config, ops, *tokens.shape, recompute=2, dtype=DTYPES[dtype], grad_dtype=grad_dtype)
+        options = dict(recompute=2, dtype=DTYPES[dtype], grad_dtype=grad_dtype)
+        model = Model(gpt2, ops, config, *tokens.shape, **options)
         model.forward(tokens)
         model.backward(tokens, tokens)
         model.grad_norm()
-        model.update(1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, 1)
+        model.update(AdamW(1e-3, weight_decay=0.1), 1)
     return frozenset(found)
 
 

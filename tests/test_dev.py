@@ -18,6 +18,7 @@ from dev import bench, bench_all, bench_step, compare_sass, gpu_check, roofline
 from llmc import cpu, cuda, gpt2
 from llmc.cuda import ladder
 from llmc.errors import UserError
+from llmc.model import AdamW, Model
 
 
 @pytest.fixture(autouse=True)
@@ -183,7 +184,7 @@ def test_bench_step_on_the_cpu(tmp_path, capsys):
 def test_roofline_counts_what_the_model_does(recompute, monkeypatch):
     """FLOPs and bytes of the table against those of the arrays that a step really hands to each op."""
     config, B, T = gpt2.config_from_descriptor("tiny:d2", 300), 2, 16
-    model = gpt2.GPT2(config, cpu, B, T, recompute)
+    model = Model(gpt2, cpu, config, B, T, recompute=recompute)
     layers = {shape: name for name, shape in roofline.linear_layers(config).items()}
     seen = {}
 
@@ -217,7 +218,7 @@ def test_roofline_counts_what_the_model_does(recompute, monkeypatch):
     x = np.zeros((B, T), np.int32)
     model.forward(x)
     model.backward(x, x)
-    model.update(1e-4, 0.9, 0.95, 1e-8, 0.1, 1.0, 1)
+    model.update(AdamW(1e-4, weight_decay=0.1), 1)
     work = {w.label: w for w in roofline.step_work(config, B, T, 4, recompute)}
     assert {label: s[0] for label, s in seen.items()} == {label: w.calls for label, w in work.items()}
     for label, (_, flops, nbytes) in seen.items():

@@ -22,17 +22,18 @@ BATCH = ("-e", "tiny:d2", "-b", "2", "-t", "32", "-d", "512", "-x", "6", "-v", "
 # llmc.train, whose weights are compared over the ranks, bit by bit, after every update; STEP RANK: who dies, and when
 TRAIN = """
 import os, signal, sys, zlib
-from llmc import gpt2, train
+from llmc import train
+from llmc.model import Model
 from mpi4py import MPI
 step, rank = map(int, sys.argv[1:3])
-update = gpt2.GPT2.update
+update = Model.update
 def update_and_compare(self, *args):
     update(self, *args)
     sums = MPI.COMM_WORLD.allgather(zlib.crc32(self.params_flat))
     assert len(set(sums)) == 1, f"the weights differ after step {args[-1]}: {sums}"
     if args[-1] == step and MPI.COMM_WORLD.rank == rank:
         os.kill(os.getpid(), signal.SIGKILL)
-gpt2.GPT2.update = update_and_compare
+Model.update = update_and_compare
 sys.exit(train.main(sys.argv[3:]))
 """
 

@@ -10,13 +10,14 @@ import torch
 from conftest import op_set
 from reference import GPT2_TENSORS, cross_entropy, gpt2_logits, to_torch
 
-from llmc import cpu, evaluate, generate, train
+from llmc import cpu, evaluate, generate, gpt2, train
 from llmc.data import __main__ as prepare_command
 from llmc.data import tokenizer
 from llmc.data.eval_sets import read_eval_set, write_eval_set
 from llmc.data.shards import write_shard
 from llmc.errors import UserError
-from llmc.gpt2 import GPT2, GPT2Config
+from llmc.gpt2 import GPT2Config
+from llmc.model import Model
 from llmc.training import multiple_choice
 
 V, T = 61, 80
@@ -25,7 +26,7 @@ CONFIG = GPT2Config(T, V, 128, 2, 2, 16)
 
 def build(B, t=T):
     """A model whose predictions are far from uniform: the same weights at every call."""
-    model = GPT2(CONFIG, cpu, B, t, recompute=2, training=False)
+    model = Model(gpt2, cpu, CONFIG, B, t, recompute=2, training=False)
     model.init_weights(3)
     model.params.wte *= 20
     model.params.wpe *= 20
@@ -105,8 +106,8 @@ def test_ties_go_to_the_first(examples):
 
 def test_batches_are_full_and_rows_short(examples, monkeypatch):
     """As many rows as B*T tokens hold, of no more blocks of positions than their longest needs."""
-    model, shapes, token_losses = build(4), [], GPT2.token_losses
-    monkeypatch.setattr(GPT2, "token_losses", lambda self, i, t: (shapes.append(i.shape), token_losses(self, i, t))[1])
+    model, shapes, token_losses = build(4), [], Model.token_losses
+    monkeypatch.setattr(Model, "token_losses", lambda self, i, t: (shapes.append(i.shape), token_losses(self, i, t))[1])
     done = []
     multiple_choice.score(model, examples, done.append)
     assert sum(b for b, _ in shapes) == sum(done) == 4 * len(examples)

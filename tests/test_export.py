@@ -13,12 +13,13 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmc import cpu, export
+from llmc import cpu, export, gpt2
 from llmc.__main__ import main as llmc
 from llmc.data import tokenizer
 from llmc.files import checkpoints, model_file
 from llmc.files.state_file import TrainState
-from llmc.gpt2 import GPT2, GPT2Config
+from llmc.gpt2 import GPT2Config
+from llmc.model import Model
 
 T = 48
 CONFIGS = {
@@ -41,7 +42,7 @@ def files(tmp_path_factory):
     """{name: (.bin file of fresh weights, its model)}"""
     folder, found = tmp_path_factory.mktemp("models"), {}
     for name, config in CONFIGS.items():
-        model = GPT2(config, cpu, 2, T, training=False)
+        model = Model(gpt2, cpu, config, 2, T, training=False)
         model.init_weights(5)
         rng = np.random.default_rng(1)
         model.params_flat += 0.02 * rng.standard_normal(model.params_flat.size, np.float32)

@@ -4,6 +4,7 @@ Where a run with the wrong loss scale must go on as one with the right scale, fi
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ from conftest import op_set
 from reference import FP16, FP32
 from test_gpt2 import LLMC, batches, weights
 
-from llmc import cpu, devices, simt, train
+from llmc import cpu, devices, gpt2, simt, train
 from llmc.data.shards import write_shard
 from llmc.files import checkpoints, model_file
-from llmc.gpt2 import GPT2, GPT2Config
+from llmc.gpt2 import GPT2Config
+from llmc.model import Model
 from llmc.training import loss_scaler, mfu
 from llmc.training.loss_scaler import LossScaler
 
@@ -93,13 +95,13 @@ def test_gradients_too_small_for_fp16_are_there_with_a_scale(executor):
     params, ((x, y),) = weights(config), batches(config, B, T, 1)
     moments, norms = [], []
     for ops, dtype, scale in ((cpu, FP32, 1.0), (executor, FP16, 1.0), (executor, FP16, loss_scaler.INITIAL_SCALE)):
-        model = GPT2(config, ops, B, T, dtype=dtype)
+        model = Model(gpt2, ops, config, B, T, dtype=dtype)
         for name, values in params.items():
             getattr(model.params, name)[...] = values.astype(dtype)
         model.loss_scale = scale
         model.forward(x)
         model.backward(x, y, micro_steps)
-        model.update(**LLMC | dict(grad_clip=0.0), t=1)  # Adam's first moment is 0.1 * the gradient
+        model.update(replace(LLMC, grad_clip=0.0), 1)  # Adam's first moment is 0.1 * the gradient
         moments.append(model.m.astype(np.float64))
         norms.append(model.grad_norm())
     truth, plain, scaled = moments

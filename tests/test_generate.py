@@ -11,6 +11,7 @@ from llmc import cpu, generate, generation, gpt2, train
 from llmc.data import tokenizer
 from llmc.data.shards import write_shard
 from llmc.files import model_file
+from llmc.model import Model
 from llmc.rand import random_f32
 from llmc.sampler import sample_softmax
 
@@ -60,9 +61,8 @@ def run(capsys, *argv, code=0):
 
 def fresh_model(T=160, vocab_size=V, seed=3):
     """A model with random weights, large enough that its predictions are far from uniform."""
-    model = gpt2.GPT2(
-        gpt2.GPT2Config(T, vocab_size, -(-vocab_size // 128) * 128, 2, 4, 32), cpu, 1, T, 2, training=False
-    )
+    config = gpt2.GPT2Config(T, vocab_size, -(-vocab_size // 128) * 128, 2, 4, 32)
+    model = Model(gpt2, cpu, config, 1, T, recompute=2, training=False)
     model.init_weights(seed)
     model.params.wte *= 10
     model.params.wpe *= 40

@@ -7,6 +7,7 @@ top of that file). Nothing here knows the ops: a wrong order, a wrong buffer or 
 import math
 import threading
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,14 +25,16 @@ from reference import (
     to_torch,
 )
 
+import llmc.model
 from llmc import cpu as ops
 from llmc import gpt2, rand
 from llmc.errors import UserError
 from llmc.files import model_file
-from llmc.gpt2 import GPT2, GPT2Config, config_from_descriptor
+from llmc.gpt2 import GPT2Config, config_from_descriptor
+from llmc.model import AdamW, Model, format_plan, memory_plan
 
 DECAYED = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")
-LLMC = dict(learning_rate=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0)
+LLMC = AdamW(lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -106,7 +109,8 @@ WRONG += ["d" + "1" * 9999]  # more digits than int() takes
 def test_wrong_descriptor(descriptor):
     with pytest.raises(UserError) as error:
         config_from_descriptor(descriptor)
-    assert str(error.value).startswith(f"-e {descriptor}: ") and "HINT: " in str(error.value)
+    shown = descriptor.replace("\n", "\\n")  # an error is one line
+    assert str(error.value).startswith(f"-e {shown}: ") and "HINT: " in str(error.value)
     assert descriptor.endswith("\n") or "\n" not in str(error.value)
 
 
@@ -138,7 +142,7 @@ def test_parameter_table_is_the_checkpoint():
     assert tuple(spec.name for spec in specs if spec.decay) == DECAYED
     assert {spec.dtype for spec in specs} == {"X"}
 
-    model = GPT2(config, ops, 1, 1)
+    model = Model(gpt2, ops, config, 1, 1)
     model.params_flat[:] = np.arange(model.params_flat.size)
     start = 0
     for i, (name, shape) in enumerate(shapes.items()):
@@ -173,9 +177,9 @@ def test_memory_plan_is_what_is_allocated(monkeypatch):
     config = GPT2Config(16, 61, 128, 3, 2, 12)
     titles = ["parameters", "gradients", "optimizer", "activations", "scratch"]
     for recompute, training in ((0, True), (1, True), (2, True), (2, False)):
-        planned = gpt2.memory_plan(config, ops, 3, 7, recompute, training=training)
+        planned = memory_plan(gpt2, ops, config, 3, 7, recompute=recompute, training=training)
         sizes.clear()
-        model = GPT2(config, ops, 3, 7, recompute, training)
+        model = Model(gpt2, ops, config, 3, 7, recompute=recompute, training=training)
         assert [nbytes for *_, nbytes in planned] == sizes
         wanted = titles if training else [titles[0], *titles[3:]]
         assert [title for title, *_ in planned] == wanted
@@ -188,7 +192,7 @@ def test_memory_plan_is_what_is_allocated(monkeypatch):
         else:
             assert not hasattr(model, "grads_flat") and not hasattr(model, "m")
 
-        text = gpt2.format_plan(planned)
+        text = format_plan(planned)
         total = sum(sizes)
         assert text.splitlines()[0] == "memory plan" and f"{total:,} bytes = {total / 2**20:,.1f} MiB" in text
         for title, *_, nbytes in planned:
@@ -198,20 +202,20 @@ def test_memory_plan_is_what_is_allocated(monkeypatch):
 def test_recomputation_saves_the_stated_activations():
     config, B, T = GPT2Config(64, 61, 128, 5, 2, 64), 2, 64
     BTC, L = B * T * 64 * 4, 5  # bytes of a (B, T, C) activation; all rows here are multiples of the alignment
-    r0, r1, r2 = (gpt2.memory_plan(config, ops, B, T, r)[3][3] for r in (0, 1, 2))
+    r0, r1, r2 = (memory_plan(gpt2, ops, config, B, T, recompute=r)[3].nbytes for r in (0, 1, 2))
     assert r0 - r1 == (L - 1) * 4 * BTC  # fch_gelu, one instead of L
     assert r1 - r2 == (L - 1) * 2 * BTC  # ln1 and ln2
 
 
 def test_a_training_step_allocates_nothing_of_the_size_of_an_activation():
     config, B, T = GPT2Config(128, 300, 384, 2, 4, 64), 32, 128
-    model = GPT2(config, ops, B, T, recompute=2)
+    model = Model(gpt2, ops, config, B, T, recompute=2)
     model.init_weights()
     (x, y), *_ = batches(config, B, T, 1)
-    step(model, [(x, y)], 1, **LLMC)
+    step(model, [(x, y)], 1, LLMC)
     tracemalloc.start()
     try:
-        step(model, [(x, y)], 2, **LLMC)
+        step(model, [(x, y)], 2, LLMC)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -221,7 +225,7 @@ def test_a_training_step_allocates_nothing_of_the_size_of_an_activation():
 @pytest.mark.parametrize("T", [0, -1, 17, 1024])
 def test_length_is_limited_by_the_positions(T):
     with pytest.raises(UserError, match=rf"-t {T}: .* 1 to 16 .*HINT"):
-        GPT2(GPT2Config(16, 61, 128, 1, 2, 12), ops, 1, T)
+        Model(gpt2, ops, GPT2Config(16, 61, 128, 1, 2, 12), 1, T)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -248,7 +252,7 @@ def drawn_by_hand(config, seed, draw):
 
 
 def fresh(config, seed):
-    model = GPT2(config, ops, 1, 1)
+    model = Model(gpt2, ops, config, 1, 1)
     model.params_flat[:] = np.nan  # init must write every element
     model.init_weights(seed)
     return model
@@ -322,7 +326,7 @@ def batches(config, B, T, count, seed=1):
 
 
 def build(config, B, T, recompute=1, params=None, graphs=False):
-    model = GPT2(config, ops, B, T, recompute, graphs=graphs)
+    model = Model(gpt2, ops, config, B, T, recompute=recompute, graphs=graphs)
     model.grads_flat[:] = np.nan  # a gradient that is not written shows
     model.acts_flat[:] = 0xFF  # NaN, and -1 as an integer
     for name, values in (params or weights(config)).items():
@@ -330,12 +334,12 @@ def build(config, B, T, recompute=1, params=None, graphs=False):
     return model
 
 
-def step(model, micro_batches, t, learning_rate, beta1, beta2, eps, weight_decay, grad_clip):
+def step(model, micro_batches, t, adamw):
     """One update as train.py does it. Returns (mean loss, gradient norm)."""
     for i, (x, y) in enumerate(micro_batches):
         model.forward(x)
         model.backward(x, y, len(micro_batches), i)
-    model.update(learning_rate, beta1, beta2, eps, weight_decay, grad_clip, t)
+    model.update(adamw, t)
     return model.mean_loss(len(micro_batches)), model.grad_norm()
 
 
@@ -475,14 +479,14 @@ def test_gradients_equal_finite_differences():
 # training
 
 
-def torch_training(config, params, steps, dtype, learning_rate, beta1, beta2, eps, weight_decay, grad_clip):
+def torch_training(config, params, steps, dtype, adamw):
     """(losses, parameters by name, number of clipped steps) of torch's AdamW: one step on each pair (x, y) of steps."""
     tensors = {name: to_torch(values, dtype).requires_grad_() for name, values in params.items()}
     groups = [
-        dict(params=[tensors[name] for name in DECAYED], weight_decay=weight_decay),
+        dict(params=[tensors[name] for name in DECAYED], weight_decay=adamw.weight_decay),
         dict(params=[tensor for name, tensor in tensors.items() if name not in DECAYED], weight_decay=0.0),
     ]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), eps=eps)
+    optimizer = torch.optim.AdamW(groups, lr=adamw.lr, betas=(adamw.beta1, adamw.beta2), eps=adamw.eps)
     losses, clipped = [], 0
     for x, y in steps:
         optimizer.zero_grad()
@@ -490,10 +494,10 @@ def torch_training(config, params, steps, dtype, learning_rate, beta1, beta2, ep
         loss = cross_entropy(logits, to_torch(y)).mean()
         loss.backward()
         norm = math.sqrt(sum(float((t.grad.double() ** 2).sum()) for t in tensors.values()))
-        if 0 < grad_clip < norm:
+        if 0 < adamw.grad_clip < norm:
             clipped += 1
             for tensor in tensors.values():
-                tensor.grad *= grad_clip / norm
+                tensor.grad *= adamw.grad_clip / norm
         optimizer.step()
         losses.append(float(loss.detach()))
     return losses, {name: to_float64(tensor) for name, tensor in tensors.items()}, clipped
@@ -501,9 +505,9 @@ def torch_training(config, params, steps, dtype, learning_rate, beta1, beta2, ep
 
 SETTINGS = {
     "main": (LLMC, 10),  # llm.c's trainer with weight decay; every step is clipped
-    "some clipped": (LLMC | dict(weight_decay=3.0, grad_clip=2.4), 6),
-    "test_gpt2.c": (LLMC | dict(beta2=0.999, weight_decay=0.01, grad_clip=0.0, learning_rate=1e-4), 0),
-    "large eps": (LLMC | dict(eps=1e-2, beta1=0.8), 10),
+    "some clipped": (replace(LLMC, weight_decay=3.0, grad_clip=2.4), 6),
+    "test_gpt2.c": (replace(LLMC, beta2=0.999, weight_decay=0.01, grad_clip=0.0, lr=1e-4), 0),
+    "large eps": (replace(LLMC, eps=1e-2, beta1=0.8), 10),
 }
 
 
@@ -513,9 +517,9 @@ def test_ten_steps_equal_torch_adamw(name):
     config, B, T = GPT2Config(16, 200, 256, 2, 3, 24), 3, 11
     params, steps = weights(config), batches(config, B, T, 10)
     model = build(config, B, T, params=params)
-    losses = [step(model, [pair], t, **settings)[0] for t, pair in enumerate(steps, 1)]
-    *truth, clipped = torch_training(config, params, steps, torch.float64, **settings)
-    own_losses, own = torch_training(config, params, steps, torch.float32, **settings)[:2]
+    losses = [step(model, [pair], t, settings)[0] for t, pair in enumerate(steps, 1)]
+    *truth, clipped = torch_training(config, params, steps, torch.float64, settings)
+    own_losses, own = torch_training(config, params, steps, torch.float32, settings)[:2]
     assert clipped == expected_clipped
     assert_close(name, "losses", np.array(losses, np.float32), Expected(np.array(truth[0]), np.array(own_losses)))
     for tensor in GPT2_TENSORS:
@@ -523,7 +527,7 @@ def test_ten_steps_equal_torch_adamw(name):
         if tensor == "qkvb":
             # Softmax does not see the bias of k: its gradient is rounding noise, which AdamW scales up to full steps.
             q, k, v = np.split(got, 3, axis=1)
-            assert np.abs(k - np.split(params["qkvb"], 3, axis=1)[1]).max() <= 10 * settings["learning_rate"]
+            assert np.abs(k - np.split(params["qkvb"], 3, axis=1)[1]).max() <= 10 * settings.lr
             got = np.concatenate([q, v], axis=1)
             expected = Expected(*(np.concatenate(np.split(e, 3, axis=1)[::2], axis=1) for e in expected))
         assert_close(name, tensor, got, expected)
@@ -532,7 +536,7 @@ def test_ten_steps_equal_torch_adamw(name):
 def run(config, B, T, steps, recompute=1, seed=3, graphs=False):
     """Losses, then the bits of logits, gradients, parameters and moments, after a few steps."""
     model = build(config, B, T, recompute, weights(config, seed), graphs)
-    losses = [step(model, micro_batches, t, **LLMC) for t, micro_batches in enumerate(steps, 1)]  # and gradient norms
+    losses = [step(model, micro_batches, t, LLMC) for t, micro_batches in enumerate(steps, 1)]  # and gradient norms
     logits = model.forward(steps[0][0][0]).output
     arrays = dict(logits=logits, grads=model.grads_flat, params=model.params_flat, m=model.m, v=model.v)
     return losses, {name: array.copy() for name, array in arrays.items()}
@@ -619,7 +623,7 @@ def test_the_gradient_norm():
     norms = [math.sqrt(sum((expected[f"d{name}"][i] ** 2).sum() for name in GPT2_TENSORS)) for i in (0, 1)]
     for grad_clip in (0.0, 0.5):  # before clipping
         model = build(config, B, T)
-        norm = step(model, [(x, y)], 1, **LLMC | dict(grad_clip=grad_clip))[1]
+        norm = step(model, [(x, y)], 1, replace(LLMC, grad_clip=grad_clip))[1]
         assert_close("grad_norm", "norm", np.array(norm, np.float32), Expected(*map(np.array, norms)))
 
 
@@ -629,14 +633,14 @@ def test_a_norm_that_is_not_finite_updates_nothing(value):
     config = GPT2Config(8, 61, 128, 1, 1, 8)
     model = build(config, 1, 4)
     (first, second) = micro_steps(config, 1, 4, 2, 1)
-    step(model, first, 1, **LLMC)
+    step(model, first, 1, LLMC)
     ((x, y),) = second
     model.forward(x)
     model.backward(x, y)
     model.grads.h[0].fcw[3, 2] = value
     arrays = dict(params=model.params_flat, m=model.m, v=model.v)
     before = {name: array.copy() for name, array in arrays.items()}
-    model.update(**LLMC, t=2)
+    model.update(LLMC, 2)
     assert not math.isfinite(model.grad_norm())
     for name, array in arrays.items():
         assert_bits(f"gradient {value}", name, array, before[name])
@@ -646,7 +650,7 @@ def test_padded_vocabulary_stays_zero():
     config, B, T = GPT2Config(16, 61, 128, 2, 2, 12), 2, 16
     model = build(config, B, T)
     for t, micro_batches in enumerate(micro_steps(config, B, T, 12, 2), 1):
-        step(model, micro_batches, t, **LLMC)
+        step(model, micro_batches, t, LLMC)
     padded = config.vocab_size * config.channels, config.padded_vocab_size * config.channels
     for name in ("params_flat", "grads_flat", "m", "v"):
         rows = getattr(model, name)[slice(*padded)]
@@ -671,7 +675,7 @@ def test_seeds_are_drawn_as_in_llmc():
     state = 13371337
     assert model.rng_state == state
     for t, micro_batches in enumerate(micro_steps(config, 1, 4, 2, 3), 1):
-        step(model, micro_batches, t, **LLMC)
+        step(model, micro_batches, t, LLMC)
         for _ in range(3):
             state = draw(state)
         assert model.scratch.encoder_seed.tolist() == drawn[-1:]
@@ -691,7 +695,7 @@ def test_validate_writes_neither_gradients_nor_dlogits():
     config, B, T = GPT2Config(16, 200, 256, 2, 3, 24), 3, 11
     model = build(config, B, T)
     (x, y), (x2, y2) = batches(config, B, T, 2)
-    step(model, [(x, y)], 1, **LLMC)
+    step(model, [(x, y)], 1, LLMC)
     arrays = dict(params=model.params_flat, grads=model.grads_flat, m=model.m, v=model.v)
     before = {name: array.copy() for name, array in arrays.items()}
     rng_state = model.rng_state
@@ -707,8 +711,8 @@ def test_validate_writes_neither_gradients_nor_dlogits():
 
     # and training goes on as if there had been no validation
     other = build(config, B, T)
-    step(other, [(x, y)], 1, **LLMC)
-    assert step(other, [(x2, y2)], 2, **LLMC) == step(model, [(x2, y2)], 2, **LLMC)
+    step(other, [(x, y)], 1, LLMC)
+    assert step(other, [(x2, y2)], 2, LLMC) == step(model, [(x2, y2)], 2, LLMC)
     assert_bits("validate", "params after the next step", model.params_flat, other.params_flat)
 
 
@@ -716,7 +720,7 @@ def test_smaller_batches_live_in_the_same_memory():
     config, B, T = GPT2Config(16, 200, 256, 2, 3, 24), 4, 13
     params = weights(config)
     model = build(config, B, T, params=params)
-    training = step(model, batches(config, B, T, 1), 1, **LLMC | dict(learning_rate=0.0, weight_decay=0.0))
+    training = step(model, batches(config, B, T, 1), 1, replace(LLMC, lr=0.0, weight_decay=0.0))
     logits = {}
     for b, t in ((1, 1), (1, 13), (4, 1), (3, 7), (4, 13), (2, 12)):
         ((x, y),) = batches(config, b, t, 1, seed=10 * b + t)
@@ -729,7 +733,7 @@ def test_smaller_batches_live_in_the_same_memory():
         torch_logits = torch_passes(config, params, x, y)["logits"]
         assert_close(f"b = {b}, t = {t}", "logits", logits[b, t][..., : config.vocab_size], torch_logits)
     # the full size is what it was
-    again = step(model, batches(config, B, T, 1), 2, **LLMC | dict(learning_rate=0.0, weight_decay=0.0))
+    again = step(model, batches(config, B, T, 1), 2, replace(LLMC, lr=0.0, weight_decay=0.0))
     assert again == training
 
 
@@ -738,12 +742,12 @@ def test_logits_in_pieces_change_nothing_else(monkeypatch):
     config, B, T = GPT2Config(16, 200, 256, 2, 3, 24), 3, 13
     params, pairs, ((x, y),) = weights(config), batches(config, B, T, 2), batches(config, B, T, 1, seed=5)
     whole, results = build(config, B, T, params=params), []
-    monkeypatch.setattr(gpt2, "HEAD_ROWS", 16)  # of 39
+    monkeypatch.setattr(llmc.model, "HEAD_ROWS", 16)  # of 39
     parts = build(config, B, T, params=params)
     for rows, model in ((B * T, whole), (16, parts)):
-        monkeypatch.setattr(gpt2, "HEAD_ROWS", rows)
+        monkeypatch.setattr(llmc.model, "HEAD_ROWS", rows)
         losses = model.token_losses(x, y).copy()
-        loss, norm = step(model, pairs, 1, **LLMC)
+        loss, norm = step(model, pairs, 1, LLMC)
         results.append((losses, loss, norm, model.grads_flat.copy()))
     for name, one, other in zip(("validation", "loss", "norm", "gradients"), *results, strict=True):
         np.testing.assert_allclose(other, one, rtol=2e-5, atol=1e-7, err_msg=name)
@@ -767,7 +771,7 @@ def test_a_model_without_gradients_has_the_same_logits(recompute):
     """With the activations of one layer alone."""
     config = GPT2Config(16, 200, 256, 3, 3, 24)
     ((x, y),) = batches(config, 3, 11, 1)
-    trainable, inference = build(config, 3, 11), GPT2(config, ops, 3, 11, recompute, training=False)
+    trainable, inference = build(config, 3, 11), Model(gpt2, ops, config, 3, 11, recompute=recompute, training=False)
     assert inference.acts.residual3.shape == (1, 3, 11, 24) and trainable.acts.residual3.shape == (3, 3, 11, 24)
     inference.params_flat[:] = trainable.params_flat
     assert_bits("training=False", "logits", inference.forward(x).output, trainable.forward(x).output)

@@ -23,9 +23,11 @@ from reference import (
 )
 from test_gpt2 import LLMC, batches, step, torch_training, weights
 
+import llmc.model
 from llmc import gpt2
 from llmc.buffers import carve
-from llmc.gpt2 import GPT2, GPT2Config
+from llmc.gpt2 import GPT2Config
+from llmc.model import Model
 
 CONFIG, B, T = GPT2Config(24, 61, 128, 2, 2, 32), 2, 17  # two layers and heads, an odd T below maxT, padded vocabulary
 SETS = pytest.mark.parametrize("ops", ("executor", pytest.param("gpu", marks=pytest.mark.gpu)), indirect=True)
@@ -33,7 +35,7 @@ SETS = pytest.mark.parametrize("ops", ("executor", pytest.param("gpu", marks=pyt
 
 def build(ops, dtype="fp32", recompute=1, params=None):
     """A model on this op set: every buffer holds garbage except for the weights and the optimizer state."""
-    model = GPT2(CONFIG, ops, B, T, recompute, dtype=DTYPES[dtype])
+    model = Model(gpt2, ops, CONFIG, B, T, recompute=recompute, dtype=DTYPES[dtype])
     for flat in (model.grads_flat, model.acts_flat):
         ops.device.upload(flat.view(np.uint8), np.full(flat.nbytes, 0xFF, np.uint8))
     host = np.empty(model.params_flat.size, np.float32)
@@ -105,7 +107,7 @@ def test_passes_equal_pytorch(ops, dtype):
 def test_logits_in_pieces(ops, dtype, monkeypatch):
     """34 positions, but room for the logits of 15: three pieces, the last a smaller one."""
     whole = build(ops, dtype).acts_flat.nbytes
-    monkeypatch.setattr(gpt2, "HEAD_ROWS", 15)
+    monkeypatch.setattr(llmc.model, "HEAD_ROWS", 15)
     model = check_passes(ops, dtype, all_logits=False)
     assert model.acts.output.shape == (1, 15, CONFIG.padded_vocab_size) and model.acts_flat.nbytes < whole
 
@@ -132,8 +134,8 @@ def check_passes(ops, dtype, all_logits=True):
 def test_ten_steps_equal_torch_adamw(ops):
     params, steps = weights(CONFIG), batches(CONFIG, B, T, 10)
     model = build(ops, params=params)
-    losses = [step(model, [pair], t, **LLMC)[0] for t, pair in enumerate(steps, 1)]
-    truth, own = (torch_training(CONFIG, params, steps, d, **LLMC)[0] for d in (torch.float64, torch.float32))
+    losses = [step(model, [pair], t, LLMC)[0] for t, pair in enumerate(steps, 1)]
+    truth, own = (torch_training(CONFIG, params, steps, d, LLMC)[0] for d in (torch.float64, torch.float32))
     assert_close("ten steps", "losses", np.array(losses, np.float32), Expected(np.array(truth), np.array(own)))
 
 
@@ -143,8 +145,8 @@ def test_ten_steps_in_16_bits_follow_float64(ops, dtype, tolerance):
     params, steps = weights(CONFIG), batches(CONFIG, B, T, 10)
     params = {name: values.astype(DTYPES[dtype]).astype(np.float32) for name, values in params.items()}
     model = build(ops, dtype, params=params)
-    losses = [step(model, [pair], t, **LLMC)[0] for t, pair in enumerate(steps, 1)]
-    truth = torch_training(CONFIG, params, steps, torch.float64, **LLMC)[0]
+    losses = [step(model, [pair], t, LLMC)[0] for t, pair in enumerate(steps, 1)]
+    truth = torch_training(CONFIG, params, steps, torch.float64, LLMC)[0]
     np.testing.assert_allclose(losses, truth, rtol=tolerance)
 
 
@@ -154,7 +156,7 @@ def test_recomputation_changes_no_bit(ops, dtype):
     pairs, results = batches(CONFIG, B, T, 4), []
     for recompute in (0, 1, 2):
         model = build(ops, dtype, recompute)
-        losses = [step(model, pairs[i : i + 2], t, **LLMC) for t, i in ((1, 0), (2, 2))]  # two micro-steps each
+        losses = [step(model, pairs[i : i + 2], t, LLMC) for t, i in ((1, 0), (2, 2))]  # two micro-steps each
         results.append((losses, to_host(model.grads_flat).copy(), to_host(model.params_flat).copy()))
     for recompute, (losses, grads, params) in enumerate(results[1:], 1):
         assert losses == results[0][0]

@@ -15,8 +15,10 @@ from llmc import cpu, cuda, evaluate, generate, gpt2, train
 from llmc.command import memory_size
 from llmc.data.shards import write_shard
 from llmc.errors import UserError
-from llmc.gpt2 import GPT2, GPT2Config
+from llmc.gpt2 import GPT2Config, parameter_specs
+from llmc.model import AdamW, Model
 from llmc.parallel import launch as launching
+from llmc.parallel import zero
 from llmc.training import memory
 
 GIB, MIB = 2**30, 2**20
@@ -58,13 +60,15 @@ def test_the_plan_is_what_is_allocated(kind, monkeypatch):
     sizes = record(monkeypatch, ops)
     dtypes = ("fp32",) if kind == "cpu" else ("bf16", "fp16", "fp32")
     for i, dtype in enumerate(dtypes * 3):  # -w and --grad-dtype go through their combinations as -r does
+        P = 2 ** (i % 3)
+        partition = zero.partition(parameter_specs(CONFIG), 0, P) if P > 1 else None
         settings = dict(
-            use_master_weights=i % 2 == 0, grad_dtype="float32" if i // 2 % 2 else None, shards=2 ** (i % 3)
+            use_master_weights=i % 2 == 0, grad_dtype="float32" if i // 2 % 2 else None, partition=partition
         )
         B, T, recompute = 1 + i, 5 + 3 * i, i % 3 if kind == "cpu" else i // 3
         sizes.clear()
-        ranks = SimpleNamespace(rank=0, size=settings["shards"]) if settings["shards"] > 1 else None
-        model = GPT2(CONFIG, ops, B, T, recompute, dtype=DTYPES[dtype], ranks=ranks, **settings)
+        ranks = SimpleNamespace(rank=0, size=P) if P > 1 else None
+        model = Model(gpt2, ops, CONFIG, B, T, recompute=recompute, dtype=DTYPES[dtype], ranks=ranks, **settings)
         planned = memory.needs_of(CONFIG, ops, T, DTYPES[dtype], **settings)(B, recompute)
         assert planned == sum(sizes) + ops.device.scratch_bytes(), (dtype, settings)
         inputs = np.zeros((B, T), np.int32)
@@ -72,7 +76,7 @@ def test_the_plan_is_what_is_allocated(kind, monkeypatch):
             count = len(sizes)
             model.token_losses(inputs, inputs)
             model.backward(inputs, inputs)
-            model.update(1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, 1)
+            model.update(AdamW(1e-3, weight_decay=0.1), 1)
             assert len(sizes) == count
 
 

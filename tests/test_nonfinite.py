@@ -17,7 +17,8 @@ from reference import OPS, assert_bits
 from test_gpt2 import LLMC, batches, weights
 from test_gpt2_cuda import CONFIG, B, T, build
 
-from llmc import cpu, gpt2, simt, train
+import llmc.model
+from llmc import cpu, simt, train
 from llmc.data.loader import DataLoader
 from llmc.data.shards import write_shard
 from llmc.files import checkpoints, model_file
@@ -136,7 +137,7 @@ def test_the_first_bad_value_is_named(monkeypatch, recompute, case):
 
 def test_pieces_of_a_large_batch_are_named(monkeypatch):
     """34 positions, the logits of 15 at a time: three pieces."""
-    monkeypatch.setattr(gpt2, "HEAD_ROWS", 15)
+    monkeypatch.setattr(llmc.model, "HEAD_ROWS", 15)
     model = build(cpu)
     cases = [
         ("fused_classifier", 4, "losses", "losses from position 15 on", BACKWARD.format("", 1), (1, 15)),
@@ -210,7 +211,7 @@ def test_values_that_came_from_another_rank(monkeypatch, tmp_path):
     model = build(cpu)
     model.ranks, model.rank, model.num_ranks = Ranks(), 0, 2
     x, y = (np.array(tokens) for tokens in zip(*batches(CONFIG, B, T, 1), strict=True))
-    about = dict(step=4, rng_state=1, loss=3.5, grad_norm=np.nan, update=(), output_dir=None, on_nonfinite="skip")
+    about = dict(step=4, rng_state=1, loss=3.5, grad_norm=np.nan, update={}, output_dir=None, on_nonfinite="skip")
     line = nonfinite.step_failed(model, x, y, **about)
     assert line.startswith(
         "step 5: loss 3.5, gradient norm nan: on rank 0 every tensor is finite (non-finite on rank 1)"
@@ -236,7 +237,7 @@ def test_a_loss_that_is_not_finite_updates_nothing(monkeypatch, kind, value):
             if t == 2:
                 model.acts.losses[1, 3] = value
                 before = [array.copy() for array in (model.params_flat, model.m, model.v)]
-            model.update(**LLMC, t=t)
+            model.update(LLMC, t)
             assert np.isfinite(model.grad_norm())
     for array, was in zip((model.params_flat, model.m, model.v), before, strict=True):
         assert_bits(f"loss {value}", "arena", array, was)
@@ -303,7 +304,7 @@ def test_stop_names_it_and_saves_a_replay(monkeypatch, folder, capsys):
     was = np.empty(params.size, np.float32)
     model_file.read_model(checkpoints.model_path("before", step), was)
     assert_bits("the file", "weights before the step", params, was)
-    assert BAD in inputs[micro_step] and about["update"][6] == step + 1
+    assert BAD in inputs[micro_step] and about["update"]["t"] == step + 1
 
 
 @pytest.mark.parametrize("more", ([], ["-sg", "9"]), ids=" ".join)

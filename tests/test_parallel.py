@@ -1,12 +1,14 @@
 """Many processes without any: who is who, ZeRO's shares, and the calls that reach NCCL."""
 
 from argparse import Namespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from llmc import buffers, gpt2
+from llmc import gpt2
 from llmc.errors import UserError
+from llmc.model import AdamW, Model, memory_plan
 from llmc.parallel import communicators, zero
 from llmc.parallel.world import Place, World, meeting_place, world
 
@@ -84,13 +86,6 @@ def test_no_way_to_meet(launcher, flags, environ, text):
 # shares
 
 
-def share_of(ops, specs, rank, P, dtype):
-    table = zero.share_specs(specs, P)
-    nbytes = buffers.offsets(table, dtype, 256)[1]
-    views = buffers.carve(ops.device.alloc(nbytes), table, 0, dtype, 256)
-    return zero.Share(specs, rank, P, views, ops.device)
-
-
 @pytest.mark.parametrize("P", [2, 4])
 def test_update_of_shares_is_the_update_of_the_whole(ops, P):
     """Also the noise of bf16 rounding is that of the element, whichever rank updates it: the bits are the same."""
@@ -98,7 +93,7 @@ def test_update_of_shares_is_the_update_of_the_whole(ops, P):
     dtype = np.dtype(np.float32 if ops.__name__ == "llmc.cpu" else ml_dtypes.bfloat16)
     specs = gpt2.parameter_specs(gpt2.GPT2Config(8, 50, 128, 3, 2, 32))
     N, rng = sum(spec.size for spec in specs), np.random.default_rng(0)
-    assert len(zero.share_rows(specs, P)) == 3 and zero.share_rows(specs, 3) is None
+    assert len(zero.partition(specs, 0, P).parts) == 3 and zero.partition(specs, 0, 3) is None
 
     def device(host):
         array = ops.device.alloc(host.nbytes).view(host.dtype).reshape(host.shape)
@@ -117,19 +112,17 @@ def test_update_of_shares_is_the_update_of_the_whole(ops, P):
     expected = [ops.device.download(array) for array in whole]
 
     for rank in range(P):
-        share = share_of(ops, specs, rank, P, dtype)
-        arenas = [device(share.of(array)) for array in (master.astype(dtype), master, grads, m, v)]
-        share.set_tables(seeds, 0.1)
-        for views, tables in share.calls(*arenas):
+        cut = zero.partition(specs, rank, P)
+        arenas = [device(cut.of(array)) for array in (master.astype(dtype), master, grads, m, v)]
+        share = SimpleNamespace(ends=device(cut.ends()), decays=device(cut.decays(0.1)), seeds=device(cut.seeds(seeds)))
+        for views, tables in cut.calls(share, *arenas):
             ops.adamw_update(*views, *tables, *scalars)
         for array, want in zip(arenas, expected, strict=True):
-            assert ops.device.download(array).tobytes() == share.of(want).tobytes()
+            assert ops.device.download(array).tobytes() == cut.of(want).tobytes()
 
 
 def test_shares_are_laid_out_as_llmc_has_them():
     """Tensor i starts at its place in the whole / P, with [layers][1/P of a layer] behind (llm.c zero.cuh)."""
-    from llmc import cpu
-
     specs, P = gpt2.parameter_specs(gpt2.GPT2Config(8, 50, 128, 3, 2, 32)), 4
     flat = np.arange(sum(spec.size for spec in specs), dtype=np.float32)
     start = 0
@@ -137,7 +130,7 @@ def test_shares_are_laid_out_as_llmc_has_them():
         layers = flat[start : start + spec.size].reshape(max(1, spec.layers), -1)
         for rank in range(P):
             n = layers.shape[1] // P
-            own = share_of(cpu, specs, rank, P, np.float32).of(flat)[start // P :][: spec.size // P]
+            own = zero.partition(specs, rank, P).of(flat)[start // P :][: spec.size // P]
             assert np.array_equal(own.reshape(layers.shape[0], n), layers[:, rank * n : (rank + 1) * n])
         start += spec.size
 
@@ -146,7 +139,9 @@ def test_plan_of_shares():
     from llmc import cpu
 
     config = gpt2.GPT2Config(8, 50, 128, 3, 2, 32)
-    sizes = [{title: n for title, *_, n in gpt2.memory_plan(config, cpu, 1, 8, shards=P)} for P in (1, 4)]
+    cut = zero.partition(gpt2.parameter_specs(config), 0, 4)
+    plans = [memory_plan(gpt2, cpu, config, 1, 8, partition=partition) for partition in (None, cut)]
+    sizes = [{buffer.title: buffer.nbytes for buffer in plan} for plan in plans]
     assert sizes[1]["optimizer"] * 4 == sizes[0]["optimizer"] and "share" not in sizes[0]
     assert sizes[1]["share"] >= 2 * 4 * gpt2.num_parameters(config) // 4
 
@@ -256,14 +251,14 @@ def test_nccl_of_one_rank_changes_nothing():
     batch = np.random.default_rng(0).integers(0, 250, (4, 2, 2, 64), np.int32)
     results = []
     for with_ranks in (None, ranks):
-        model = gpt2.GPT2(config, cuda, 2, 64, dtype=ml_dtypes.bfloat16, graphs=True, ranks=with_ranks)
+        model = Model(gpt2, cuda, config, 2, 64, dtype=ml_dtypes.bfloat16, graphs=True, ranks=with_ranks)
         model.init_weights()
         losses = []
         for t, (inputs, targets) in enumerate(batch, 1):
             for micro_step in range(2):
                 model.forward(inputs)
                 model.backward(inputs, targets, 2, micro_step)
-            model.update(1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, t)
+            model.update(AdamW(1e-3, weight_decay=0.1), t)
             losses.append((model.mean_loss(2), model.grad_norm()))
         results.append((losses, model.params_flat.get().tobytes()))
     ranks.close()

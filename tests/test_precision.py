@@ -10,12 +10,13 @@ from reference import DTYPES, assert_bits
 from llmc import gpt2
 from llmc.errors import UserError
 from llmc.files import checkpoints, model_file
+from llmc.model import AdamW, Model, memory_plan
 from llmc.training import checkpointing
 
 CONFIG = gpt2.GPT2Config(8, 61, 128, 1, 2, 16)
 SETS = pytest.mark.parametrize("ops", ("executor", pytest.param("gpu", marks=pytest.mark.gpu)), indirect=True)
 RNG_STATE = 987654321
-OPTIMIZER = (1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0)
+OPTIMIZER = AdamW(lr=1e-3, weight_decay=0.1)
 
 
 class Loader:
@@ -32,7 +33,7 @@ class Loader:
 
 
 def build(ops, dtype, masters=True, **options):
-    return gpt2.GPT2(CONFIG, ops, 1, 8, dtype=DTYPES[dtype], use_master_weights=masters, **options)
+    return Model(gpt2, ops, CONFIG, 1, 8, dtype=DTYPES[dtype], use_master_weights=masters, **options)
 
 
 def drawn(ops, dtype, masters=True):
@@ -41,7 +42,7 @@ def drawn(ops, dtype, masters=True):
     N = model.params_flat.size
     model.load_parameters(rng.normal(0, 0.02, N).astype(np.float32))
     ops.device.upload(model.grads_flat, rng.normal(0, 1e-2, N).astype(DTYPES[dtype]))
-    model.update(*OPTIMIZER, t=1)
+    model.update(OPTIMIZER, 1)
     model.rng_state = RNG_STATE  # after the next backward passes
     return model
 
@@ -131,12 +132,12 @@ def test_updates_without_masters(dtype, ops):
         model.load_parameters(rng.normal(0, 0.02, N).astype(np.float32))
         start = ops.device.download(model.params_flat)
         ops.device.upload(model.grads_flat, rng.normal(0, 1e-2, N).astype(DTYPES[dtype]))
-        model.update(*OPTIMIZER, t=1)
+        model.update(OPTIMIZER, 1)
         models.append(model)
     assert_same(ops, *models, "params_flat", "m", "v")
     assert (ops.device.download(models[1].params_flat) != start).mean() > 0.5
     for model in models:
-        model.update(*OPTIMIZER, t=2)
+        model.update(OPTIMIZER, 2)
     assert_same(ops, *models, "m", "v")
     assert (ops.device.download(models[0].params_flat) != ops.device.download(models[1].params_flat)).any()
 
@@ -147,7 +148,7 @@ def test_memory_plan(ops):
     N = gpt2.num_parameters(CONFIG)
 
     def plan(dtype, **options):
-        titles = gpt2.memory_plan(CONFIG, ops, 1, 8, dtype=DTYPES[dtype], **options)
+        titles = memory_plan(gpt2, ops, CONFIG, 1, 8, dtype=DTYPES[dtype], **options)
         return {title: nbytes for title, _, _, nbytes in titles}
 
     bf16 = plan("bf16")
@@ -166,7 +167,7 @@ def test_gradients_in_fp32(ops):
     weights = rng.normal(0, 0.2, gpt2.num_parameters(config)).astype(np.float32)
 
     def gradients(batches, **options):
-        model = gpt2.GPT2(config, ops, 1, 8, dtype=DTYPES["bf16"], **options)
+        model = Model(gpt2, ops, config, 1, 8, dtype=DTYPES["bf16"], **options)
         model.load_parameters(weights)
         for i, (inputs, targets) in enumerate(batches):
             model.forward(inputs)

@@ -17,12 +17,13 @@ import pytest
 import torch
 import transformers
 
-from llmc import cpu, generate, loading, train
+from llmc import cpu, generate, gpt2, loading, train
 from llmc.data.shards import write_shard
 from llmc.errors import UserError
 from llmc.files import huggingface as safetensors_io
 from llmc.files import io
-from llmc.gpt2 import GPT2, config_from_header
+from llmc.gpt2 import config_from_header
+from llmc.model import AdamW, Model
 
 V, B, T = 500, 4, 32
 SIZES = dict(max_seq_len=64, vocab_size=V, num_layers=2, num_heads=4, channels=64, padded_vocab_size=512)
@@ -51,7 +52,7 @@ def folder(theirs, tmp_path_factory):
 
 
 def build(folder, training=False):
-    model = GPT2(config_from_header(safetensors_io.read_hf_header(folder)), cpu, B, T, training=training)
+    model = Model(gpt2, cpu, config_from_header(safetensors_io.read_hf_header(folder)), B, T, training=training)
     loading.read_weights(model, f"hf:{folder}")
     return model
 
@@ -101,7 +102,7 @@ def test_ten_steps_are_those_of_transformers(theirs, folder):
     for step in range(10):
         model.forward(inputs)
         model.backward(inputs, targets)
-        model.update(1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, step + 1)
+        model.update(AdamW(1e-3, weight_decay=0.1), step + 1)
         losses.append(model.mean_loss())
         logits = other(torch.from_numpy(inputs).long()).logits
         loss = torch.nn.functional.cross_entropy(logits.reshape(-1, V), torch.from_numpy(targets).long().reshape(-1))

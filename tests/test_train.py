@@ -31,6 +31,7 @@ from llmc import cpu, gpt2, train
 from llmc.data.loader import DataLoader
 from llmc.data.shards import read_shard, read_shard_header, vocabulary_of, write_shard
 from llmc.files import checkpoints, io, model_file, state_file
+from llmc.model import AdamW, Model
 from llmc.training import flags, loop, mfu, setup
 from llmc.training.outlier_detector import OutlierDetector
 from llmc.training.settings import Settings, settings_from
@@ -421,7 +422,7 @@ def test_one_epoch(capsys):
 
 def val_loss_by_hand(batches, params=None, seed=42):
     """Mean loss over the first validation batches of a fresh model, or of one with these parameters."""
-    model = gpt2.GPT2(gpt2.config_from_descriptor("tiny:d1", V, T), cpu, B, T)
+    model = Model(gpt2, cpu, gpt2.config_from_descriptor("tiny:d1", V, T), B, T)
     if params is None:
         model.init_weights(seed)
     else:
@@ -451,8 +452,8 @@ def test_seed():
 
 def test_overfit_single_batch(monkeypatch):
     """-a 1: every step trains on the first validation batch, and the loss falls as it never does on fresh data."""
-    inputs, forward = [], gpt2.GPT2.forward
-    monkeypatch.setattr(gpt2.GPT2, "forward", lambda self, x: (inputs.append(x.copy()), forward(self, x))[1])
+    inputs, forward = [], Model.forward
+    monkeypatch.setattr(Model, "forward", lambda self, x: (inputs.append(x.copy()), forward(self, x))[1])
     assert run("-x", 30, "-a", 1, "-l", 3e-3, "-o", "out") == 0
     first, targets = np.empty((B, T), np.int32), np.empty((B, T), np.int32)
     DataLoader("val.bin", B, T).next_batch(first, targets)
@@ -463,8 +464,8 @@ def test_overfit_single_batch(monkeypatch):
 
 def test_training_batches_are_the_loaders(monkeypatch):
     """Without -a: the batches of a shuffling loader, two epochs long, micro-step by micro-step."""
-    inputs, forward = [], gpt2.GPT2.forward
-    monkeypatch.setattr(gpt2.GPT2, "forward", lambda self, x: (inputs.append(x.copy()), forward(self, x))[1])
+    inputs, forward = [], Model.forward
+    monkeypatch.setattr(Model, "forward", lambda self, x: (inputs.append(x.copy()), forward(self, x))[1])
     assert run("-x", EPOCH, "-d", 2 * B * T) == 0
     loader = DataLoader("train_*.bin", B, T, should_shuffle=True)
     x, y = np.empty((B, T), np.int32), np.empty((B, T), np.int32)
@@ -488,11 +489,11 @@ def test_accumulation_equals_a_large_batch(recompute):
 
 
 def test_grad_clip_and_weight_decay_reach_the_update(monkeypatch):
-    seen, update = [], gpt2.GPT2.update
-    monkeypatch.setattr(gpt2.GPT2, "update", lambda self, *a: (seen.append(a), update(self, *a))[1])
+    seen, update = [], Model.update
+    monkeypatch.setattr(Model, "update", lambda self, *a: (seen.append(a), update(self, *a))[1])
     flags = "-x 3 -k constant -l 0.01 -c 0.25 --beta1 0.8 --beta2 0.98 --eps 1e-6 --grad-clip 0.5".split()
     assert run(*flags) == 0
-    assert seen == [(pytest.approx(0.01), 0.8, 0.98, 1e-6, 0.25, 0.5, t) for t in (1, 2, 3)]
+    assert seen == [(AdamW(pytest.approx(0.01), 0.8, 0.98, 1e-6, 0.25, 0.5), t) for t in (1, 2, 3)]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(capfd):
@@ -820,7 +821,7 @@ def test_skipped_updates(limits, capsys):
     assert run(*argv, "-o", "out") == 0
     out = capsys.readouterr().out
 
-    model = gpt2.GPT2(gpt2.config_from_descriptor("tiny:d1", V, T), cpu, B, T)
+    model = Model(gpt2, cpu, gpt2.config_from_descriptor("tiny:d1", V, T), B, T)
     model.init_weights()
     loader = DataLoader("train_*.bin", B, T, should_shuffle=True)
     x, y = np.empty((2, B, T), np.int32)
@@ -840,7 +841,7 @@ def test_skipped_updates(limits, capsys):
         if over:
             expected.append((step, over[0], z[over[0]]))
         else:
-            model.update(3e-3, 0.9, 0.95, 1e-8, 0.0, 1.0, step + 1)
+            model.update(AdamW(3e-3), step + 1)
     lines = lines_of(out, "step ", "skipping")
     notices = [line for line in lines if line.startswith("skipping")]
     assert ("loss" if limits["loss"] else "grad") in [name for _, name, _ in expected] and len(expected) < steps - 128
@@ -961,7 +962,7 @@ def test_a_step_allocates_no_activation(recompute, micro_steps):
     b, t, c = 8, 128, 256
     write_tokens("long.bin", 4 * b * t + 1)
     settings = Settings("long.bin", "val.bin", weight_decay=0.1)
-    model = gpt2.GPT2(gpt2.GPT2Config(t, V, 384, 2, 4, c), cpu, b, t, recompute)
+    model = Model(gpt2, cpu, gpt2.GPT2Config(t, V, 384, 2, 4, c), b, t, recompute=recompute)
     model.init_weights()
     loader = DataLoader("long.bin", b, t, should_shuffle=True, vocab_size=V)
     inputs, targets = np.empty((2, micro_steps, b, t), np.int32)

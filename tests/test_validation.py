@@ -12,6 +12,7 @@ from llmc import cpu, evaluate, gpt2, train
 from llmc.data.loader import EveryPair
 from llmc.data.shards import write_shard
 from llmc.files import checkpoints, model_file
+from llmc.model import Model
 from llmc.training.validation import validate
 
 V, T = 257, 32
@@ -45,7 +46,7 @@ def by_hand(model, tokens):
 @pytest.mark.parametrize("B", (1, 2, 3, 16))
 def test_every_token_counts_once(shards, B):
     folder, tokens = shards
-    model = gpt2.GPT2(gpt2.config_from_descriptor("tiny:d1", V, T), cpu, B, T)
+    model = Model(gpt2, cpu, gpt2.config_from_descriptor("tiny:d1", V, T), B, T)
     model.init_weights(3)
     model.params.wte *= 20
     losses, pattern = by_hand(model, tokens), str(folder / "val_*.bin")
@@ -98,7 +99,7 @@ def test_ranks_share_the_set(shards, tmp_path, capsys, P, limit):
         done = start(P, sys.executable, "-m", "llmc.train", *argv)
         assert done.returncode == 0, done.stderr
     header = model_file.read_model_header(checkpoints.model_path(tmp_path, 4))
-    model = gpt2.GPT2(gpt2.config_from_header(header), cpu, 2, T)
+    model = Model(gpt2, cpu, gpt2.config_from_header(header), 2, T)
     model_file.read_model(checkpoints.model_path(tmp_path, 4), model.params_flat)
     losses = by_hand(model, tokens)
     if limit == 3:  # two batches of two rows, and the fifth row

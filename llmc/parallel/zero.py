@@ -5,17 +5,19 @@ tensor as in the checkpoint, layer by layer. m, v and master weights exist for t
 
     gradients of a layer --reduce_scatter--> share.grads --AdamW--> share.params --all_gather--> parameters
 
+partition() says which elements a rank's share has; the model, which is handed the result, owns all memory.
+
 Source: llm.c llmc/zero.cuh, train_gpt2.cu gpt2_get_tensor_at_layer and gpt2_update; Rajbhandari et al. 2020,
 arXiv:1910.02054.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from llmc.buffers import TensorSpec
+from llmc.buffers import Array, TensorSpec, Views
 
-TABLE = 16  # rows that one call of AdamW takes
 NOISE = 0xD2A80A3F, 198491317  # the hash of kernels/common.cuh: noise(low + 2^32 high, seed) starts from
 # (low + 198491317 high) * 0xD2A80A3F + seed, so that to count from another element is to have another seed
 
@@ -24,16 +26,88 @@ class Row(NamedTuple):
     """The share of one layer of one tensor."""
 
     tensor: int
-    layer: int
+    layer: int  # -1 for a tensor that belongs to no layer
     size: int  # elements of the share
     at: int  # its place in the share
     start: int  # place of the whole layer in the flat parameters
 
 
-def share_rows(specs, P):
-    """[[Row, ...], ...]: a rank's share, cut into parts of at most 16 rows that start at multiples of 8 elements.
+class Partition:
+    """The cut of all parameters into P equal shares, and which of them is this rank's. It holds no device memory."""
 
-    None where that cannot be: where P does not divide every layer of every tensor, that is C.
+    def __init__(self, tensors: Sequence[TensorSpec], rank: int, P: int, parts: list[list[Row]]) -> None:
+        self.tensors, self.rank, self.P, self.parts = tensors, rank, P, parts
+        self.rows = [row for part in parts for row in part]
+        self.size = sum(row.size for row in self.rows)  # elements of a share: N / P
+
+    def specs(self, grad_dtype: str = "X") -> list[TensorSpec]:
+        """The buffer beside the optimizer state: the share of parameters and gradients, AdamW's tables for each part.
+
+        grad_dtype is a dtype letter, as in a TensorSpec.
+        """
+        table = (len(self.parts), len(self.tensors))
+        return [
+            TensorSpec("params", (self.size,)),
+            TensorSpec("grads", (self.size,), grad_dtype),
+            TensorSpec("ends", table, "i64"),
+            TensorSpec("decays", table, "f32"),
+            TensorSpec("seeds", table, "u32"),
+        ]
+
+    def of(self, flat: np.ndarray) -> np.ndarray:
+        """The share of a flat host array (N,), a copy (N/P,)."""
+        return np.concatenate([flat[row.start + self.rank * row.size :][: row.size] for row in self.rows])
+
+    def pairs(self, flat: Array, share: Array, layer: int | None = None) -> tuple[list[Array], list[Array]]:
+        """([whole rows], [their shares]) of a flat array (N,) and a share (N/P,).
+
+        layer: only the rows of that layer, for -1 those of tensors that belong to no layer; None: all rows.
+        """
+        rows = [row for row in self.rows if layer is None or row.layer == layer]
+        whole = [flat[row.start :][: row.size * self.P] for row in rows]
+        return whole, [share[row.at :][: row.size] for row in rows]
+
+    def ends(self) -> np.ndarray:
+        """(parts, tensors) i64: where each row of a part ends in that part. Rows that a part lacks are empty."""
+        table = np.zeros((len(self.parts), len(self.tensors)), np.int64)
+        for ends, rows in zip(table, self.parts, strict=True):
+            ends[:] = rows[-1].at + rows[-1].size - rows[0].at
+            ends[: len(rows)] = [row.at + row.size - rows[0].at for row in rows]
+        return table
+
+    def decays(self, weight_decay: float) -> np.ndarray:
+        """(parts, tensors) f32: the weight decay of each row."""
+        table = np.zeros((len(self.parts), len(self.tensors)), np.float32)
+        for decays, rows in zip(table, self.parts, strict=True):
+            decays[: len(rows)] = [weight_decay if self.tensors[row.tensor].decay else 0.0 for row in rows]
+        return table
+
+    def seeds(self, seeds: np.ndarray) -> np.ndarray:
+        """(parts, tensors) u32 from seeds (tensors,) u32: a row's noise is that of its place in the whole tensor."""
+        table = np.zeros((len(self.parts), len(self.tensors)), np.uint32)
+        for k, rows in enumerate(self.parts):
+            for j, row in enumerate(rows):
+                first = max(row.layer, 0) * row.size * self.P + self.rank * row.size
+                first = (first & 0xFFFFFFFF) + NOISE[1] * (first >> 32)
+                table[k, j] = (int(seeds[row.tensor]) + first * NOISE[0]) & 0xFFFFFFFF
+        return table
+
+    def calls(self, share: Views, *arenas: Array) -> Iterator[tuple[list[Array], tuple[Array, Array, Array]]]:
+        """What AdamW is called with, part by part: (views of the arenas (N/P,), (ends, decays, seeds)).
+
+        share: the views of a buffer of specs(). An arena that is None stays None.
+        """
+        for k, rows in enumerate(self.parts):
+            a, b = rows[0].at, rows[-1].at + rows[-1].size
+            views = [array if array is None else array[a:b] for array in arenas]
+            yield views, (share.ends[k], share.decays[k], share.seeds[k])
+
+
+def partition(specs: Sequence[TensorSpec], rank: int, P: int) -> Partition | None:
+    """The cut of the parameters `specs` for P ranks; None where P does not divide each layer of each tensor, that is C.
+
+    One call of AdamW takes as many rows as there are tensors, and its arrays start at multiples of 8 elements: the rows
+    are cut into such parts.
     """
     rows, at, start = [], 0, 0
     for i, spec in enumerate(specs):
@@ -41,74 +115,15 @@ def share_rows(specs, P):
         if spec.size % (layers * P):
             return None
         for layer in range(layers):
-            rows.append(Row(i, layer, spec.size // layers // P, at, start))
+            rows.append(Row(i, layer if spec.layers else -1, spec.size // layers // P, at, start))
             at, start = at + rows[-1].size, start + spec.size // layers
     parts = []
     while rows:
-        take = min(TABLE, len(rows))
+        take = min(len(specs), len(rows))
         while take and take < len(rows) and rows[take].at % 8:
             take -= 1
         if not take:
             return None
         parts.append(rows[:take])
         rows = rows[take:]
-    return parts
-
-
-def share_specs(specs, P, grad_dtype="X"):
-    """The buffer beside the optimizer state: share of parameters and of gradients, and AdamW's tables for each part."""
-    N, parts = sum(spec.size for spec in specs), len(share_rows(specs, P))
-    return [
-        TensorSpec("params", (N // P,)),
-        TensorSpec("grads", (N // P,), grad_dtype),
-        TensorSpec("ends", (parts, TABLE), "i64"),
-        TensorSpec("decays", (parts, TABLE), "f32"),
-        TensorSpec("seeds", (parts, TABLE), "u32"),
-    ]
-
-
-class Share:
-    """This rank's share: views are those of share_specs, flat params those of the model."""
-
-    def __init__(self, specs, rank, P, views, device):
-        self.rank, self.P, self.device = rank, P, device
-        self.params, self.grads, self.tables = views.params, views.grads, (views.ends, views.decays, views.seeds)
-        self.specs, self.parts = specs, share_rows(specs, P)
-        ends = np.zeros(views.ends.shape, np.int64)
-        for end, rows in zip(ends, self.parts, strict=True):
-            end[:] = rows[-1].at + rows[-1].size - rows[0].at
-            end[: len(rows)] = [row.at + row.size - rows[0].at for row in rows]
-        device.upload(views.ends, ends)
-
-    def of(self, flat):
-        """The share of a flat host array (N,), a copy (N/P,)."""
-        rows = [row for part in self.parts for row in part]
-        own = [flat[row.start + self.rank * row.size :][: row.size] for row in rows]
-        return np.concatenate(own)
-
-    def pairs(self, flat, share, layer=None):
-        """([whole rows], [their shares]) of a flat array and a share; layer: of that layer, -1: outside the layers."""
-        rows = [row for part in self.parts for row in part]
-        if layer is not None:
-            rows = [row for row in rows if (row.layer if self.specs[row.tensor].layers else -1) == layer]
-        whole = [flat[row.start :][: row.size * self.P] for row in rows]
-        return whole, [share[row.at :][: row.size] for row in rows]
-
-    def set_tables(self, seeds, weight_decay):
-        """The tables of one update, from the 16 seeds: each row's noise is that of its place in the whole tensor."""
-        _, decays, row_seeds = (np.zeros(table.shape, table.dtype) for table in self.tables)
-        for k, rows in enumerate(self.parts):
-            for j, row in enumerate(rows):
-                spec = self.specs[row.tensor]
-                first = row.layer * row.size * self.P + self.rank * row.size
-                first = (first & 0xFFFFFFFF) + NOISE[1] * (first >> 32)
-                decays[k, j] = weight_decay if spec.decay else 0.0
-                row_seeds[k, j] = (int(seeds[row.tensor]) + first * NOISE[0]) & 0xFFFFFFFF
-        self.device.upload(self.tables[1], decays)
-        self.device.upload(self.tables[2], row_seeds)
-
-    def calls(self, *arenas):
-        """For each part its views of the arenas (N/P,), None staying None, and of the tables ends, decays, seeds."""
-        for k, rows in enumerate(self.parts):
-            a, b = rows[0].at, rows[-1].at + rows[-1].size
-            yield [array if array is None else array[a:b] for array in arenas], [table[k] for table in self.tables]
+    return Partition(specs, rank, P, parts)

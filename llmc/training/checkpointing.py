@@ -75,7 +75,7 @@ def load(folder, step, model, loader, detectors, use_master_weights):
         arrays.append(model.master)
         whole = np.empty(N, np.float32)
         model_file.read_model(model_path, whole)
-        hosts.append(model.share.of(whole) if model.share else whole)
+        hosts.append(model.partition.of(whole) if model.partition else whole)
     for array, host in zip(arrays, hosts, strict=True):
         if host is not array:
             model.ops.device.upload(array, host)

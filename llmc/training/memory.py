@@ -1,6 +1,6 @@
 """Memory before it is allocated: the largest batch that fits, and what to say where one does not.
 
-The plan is gpt2.memory_plan, from which GPT2(...) allocates too: the two agree to the byte. `needs(B, recompute)` below
+The plan is model.memory_plan, from which Model allocates, too: the two agree to the byte. `needs(B, recompute)` below
 is its sum for the run at hand. The budget is what a device has for it, without what CUDA itself takes.
 """
 
@@ -68,10 +68,12 @@ def size(nbytes):
 
 def needs_of(config, ops, T, dtype, **precision):
     """needs(B, recompute): bytes of the plan of a run with these settings; precision: as memory_plan takes it."""
-    from llmc.gpt2 import memory_plan
+    from llmc import gpt2
+    from llmc.model import memory_plan
 
     def needs(B, recompute):
-        return sum(nbytes for *_, nbytes in memory_plan(config, ops, B, T, recompute, dtype, **precision)) + threads
+        plan = memory_plan(gpt2, ops, config, B, T, recompute=recompute, dtype=dtype, **precision)
+        return sum(buffer.nbytes for buffer in plan) + threads
 
     threads = ops.device.scratch_bytes()
     return needs
@@ -94,7 +96,7 @@ def limits(config, ops, T, dtype, *, total_batch_size=None, P=1, sharing=1, memo
 
 def plan_text(plan, ops, dtype):
     """The plan as text, with what the op set has beside it."""
-    from llmc.gpt2 import format_plan
+    from llmc.model import format_plan
 
     text, threads = format_plan(plan, dtype), ops.device.scratch_bytes()
     return text + (f"\n  {'scratch of the threads':<50}{threads:>16,} bytes" if threads else "")

@@ -18,10 +18,11 @@ import zipfile
 
 import numpy as np
 
+from llmc import gpt2
 from llmc.buffers import carve
 from llmc.errors import UserError
 from llmc.files.io import atomic_write
-from llmc.gpt2 import GPT2, GPT2Config, parameter_specs, pieces, rows
+from llmc.model import Model, pieces, rows
 
 WRITES = {  # op -> its arguments that it writes; scratch may hold anything
     "encoder_forward": ("out",),
@@ -144,7 +145,7 @@ def bad_weights(model):
     if count(model.ops, model.params_flat, model.scratch.f32) is None:
         return None
     config, host = model.config, on_host(model.ops, model.params_flat)
-    params = carve(host.view(np.uint8), parameter_specs(config), config.num_layers, model.dtype)
+    params = carve(host.view(np.uint8), gpt2.parameter_specs(config), config.num_layers, model.dtype)
     layered = [(f"h[{layer}].{name}", array) for layer, h in enumerate(params.h) for name, array in vars(h).items()]
     for name, array in [("wte", params.wte), ("wpe", params.wpe), *layered, *vars(params).items()]:
         text = None if name == "h" else count(model.ops, array)
@@ -201,12 +202,12 @@ def load(path):
             raise ValueError("it is no .npz file, or not all of one")
         with np.load(path, allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
-            config = GPT2Config(**about["config"])
+            config = gpt2.GPT2Config(**about["config"])
             params, inputs, targets = file["params"], file["inputs"], file["targets"]
         about["config"] = config
         if about["dtype"] == "bfloat16":
             params = (params.astype(np.uint32) << 16).view(np.float32)
-        N, V = sum(spec.size for spec in parameter_specs(config)), config.vocab_size
+        N, V = sum(spec.size for spec in gpt2.parameter_specs(config)), config.vocab_size
         tokens = inputs.shape == targets.shape and inputs.ndim == 3 and inputs.dtype == targets.dtype == np.int32
         if params.shape != (N,) or not tokens or min(inputs.min(), targets.min()) < 0 or inputs.max() >= V:
             raise ValueError("its arrays do not fit its model")
@@ -230,9 +231,9 @@ def replay(path, ops, dtype=None):
         have = f"--replay {path}: the step is in {about['dtype']}, the CPU op set has fp32 only"
         raise UserError(f"{have}. HINT: --device cuda, or --dtype fp32 to see whether it fails there, too.")
     grad_dtype = "float32" if about["grad_dtype"] == "float32" else None
-    model = GPT2(
-        about["config"], ops, *inputs.shape[1:], about["recompute"], dtype=dtype, grad_dtype=grad_dtype,
-        use_master_weights=False,
+    model = Model(
+        gpt2, ops, about["config"], *inputs.shape[1:], recompute=about["recompute"], dtype=dtype,
+        grad_dtype=grad_dtype, use_master_weights=False,
     )  # fmt: skip
     model.loss_scale = about["loss_scale"]
     model.load_parameters(params)
@@ -254,7 +255,7 @@ def step_failed(
 
     Errors: UserError with that line under --on-nonfinite stop; also under skip where the weights themselves are not
     finite, as no later step can then be. Under skip only the first such step is saved: the files are large.
-    update: the arguments of model.update; output_dir: where it is saved, None for the working directory.
+    update: the numbers of the update and its t; output_dir: where the step is saved, None for the working directory.
     """
     found = trace(model, inputs, targets, rng_state)
     hopeless = found is not None and found.startswith("the weights")

@@ -10,8 +10,9 @@ from llmc import devices, gpt2
 from llmc.data import tokenizer
 from llmc.data.shards import vocabulary_of
 from llmc.errors import UserError
+from llmc.model import memory_plan
 from llmc.training import memory
-from llmc.training.setup import model_config, precision_of, shards_of, total_batch_of
+from llmc.training.setup import model_config, partition_of, precision_of, total_batch_of
 
 
 def print_plan(settings, ops, line, memory_size=None):
@@ -28,9 +29,10 @@ def print_plan(settings, ops, line, memory_size=None):
         dtype = devices.model_dtype(s.dtype)
     except ImportError:  # ml_dtypes, which only bf16 arrays need: the other 16-bit type has the same plan
         dtype, stand_in = "float16", True
-    shards, notice = shards_of(s, config)
-    precision = precision_of(s, shards)
-    text = memory.plan_text(gpt2.memory_plan(config, ops, B, T, s.recompute, dtype, **precision), ops, dtype)
+    partition, notice = partition_of(s, config)
+    precision = precision_of(s, partition)
+    plan = memory_plan(gpt2, ops, config, B, T, recompute=s.recompute, dtype=dtype, **precision)
+    text = memory.plan_text(plan, ops, dtype)
     print(line if notice is None else f"{line}\n{notice}")
     print(f"{s.model_name}: {gpt2.num_parameters(config):,} parameters, {s.dtype}; -b {B} -t {T} -r {s.recompute}")
     print(text.replace("float16 ", "bfloat16") if stand_in else text)

@@ -3,6 +3,7 @@
 import sys
 
 from llmc import gpt2
+from llmc.model import memory_plan
 from llmc.training import memory
 from llmc.training.setup import memory_needs
 
@@ -17,7 +18,8 @@ def print_start(run):
     print(table(settings_rows(run)))
     print(table(model_rows(run)))
     s, ops = run.settings, run.machine.ops
-    plan = gpt2.memory_plan(run.config, ops, s.batch_size, run.T, s.recompute, run.dtype, **run.precision)
+    options = dict(recompute=s.recompute, dtype=run.dtype, **run.precision)
+    plan = memory_plan(gpt2, ops, run.config, s.batch_size, run.T, **options)
     print(memory.plan_text(plan, ops, run.dtype))
 
 
@@ -118,7 +120,7 @@ def model_rows(run):
         ("run hellaswag", "yes" if run.examples else "no"),
         None,
         ("num_processes", s.num_processes),
-        ("zero_stage", int(run.shards > 1)),
+        ("zero_stage", int(run.partition is not None)),
     ]
 
 

@@ -16,6 +16,7 @@ from llmc.data.shards import check_apart, vocabulary_of
 from llmc.data.tokenizer import tokenizer_for
 from llmc.errors import UserError
 from llmc.files import checkpoints, model_file
+from llmc.model import Model
 from llmc.parallel import launch, zero
 from llmc.training import checkpointing, memory, mfu, multiple_choice, schedulers
 from llmc.training.loss_scaler import LossScaler
@@ -50,7 +51,7 @@ class Run:
     config: gpt2.GPT2Config
     model_path: str | None  # where the weights come from, None for fresh ones
     dtype: Any  # NumPy dtype of parameters and activations
-    shards: int  # into how many parts AdamW's state is cut: P with -z 1, else 1
+    partition: zero.Partition | None  # how AdamW's state is cut over the processes, with -z 1
     T: int  # tokens of a row
     micro_steps: int  # micro-batches of one update, on each process
     steps: int  # the step at which the run ends
@@ -71,7 +72,7 @@ class Run:
     @property
     def precision(self):
         """What the memory plan and the model take of -w, --grad-dtype and -z."""
-        return precision_of(self.settings, self.shards)
+        return precision_of(self.settings, self.partition)
 
 
 def prepare(settings, machine, notices=()):
@@ -100,12 +101,12 @@ def prepare(settings, machine, notices=()):
     steps = count_steps(s, train_loader.num_tokens, total_batch, output_dir, resume_step)
     examples, hellaswag_line = open_hellaswag(train_data, config, T) if s.hellaswag else ([], None)
     tokenizer, tokenizer_line = sample_tokenizer(config, s.tokenizer) if s.sample_every else (None, None)
-    shards, zero_line = shards_of(s, config)
+    partition, zero_line = partition_of(s, config, machine.rank)
     lines = [*notices, zero_line, data_line, hellaswag_line, tokenizer_line]
     return Run(
         settings=s, machine=machine, notices=[line for line in lines if line], train_data=train_data,
         val_data=val_data, output_dir=output_dir, resume_step=resume_step, config=config, model_path=model_path,
-        dtype=dtype, shards=shards, T=T, micro_steps=micro_steps, steps=steps, train_loader=train_loader,
+        dtype=dtype, partition=partition, T=T, micro_steps=micro_steps, steps=steps, train_loader=train_loader,
         val_pairs=pairs[0], all_val_pairs=pairs[1], examples=examples, tokenizer=tokenizer, gpu=gpu,
         peak=mfu.peak_flops(*gpu[:2], s.dtype) if gpu else None, gpu_stats=gpu_stats,
     )  # fmt: skip
@@ -119,9 +120,9 @@ def build(run, limits):
     s, ops = run.settings, run.machine.ops
     graphs = s.device == "cuda" and not (s.no_graph or s.check)
     try:
-        model = gpt2.GPT2(
-            run.config, ops, s.batch_size, run.T, s.recompute, dtype=run.dtype, graphs=graphs, ranks=run.machine.sums,
-            **run.precision,
+        model = Model(
+            gpt2, ops, run.config, s.batch_size, run.T, recompute=s.recompute, dtype=run.dtype, graphs=graphs,
+            ranks=run.machine.sums, **run.precision,
         )  # fmt: skip
     except MemoryError:
         memory.check(memory_needs(run), s.batch_size, run.T, s.recompute, *limits, failed=True)
@@ -268,22 +269,23 @@ def total_batch_of(settings, T):
     return total_batch, total_batch // at_once
 
 
-def shards_of(settings, config):
-    """(how many parts AdamW's state is cut into, a line about -z 1 where it has no effect or None)."""
+def partition_of(settings, config, rank=0):
+    """(how AdamW's state is cut over the processes or None, a line about -z 1 where it has no effect or None)."""
     P = settings.num_processes
     if settings.zero_stage == 0:
-        return 1, None
+        return None, None
     if P == 1:
-        return 1, "-z 1 has no effect on one process"
-    if zero.share_rows(gpt2.parameter_specs(config), P) is None:
-        return 1, f"-z 1: {config.channels} channels cannot be cut into {P} equal shares; running with -z 0"
-    return P, None
+        return None, "-z 1 has no effect on one process"
+    partition = zero.partition(gpt2.parameter_specs(config), rank, P)
+    if partition is None:
+        return None, f"-z 1: {config.channels} channels cannot be cut into {P} equal shares; running with -z 0"
+    return partition, None
 
 
-def precision_of(settings, shards):
-    """What gpt2.memory_plan and GPT2(...) take of -w, --grad-dtype and -z."""
+def precision_of(settings, partition):
+    """What memory_plan and Model take of -w, --grad-dtype and -z."""
     grad_dtype = "float32" if settings.grad_dtype == "fp32" else None  # None: that of the model
-    return dict(use_master_weights=settings.use_master_weights, grad_dtype=grad_dtype, shards=shards)
+    return dict(use_master_weights=settings.use_master_weights, grad_dtype=grad_dtype, partition=partition)
 
 
 def count_steps(settings, num_tokens, total_batch, output_dir, resume_step):

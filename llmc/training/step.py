@@ -6,6 +6,7 @@ Source: llm.c train_gpt2.cu main.
 import math
 from typing import NamedTuple
 
+from llmc.model import AdamW
 from llmc.training.schedulers import get_learning_rate
 
 
@@ -27,7 +28,7 @@ def train_step(model, loader, settings, step, steps, inputs, targets, detectors,
     saved. In fp16 a step whose gradients overflow is done again with a smaller loss scale, on the same batch.
     Errors: UserError of --on-nonfinite stop.
     """
-    lr, update = optimizer_of(settings, step, steps)
+    adamw = adamw_of(settings, step, steps)
     may_skip = settings.skip_update_loss_z or settings.skip_update_grad_z
     rng_state, last_update = model.rng_state, model.rng_state_last_update
     scaler, loaded, notice = detectors.get("loss_scale"), False, None
@@ -42,7 +43,7 @@ def train_step(model, loader, settings, step, steps, inputs, targets, detectors,
         if may_skip:
             model.measure_norm()
         else:
-            model.update(*update)  # at once: a GPU has it queued before the host waits for the loss
+            model.update(adamw, step + 1)  # at once: a GPU has it queued before the host waits for the loss
         loss, grad_norm = model.mean_loss(len(inputs)), model.grad_norm()
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite or not (scaler and math.isfinite(loss) and scaler.overflow()):
@@ -54,25 +55,25 @@ def train_step(model, loader, settings, step, steps, inputs, targets, detectors,
 
         model.rng_state_last_update = last_update
         notice = step_failed(
-            model, inputs, targets, step=step, rng_state=rng_state, loss=loss, grad_norm=grad_norm, update=update,
-            output_dir=output_dir, on_nonfinite=settings.on_nonfinite,
+            model, inputs, targets, step=step, rng_state=rng_state, loss=loss, grad_norm=grad_norm,
+            update=vars(adamw) | dict(t=step + 1), output_dir=output_dir, on_nonfinite=settings.on_nonfinite,
         )  # fmt: skip
-        return StepResult(loss, math.nan, grad_norm, math.nan, lr, notice)
+        return StepResult(loss, math.nan, grad_norm, math.nan, adamw.lr, notice)
     if scaler:
         scaler.good_step()
     loss_z, norm_z = detectors["loss"].update(loss), detectors["grad_norm"].update(grad_norm)
     skip = skip_notice(settings, loss_z, norm_z)
     if may_skip and not skip:
-        model.update(*update)
-    return StepResult(loss, loss_z, grad_norm, norm_z, lr, skip or notice)
+        model.update(adamw, step + 1)
+    return StepResult(loss, loss_z, grad_norm, norm_z, adamw.lr, skip or notice)
 
 
-def optimizer_of(settings, step, steps):
-    """(learning rate of the 0-based step, the arguments of model.update)."""
+def adamw_of(settings, step, steps):
+    """The numbers of AdamW in the 0-based step."""
     s = settings
     schedule = (s.learning_rate, s.warmup_iterations, steps, s.final_learning_rate_frac)
     lr = get_learning_rate(s.lr_scheduler, step, *schedule)
-    return lr, (lr, s.beta1, s.beta2, s.eps, s.weight_decay, s.grad_clip, step + 1)
+    return AdamW(lr, s.beta1, s.beta2, s.eps, s.weight_decay, s.grad_clip)
 
 
 def skip_notice(settings, loss_z, norm_z):
