@@ -5,53 +5,53 @@
 //   scale = unscale (clip/norm if clip > 0 and norm > clip else 1);  norm = unscale sqrt(norm_squared);  c = 1 - beta^t
 //
 //   params (N,) floatX    master (N,) f32 or NULL    grads (N,) floatG    m, v (N,) f32
-//   tensor i of 16 covers [ends[i-1], ends[i]): ends i64, decays f32, seeds u32 (16,) each
+//   tensor i covers [ends[i-1], ends[i]):  ends (TENSORS,) i64, decays (TENSORS,) f32, seeds (TENSORS,) u32
 //   hyper (4,) f32 = lr, c1, c2, unscale: 1 / the loss scale of fp16, else 1
 //   norm_squared (2,) f32: of the gradients as they are stored, and of the losses
 //
-// What changes from step to step (hyper, norm_squared, seeds) is read from
-// device memory, so that a captured graph can be replayed. Where either norm is not finite nothing is written.
-// The rounding noise depends on (seed of the tensor, index within the tensor) alone: another launch geometry, another
-// sharding of the arena or init_from_master after a resume gives the same bits.
+// What changes from step to step (hyper, norm_squared, seeds) is read from device memory, so that a captured graph can be
+// replayed. Where either norm is not finite nothing is written. The rounding noise depends on the seed of the tensor and
+// the index within the tensor alone: another launch geometry, another sharding of the arena or init_from_master after a
+// resume gives the same bits.
 //
-// Bytes per parameter in bf16 with an fp32 master. Measured on an H200, 124 M parameters, us (% of copy speed; all but
-// adamw_update 2 on 2026-11-26):
-// version         | idea                                                           | bytes | measured
-// adamw_update 1  | thread per element                                             | 28    | 1012 (80.8 %)
-// adamw_update 2  | thread per 16 bytes of params: 2 x 16 bytes of each fp32 array | 28    | 2514 (33 %)
-// adamw_update 3  | thread per 16 bytes of fp32, twice; all loads first; hardware  | 28    | 859 (95.2 %), goal 88 %
-//                 | division and root                                              |       |
-// init_from_master 1| thread per element; runs once per start                      | 6     | 491.5 (36.6 %)
-// init_from_master 2| 4 elements a thread, two such groups; a look-up per block    | 6     | 231.5 (77.6 %),
-//                 |                                                                |       | predicted 205
-// Why 2 is slower than 1 was not measured. Suspects: neighbours 32 bytes apart in the fp32 arrays, which fill half of each
-// sector per access; three exact divisions and a root for each of 8 elements; a search that diverges among them.
+// TENSORS (rows of the tables), BLOCK (threads) and QUADS (groups of 4 elements that a thread has on their way) come from
+// llmc/cuda/adamw.py.
+//
+// Bytes per parameter in bf16 with an fp32 master. Measured on an H200, 124 M parameters, us (% of copy speed):
+// op               | rung | idea                                                          | bytes | measured
+// adamw_update     | 1    | thread per element: ladder/adamw_01_naive.cu                  | 28    | 1012 (80.8 %)
+// adamw_update     | 2    | thread per 16 bytes of params: ladder/adamw_02_packs.cu       | 28    | 2514 (33 %)
+// adamw_update     | 3    | thread per 16 bytes of fp32, twice; all loads first; hardware | 28    | 859 (95.2 %), goal 88 %
+//                  |      | division and root                                             |       |
+// init_from_master | 1    | thread per element: ladder/adamw_01_naive.cu                  | 6     | 491.5 (36.6 %)
+// init_from_master | 2    | groups of 4 elements; a look-up per block; once per start     | 6     | 231.5 (77.6 %), predicted 205
 //
 // Source: llm.c llmc/adamw.cuh (adamw_kernel3, init_from_master_kernel); Loshchilov and Hutter 2019, arXiv:1711.05101.
 #include "common.cuh"
 
-#define TENSORS 16
+static_assert(TENSORS > 0 && QUADS > 0 && BLOCK % 32 == 0 && BLOCK <= 1024, "sizes that llmc/cuda/adamw.py gives");
 
-// The tensor that element i belongs to: the number of ends that are <= i. Four steps of binary search.
+// The largest power of two below the number of tensors, where the search begins; 0 for one tensor.
+__host__ __device__ constexpr int largest_step(int tensors) {
+    int step = 1;
+    while (step < tensors) { step *= 2; }
+    return step / 2;
+}
+constexpr int LARGEST_STEP = largest_step(TENSORS);
+
+// The tensor that element i belongs to: the number of ends that are <= i, found by a binary search in steps that halve.
 __device__ inline int find_tensor(const i64* ends, i64 i) {
+    constexpr bool power_of_two = (TENSORS & (TENSORS - 1)) == 0;  // then no step leads past the last tensor
     int tensor = 0;
-    for (int step = TENSORS / 2; step > 0; step /= 2) {
-        if (i >= ends[tensor + step - 1]) { tensor += step; }
+    for (int step = LARGEST_STEP; step > 0; step /= 2) {
+        if ((power_of_two || tensor + step < TENSORS) && i >= ends[tensor + step - 1]) { tensor += step; }
     }
     return tensor;
 }
 
 struct Adam {
-    float lr, c1, c2, beta1, to_m, beta2, to_v, eps, scale;  // to_m = 1 - beta1, to_v = 1 - beta2, rounded once
+    float lr, over_c1, over_c2, beta1, to_m, beta2, to_v, eps, scale;  // to_m = 1 - beta1, to_v = 1 - beta2, rounded once
 };
-
-// The new value of one parameter; m and v are updated.
-__device__ inline float adam_step(const Adam& a, float grad, float& m, float& v, float old, float decay) {
-    float g = a.scale * grad;
-    m = fmaf(a.beta1, m, a.to_m * g);
-    v = fmaf(a.beta2, v, a.to_v * g * g);
-    return old - a.lr * ((m / a.c1) / (sqrtf(v / a.c2) + a.eps) + decay * old);
-}
 
 __device__ inline bool finite(const float* norm_squared) {  // NaN fails the comparisons too
     return norm_squared[0] < INFINITY && norm_squared[1] < INFINITY;
@@ -60,97 +60,6 @@ __device__ inline bool finite(const float* norm_squared) {  // NaN fails the com
 __device__ inline float clip_scale(float norm_squared, float clip, float unscale) {
     float norm = unscale * sqrtf(norm_squared);
     return clip > 0.0f && norm > clip ? unscale * (clip / norm) : unscale;
-}
-
-// One thread per element. grid ceil(N / block), any block.
-extern "C" __global__ void adamw_update_kernel1(floatX* params, float* master, const floatG* grads, float* m, float* v,
-                                                const i64* ends, const float* decays, const u32* seeds,
-                                                const float* hyper, const float* norm_squared, float beta1, float to_m,
-                                                float beta2, float to_v, float eps, float clip, i64 N) {
-    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= N || !finite(norm_squared)) { return; }
-    float scale = clip_scale(norm_squared[0], clip, hyper[3]);
-    Adam a = {hyper[0], hyper[1], hyper[2], beta1, to_m, beta2, to_v, eps, scale};
-    int tensor = find_tensor(ends, i);
-    i64 index = i - (tensor > 0 ? ends[tensor - 1] : 0);
-    float old = master ? master[i] : (float)params[i], new_m = m[i], new_v = v[i];
-    float value = adam_step(a, (float)grads[i], new_m, new_v, old, decays[tensor]);
-    m[i] = new_m;
-    v[i] = new_v;
-    if (master) { master[i] = value; }
-    params[i] = stochastic_round(value, noise(index, seeds[tensor]));
-}
-
-// x128::size consecutive elements at array + i, as fp32; the whole pack if `full`, else the first `count`.
-template <class T> __device__ inline void fetch(float* values, const T* array, i64 i, int count, bool full) {
-    if (full) {
-        for (int k = 0; k < x128::size; k += Packed128<T>::size) {
-            Packed128<T> pack = load128cs(array + i + k);
-            for (int e = 0; e < Packed128<T>::size; e++) { values[k + e] = (float)pack[e]; }
-        }
-    } else {
-        for (int k = 0; k < count; k++) { values[k] = (float)array[i + k]; }
-    }
-}
-
-__device__ inline void put(float* array, i64 i, const float* values, int count, bool full) {
-    if (full) {
-        for (int k = 0; k < x128::size; k += f128::size) {
-            f128 pack;
-            for (int e = 0; e < f128::size; e++) { pack[e] = values[k + e]; }
-            store128cs(array + i + k, pack);
-        }
-    } else {
-        for (int k = 0; k < count; k++) { array[i + k] = values[k]; }
-    }
-}
-
-// One thread per 16 bytes of params. A tensor may begin in the middle of a pack: the search is repeated where one ends.
-// grid ceil(N / x128::size / block), any block; all arrays start at 16 bytes.
-extern "C" __global__ void adamw_update_kernel2(floatX* params, float* master, const floatG* grads, float* m, float* v,
-                                                const i64* ends, const float* decays, const u32* seeds,
-                                                const float* hyper, const float* norm_squared, float beta1, float to_m,
-                                                float beta2, float to_v, float eps, float clip, i64 N) {
-    i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * x128::size;
-    if (i >= N || !finite(norm_squared)) { return; }
-    float scale = clip_scale(norm_squared[0], clip, hyper[3]);
-    Adam a = {hyper[0], hyper[1], hyper[2], beta1, to_m, beta2, to_v, eps, scale};
-    int count = (int)min((i64)x128::size, N - i);
-    bool full = count == x128::size;
-    float grad[x128::size] = {}, old[x128::size] = {}, new_m[x128::size] = {}, new_v[x128::size] = {};
-    fetch(grad, grads, i, count, full);
-    fetch(new_m, m, i, count, full);
-    fetch(new_v, v, i, count, full);
-    if (master) {
-        fetch(old, master, i, count, full);
-    } else {
-        fetch(old, params, i, count, full);
-    }
-    i64 begin = 0, end = 0;
-    float decay = 0.0f;
-    u32 seed = 0;
-    x128 rounded = zeros128<floatX>();
-#pragma unroll
-    for (int k = 0; k < x128::size; k++) {
-        if (k >= count) { break; }
-        if (i + k >= end) {
-            int tensor = find_tensor(ends, i + k);
-            begin = tensor > 0 ? ends[tensor - 1] : 0;
-            end = ends[tensor];
-            decay = decays[tensor];
-            seed = seeds[tensor];
-        }
-        old[k] = adam_step(a, grad[k], new_m[k], new_v[k], old[k], decay);
-        rounded[k] = stochastic_round(old[k], noise(i + k - begin, seed));
-    }
-    put(m, i, new_m, count, full);
-    put(v, i, new_v, count, full);
-    if (master) { put(master, i, old, count, full); }
-    if (full) {
-        store128(params + i, rounded);
-    } else {
-        for (int k = 0; k < count; k++) { params[i + k] = rounded[k]; }
-    }
 }
 
 // Four consecutive elements as they lie in memory: 16 bytes of fp32, 8 of the 16-bit types.
@@ -180,24 +89,22 @@ template <class T> __device__ inline void store4(T* address, const Quad<T>& quad
     }
 }
 
-// As adam_step, with 1/c1 and 1/c2 and the hardware's own division and square root, which are right to some 2^-22 of an
-// update that is itself lr of a parameter. A quarter of the instructions.
-__device__ inline float adam_step_fast(const Adam& a, float grad, float& m, float& v, float old, float decay) {
+// The new value of one parameter; m and v are updated. 1/c1, 1/c2, the division and the square root are the hardware's own,
+// which are right to some 2^-22 of an update that is itself lr of a parameter. They take a quarter of the instructions.
+__device__ inline float adam_step(const Adam& a, float grad, float& m, float& v, float old, float decay) {
     float g = a.scale * grad;
     m = fmaf(a.beta1, m, a.to_m * g);
     v = fmaf(a.beta2, v, a.to_v * g * g);
-    float v_hat = v * a.c2, root = v_hat * rsqrtf(fmaxf(v_hat, 1.2e-38f));  // 0 where v is 0
-    return old - a.lr * (__fdividef(m * a.c1, root + a.eps) + decay * old);
+    float v_hat = v * a.over_c2, root = v_hat * rsqrtf(fmaxf(v_hat, 1.2e-38f));  // 0 where v is 0
+    return old - a.lr * (__fdividef(m * a.over_c1, root + a.eps) + decay * old);
 }
 
-#define QUADS 2  // groups of 4 elements that a thread has in flight; llmc/cuda/adamw.py has the same number
-
-// A thread's elements are 4 by 4, neighbours in neighbouring threads, so that every access of a warp covers whole sectors.
-// All loads are under way before anything else is asked for. The tensor is looked up once per block, and once more by
-// threads past its end; a group in which a tensor ends goes element by element.
-// grid ceil(N / (4 * QUADS * block)), any block; all arrays start at 16 bytes.
-extern "C" __global__ void __launch_bounds__(256, 3)
-adamw_update_kernel3(floatX* params, float* master, const floatG* grads, float* m, float* v, const i64* ends,
+// A thread takes QUADS groups of 4 elements. Neighbouring groups belong to neighbouring threads, so that every access of a
+// warp covers whole sectors. All loads are on their way before anything else is asked for. Each block looks its tensor up
+// once, and threads past the tensor's end once more; a group in which a tensor ends goes element by element.
+// grid ceil(N / (4 * QUADS * BLOCK)), block BLOCK; all arrays start at 16 bytes.
+extern "C" __global__ void __launch_bounds__(BLOCK, 3)
+adamw_update_kernel(floatX* params, float* master, const floatG* grads, float* m, float* v, const i64* ends,
                      const float* decays, const u32* seeds, const float* hyper, const float* norm_squared, float beta1,
                      float to_m, float beta2, float to_v, float eps, float clip, i64 N) {
     i64 first = (i64)blockIdx.x * blockDim.x * (4 * QUADS), stride = 4 * blockDim.x;
@@ -240,7 +147,7 @@ adamw_update_kernel3(floatX* params, float* master, const floatG* grads, float* 
             for (i64 j = i; j < min(i + 4, N); j++) {
                 int at = find_tensor(ends, j);
                 float one = master ? master[j] : (float)params[j], one_m = m[j], one_v = v[j];
-                one = adam_step_fast(a, (float)grads[j], one_m, one_v, one, decays[at]);
+                one = adam_step(a, (float)grads[j], one_m, one_v, one, decays[at]);
                 m[j] = one_m;
                 v[j] = one_v;
                 if (master) { master[j] = one; }
@@ -251,7 +158,7 @@ adamw_update_kernel3(floatX* params, float* master, const floatG* grads, float* 
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             float before = master ? old[q].e[k] : (float)rounded[q].e[k];
-            old[q].e[k] = adam_step_fast(a, (float)grad[q].e[k], new_m[q].e[k], new_v[q].e[k], before, decay);
+            old[q].e[k] = adam_step(a, (float)grad[q].e[k], new_m[q].e[k], new_v[q].e[k], before, decay);
             rounded[q].e[k] = stochastic_round(old[q].e[k], noise(i + k - begin, seed));
         }
         store4(m + i, new_m[q]);
@@ -265,19 +172,9 @@ adamw_update_kernel3(floatX* params, float* master, const floatG* grads, float* 
 // parameters from the master weights
 // ---------------------------------------------------------------------------------------------------------------------
 
-// params = stochastic_round(master), with the noise of adamw_update. grid ceil(N / block), any block.
-extern "C" __global__ void init_from_master_kernel1(floatX* params, const float* master, const i64* ends,
-                                                    const u32* seeds, i64 N) {
-    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= N) { return; }
-    int tensor = find_tensor(ends, i);
-    i64 index = i - (tensor > 0 ? ends[tensor - 1] : 0);
-    params[i] = stochastic_round(master[i], noise(index, seeds[tensor]));
-}
-
-// The same in adamw_update_kernel3's groups of 4, and its look-up. Same grid.
-extern "C" __global__ void __launch_bounds__(256)
-init_from_master_kernel2(floatX* params, const float* master, const i64* ends, const u32* seeds, i64 N) {
+// params = stochastic_round(master), with the noise of adamw_update, in its groups of 4 and with its look-up. Same grid.
+extern "C" __global__ void __launch_bounds__(BLOCK)
+init_from_master_kernel(floatX* params, const float* master, const i64* ends, const u32* seeds, i64 N) {
     i64 first = (i64)blockIdx.x * blockDim.x * (4 * QUADS), stride = 4 * blockDim.x;
     Quad<float> values[QUADS];
 #pragma unroll

@@ -21,7 +21,8 @@ class Arena:
         rng = np.random.default_rng(seed)
         self.op, self.ends = op, np.cumsum(sizes, dtype=np.int64)
         N = int(self.ends[-1])
-        self.decays, self.seeds = DECAYS.copy(), np.arange(16, dtype=np.uint32) + 100
+        self.decays = np.resize(DECAYS, len(sizes))
+        self.seeds = np.arange(len(sizes), dtype=np.uint32) + 100
         start = ref.normal(rng, N)
         self.params = start.astype(op.dtype)
         self.master = start if with_master else None
@@ -40,7 +41,7 @@ class Arena:
 
 
 class Torch:
-    """The same in PyTorch: 16 tensors in two groups, with and without decay, clipped by the given limit."""
+    """The same in PyTorch: the tensors in two groups, with and without decay, clipped by the given limit."""
 
     def __init__(self, start, ends, decays, lr, dtype):
         parts = np.split(start.astype(np.float64), ends[:-1])
@@ -98,6 +99,19 @@ def test_adamw_without_master(op, clip):
 @pytest.mark.op("adamw_update", dtypes=("fp32",))
 def test_adamw_of_odd_sizes(op, with_master):
     check_against_torch(op, ODD, with_master, 1.0, ref.FP32)
+
+
+@pytest.mark.parametrize("tensors", (1, 2, 9, 12, 17))
+@pytest.mark.op("adamw_update", dtypes=("fp32",))
+def test_adamw_of_any_number_of_tensors(op, tensors):
+    """Every tensor is found, also where their number is no power of two: each has a decay of its own."""
+    arena = Arena(op, [7, 8, 1, 300, 5][:tensors] + [3] * (tensors - 5))
+    arena.decays[:] = np.linspace(0, 1, tensors, dtype=np.float32) if tensors > 1 else 0.5
+    check = Torch(arena.master, arena.ends, arena.decays, 1e-2, torch.float64)
+    grads = ref.normal(np.random.default_rng(1), arena.params.size, ref.FP32)
+    arena.update(grads, clip=0.0)
+    check.update(grads, 0.0, 1.0)
+    ref.assert_close(op, "master", arena.master, ref.Expected(*[check.arena("params")] * 2))
 
 
 @pytest.mark.op("adamw_update", sets=("cpu", "gpu"), dtypes=("fp32",))

@@ -35,7 +35,7 @@ def step_modules(
     C, HS, Vp          channels, head size and padded vocabulary, which some kernels are compiled for
     tensors            how many tensors the parameters have: rows of AdamW's tables
     """
-    from . import attention, global_norm, matmul
+    from . import adamw, attention, global_norm, matmul
 
     heads = () if HS == 64 else (f"HEAD_SIZE={HS}",)
     defines = {
@@ -48,7 +48,7 @@ def step_modules(
         "global_norm.cu": global_norm.DEFINES,
     }
     if tensors is not None:
-        defines["adamw.cu"] = ()
+        defines["adamw.cu"] = adamw.defines(tensors)
     found: list[module.Module] = [(file, own, None) for file, own in defines.items()]
     if module.capability() == 90 and np.dtype(dtype) != np.float32:
         if HS in attention.HEAD_SIZES[4]:
