@@ -156,7 +156,8 @@ class Model:
     ) -> None:  # fmt: skip
         if not 0 < T <= config.max_seq_len:
             raise UserError(f"-t {T}: the model has positions for 1 to {config.max_seq_len} tokens. HINT: lower -t.")
-        self.arch, self.ops, self.config, self.B, self.T = arch, ops, config, B, T
+        self.arch, self.config, self.B, self.T = arch, config, B, T
+        self.ops: Any = ops  # a module, or what stands in for one to watch its calls
         self.recompute, self.training, self.dtype = recompute, training, np.dtype(dtype)
         self.specs: list[TensorSpec] = arch.parameter_specs(config)
         buffers = {}
@@ -171,7 +172,7 @@ class Model:
             return carve(flat, specs, config.num_layers, self.dtype, align)
 
         self.params, self.params_flat = views("parameters"), buffers["parameters"][0].view(self.dtype)
-        self.master = None
+        self.master: Array = None
         if training:
             self.grads, self.grads_flat = views("gradients"), buffers["gradients"][0].view(grad_dtype or self.dtype)
             optimizer = views("optimizer")
@@ -181,8 +182,8 @@ class Model:
         self.acts = self.activations(B, T)
         ops.device.upload(self.scratch.ends, np.cumsum([spec.size for spec in self.specs], dtype=np.int64))
         self.ranks, self.rank, self.num_ranks = ranks, ranks.rank if ranks else 0, ranks.size if ranks else 1
-        self.partition = partition if training else None
-        self.share = None  # with a partition: this rank's part of parameters and gradients, see parallel/zero.py
+        self.partition: Any = partition if training else None
+        self.share: Any = None  # with a partition: this rank's part of parameters and gradients, see parallel/zero.py
         if self.partition:
             self.share = views("share")
             ops.device.upload(self.share.ends, self.partition.ends())
@@ -292,9 +293,9 @@ class Model:
         if key not in self.graphs:
             self.graphs[key] = None
             return passes(self, *args)  # compiles what is not compiled yet, which no capture could do
-        if self.graphs[key] is None:
-            self.graphs[key] = self.ops.device.capture(lambda: passes(self, *args))
-        self.graphs[key]()
+        replay = self.graphs[key] or self.ops.device.capture(lambda: passes(self, *args))
+        self.graphs[key] = replay
+        replay()
 
     def forward(self, inputs: np.ndarray) -> Views:
         """Logits acts.output (b, t, Vp) for token ids inputs (b, t) i32 on the host. Returns the activations used.

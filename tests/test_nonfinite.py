@@ -89,18 +89,18 @@ CASES = [
     ("fused_residual_forward", 3, "normed", "lnf", FORWARD.format("", 0), ACTS),
     ("fused_classifier", 0, "losses", "losses", BACKWARD.format("", 0), (B, T)),
     ("fused_classifier", 1, "logits", "output", BACKWARD.format("", 1), (B, T, V)),
-    ("matmul_backward", 0, "dinp", "scratch_bt4c", BACKWARD.format("", 0), ACTS),
+    ("matmul_backward", 0, "dinp", "dlnf", BACKWARD.format("", 0), ACTS),
     ("matmul_backward", 9, "dweight", "grads.wte", BACKWARD.format("", 1), (V, C)),
-    ("matmul_backward", 1, "dinp", "scratch_bt4c", BACKWARD.format(IN[1], 0), (B, T, 4 * C)),
+    ("matmul_backward", 1, "dinp", "dfch", BACKWARD.format(IN[1], 0), (B, T, 4 * C)),
     ("matmul_backward", 5, "dbias", "grads.h[0].fcprojb", BACKWARD.format(IN[0], 0), (C,)),
     ("matmul_backward", 6, "dinp", "dl_btc", BACKWARD.format(IN[0], 0), ACTS),
     ("matmul_backward", 7, "dinp", "dl_btc", BACKWARD.format(IN[0], 0), ACTS),
     ("matmul_backward", 4, "dweight", "grads.h[1].qkvw", BACKWARD.format(IN[1], 0), (3 * C, C)),
-    ("layernorm_backward", 0, "dinp", "scratch_btc", BACKWARD.format("", 0), ACTS),
+    ("layernorm_backward", 0, "dinp", "dresidual", BACKWARD.format("", 0), ACTS),
     ("layernorm_backward", 0, "dweight", "grads.lnfw", BACKWARD.format("", 0), (C,)),
-    ("layernorm_backward", 4, "dinp", "scratch_btc", BACKWARD.format(IN[0], 0), ACTS),
+    ("layernorm_backward", 4, "dinp", "dresidual", BACKWARD.format(IN[0], 0), ACTS),
     ("layernorm_backward", 6, "dbias", "grads.h[1].ln2b", BACKWARD.format(IN[1], 1), (C,)),
-    ("attention_backward", 1, "dqkvr", "scratch_bt4c", BACKWARD.format(IN[0], 0), (B, T, 3 * C)),
+    ("attention_backward", 1, "dqkvr", "dqkvr", BACKWARD.format(IN[0], 0), (B, T, 3 * C)),
     ("matmul_backward", 1, "inp", "h[1].fch_gelu", BACKWARD.format(IN[1], 0), (B, T, 4 * C)),  # recomputed
     ("encoder_backward", 0, "dwte", "grads.wte", BACKWARD.format("", 0), (V, C)),
     ("encoder_backward", 1, "dwpe", "grads.wpe", BACKWARD.format("", 1), (CONFIG.max_seq_len, C)),
@@ -140,8 +140,9 @@ def test_pieces_of_a_large_batch_are_named(monkeypatch):
     monkeypatch.setattr(llmc.model, "HEAD_ROWS", 15)
     model = build(cpu)
     cases = [
+        ("matmul_backward", 0, "dinp", "dlnf", BACKWARD.format("", 0), (1, 15, C)),
         ("fused_classifier", 4, "losses", "losses from position 15 on", BACKWARD.format("", 1), (1, 15)),
-        ("matmul_backward", 2, "dinp", "scratch_bt4c from position 30 on", BACKWARD.format("", 0), (1, 4, C)),
+        ("matmul_backward", 2, "dinp", "dlnf from position 30 on", BACKWARD.format("", 0), (1, 4, C)),
         ("matmul_forward", 10, "out", "output", BACKWARD.format("", 0), (1, 4, V)),
         ("matmul_backward", 1, "dweight", "grads.wte", BACKWARD.format("", 0), (V, C)),
     ]

@@ -3,7 +3,7 @@
     h[1]  version: 3 for fp32, 5 for bf16      h[5]  num_heads
     h[2]  max_seq_len                          h[6]  channels
     h[3]  vocab_size                           h[7]  padded_vocab_size
-    h[4]  num_layers                           then the 16 parameter tensors, in the order of gpt2.parameter_specs
+    h[4]  num_layers                           then the parameter tensors, in the order of gpt2.parameter_specs
 
 Source: llm.c train_gpt2.cu gpt2_write_to_checkpoint, gpt2_build_from_checkpoint.
 """
@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from llmc import gpt2
 from llmc.errors import UserError
 from llmc.files import io
 from llmc.files.io import HEADER_BYTES, MODEL_MAGIC
@@ -24,9 +25,8 @@ FILE_DTYPES = {3: np.dtype(np.float32), 5: np.dtype(np.uint16)}  # version -> el
 
 
 def num_parameters(header: Mapping[str, int]) -> int:
-    """Padded parameter count N = Vp*C + maxT*C + L*(12*C*C + 13*C) + 2*C of a model header."""
-    C, L = header["channels"], header["num_layers"]
-    return (header["padded_vocab_size"] + header["max_seq_len"]) * C + L * (12 * C * C + 13 * C) + 2 * C
+    """Padded parameter count N of a model header: what the table of the model's tensors adds up to."""
+    return gpt2.num_parameters(gpt2.config_from_header(header))
 
 
 def as_file_dtype(array: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Where a NaN or Inf came from: a step done again op by op, and a file that does it again anywhere.
 
-AdamW writes nothing where the gradient norm or a loss is not finite (llmc/gpt2.py update), so the weights after such a
+AdamW writes nothing where the gradient norm or a loss is not finite (llmc/model.py update), so the weights after such a
 step are those before it, and the step can be repeated: the same batches and random numbers give the same bits. Then
 every op is followed by a look at what it wrote, and the first tensor with a NaN or Inf is named, with its layer, op and
 direction. A step that is finite pays nothing: nothing here runs.
@@ -15,11 +15,14 @@ import json
 import math
 import os
 import zipfile
+from types import ModuleType
+from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from llmc import gpt2
-from llmc.buffers import carve
+from llmc.buffers import Array, carve
 from llmc.errors import UserError
 from llmc.files.io import atomic_write
 from llmc.model import Model, pieces, rows
@@ -43,16 +46,18 @@ WRITES = {  # op -> its arguments that it writes; scratch may hold anything
 SMALL = 1 << 16  # elements below which an array is downloaded at once
 
 
-def address(array):
+Names = dict[Any, tuple[str, int | None]]  # what an array is known by -> (its tensor's name, its layer or None)
+
+
+def address(array: Array) -> int:
+    """Where an array begins in memory."""
     return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
 
 
-def names_of(model):
-    """{address: (name, layer or None)} of every tensor. Rows that layers share under recomputation have no layer.
-
-    Of what a large batch does in pieces, the later ones are named after the position they begin with.
-    """
-    names, L = {}, model.config.num_layers
+def names_of(model: Model) -> Names:
+    """{address: (name, layer or None)} of every tensor. Rows that layers share under recomputation have no layer."""
+    names: Names = {}
+    L = model.config.num_layers
     for prefix, views in (("", model.acts), ("params.", model.params), ("grads.", model.grads)):
         for name in vars(views.h[0]):
             layers = [getattr(h, name) for h in views.h]
@@ -62,21 +67,33 @@ def names_of(model):
         for name, array in vars(views).items():
             if name != "h":
                 names.setdefault(address(array), (prefix + name, None))
-    acts = model.acts
-    dlnf = acts.scratch_bt4c.reshape(-1)[: acts.lnf.size].reshape(acts.lnf.shape)
-    for piece in pieces(acts.losses.size)[1:]:
-        for name, array in (("losses", acts.losses), ("scratch_bt4c", dlnf)):
-            names[address(rows(array, piece))] = (f"{name} from position {piece.start} on", None)
     names[address(model.scratch.norm_squared)] = ("norm_squared of the gradients", None)
     names[address(model.scratch.norm_squared[1:])] = ("norm_squared of the losses", None)
     return names
 
 
-def on_host(ops, array):
+def backward_names_of(model: Model) -> Names:
+    """{(address, shape): (name, None)} of what backward writes over the memory of other tensors.
+
+    Several of them begin at the same address, one after another. Of what a large batch does in pieces, those after the
+    first are named by the position that they begin with.
+    """
+    names: Names = {}
+    for name, array in [*vars(model.arch.gradient_views(model.acts)).items(), ("losses", model.acts.losses)]:
+        for piece in pieces(model.acts.losses.size):
+            part = rows(array, piece)
+            text = f"{name} from position {piece.start} on" if piece.start else name
+            names[address(part), part.shape] = (text, None)
+        names[address(array), array.shape] = (name, None)
+    return names
+
+
+def on_host(ops: ModuleType, array: Array) -> np.ndarray:
+    """The values of an array where NumPy can read them."""
     return array if isinstance(array, np.ndarray) else ops.device.host_view(array)
 
 
-def count(ops, array, scratch=None):
+def count(ops: ModuleType, array: Array, scratch: Array = None) -> str | None:
     """'2 NaN, 1 Inf of 96, first at (0, 17, 5)', or None where all of array is finite. scratch: global_norm's."""
     if array.size > SMALL and not isinstance(array, np.ndarray):  # one pass over it on the device
         out = ops.device.alloc(4).view(np.float32)
@@ -95,25 +112,29 @@ def count(ops, array, scratch=None):
 class Trace:
     """The op set `model` uses, with a look at what each op has written. Stands in for it as model.ops."""
 
-    def __init__(self, model):
-        self.model, self.ops, self.device, self.names = model, model.ops, model.ops.device, names_of(model)
-        self.direction, self.micro_step, self.found = None, 0, None
+    def __init__(self, model: Model) -> None:
+        self.model, self.ops, self.device = model, model.ops, model.ops.device
+        self.names, self.backward_names = names_of(model), backward_names_of(model)
+        self.direction, self.micro_step = "forward", 0
+        self.found: str | None = None
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         function = getattr(self.ops, name)
         if name not in WRITES:
             return function
 
-        def call(*args, **kwargs):
+        def call(*args: Any, **kwargs: Any) -> None:
             function(*args, **kwargs)
             if self.found is None:
                 self.look(name, inspect.signature(function).bind(*args, **kwargs).arguments)
 
         return call
 
-    def look(self, op, arguments):
+    def look(self, op: str, arguments: dict[str, Any]) -> None:
+        """Look at what an op has written; note the first tensor that is not finite."""
         for argument in WRITES[op]:
-            array = arguments.get(argument if argument != "inp" or arguments.get("recompute") else None)
+            written = argument != "inp" or arguments.get("recompute")  # matmul_backward makes inp again with recompute
+            array = arguments.get(argument) if written else None
             text = None if array is None else count(self.ops, array, self.model.scratch.f32)
             if text:
                 name, own_layer = self.name(array) or (argument, None)
@@ -122,17 +143,16 @@ class Trace:
                     name = f"h[{layer}].{name}"
                 where = [self.direction, f"layer {layer}" if layer is not None else ""]
                 where += [f"micro-step {self.micro_step}" if self.direction != "update" else ""]
-                where = ", ".join(filter(None, where))
-                self.found = f"the first non-finite value is in {name}, written by {op} as {argument} ({where}): {text}"
+                place = f"{name}, written by {op} as {argument} ({', '.join(filter(None, where))})"
+                self.found = f"the first non-finite value is in {place}: {text}"
                 return
 
-    def name(self, array):
+    def name(self, array: Array) -> tuple[str, int | None] | None:
         """(name, layer or None) of an array, None where it has no name."""
-        if self.direction == "backward" and address(array) == address(self.model.acts.h[-1].residual3):
-            return "dl_btc", None  # by then its forward value has been used up
-        return self.names.get(address(array))
+        found = self.backward_names.get((address(array), array.shape)) if self.direction == "backward" else None
+        return found or self.names.get(address(array))
 
-    def layer(self, arguments):
+    def layer(self, arguments: dict[str, Any]) -> int | None:
         """The layer that an op works on: that of its weights; where it has none, that of its activations."""
         arrays = [array for array in arguments.values() if hasattr(array, "dtype") and hasattr(array, "shape")]
         names = [found for found in map(self.name, arrays) if found]
@@ -140,20 +160,22 @@ class Trace:
         return weights[0] if weights else next((layer for _, layer in names if layer is not None), None)
 
 
-def bad_weights(model):
+def bad_weights(model: Model) -> str | None:
     """The first of the weights that are not finite, described; None where all are."""
     if count(model.ops, model.params_flat, model.scratch.f32) is None:
         return None
-    config, host = model.config, on_host(model.ops, model.params_flat)
-    params = carve(host.view(np.uint8), gpt2.parameter_specs(config), config.num_layers, model.dtype)
+    host = on_host(model.ops, model.params_flat)
+    params = carve(host.view(np.uint8), model.specs, model.config.num_layers, model.dtype)
     layered = [(f"h[{layer}].{name}", array) for layer, h in enumerate(params.h) for name, array in vars(h).items()]
-    for name, array in [("wte", params.wte), ("wpe", params.wpe), *layered, *vars(params).items()]:
-        text = None if name == "h" else count(model.ops, array)
-        if text:
+    outside = [(spec.name, getattr(params, spec.name)) for spec in model.specs if not spec.layers]
+    first = next(i for i, spec in enumerate(model.specs) if spec.layers)  # so many tensors stand before the layers
+    for name, array in [*outside[:first], *layered, *outside[first:]]:
+        if text := count(model.ops, array):
             return f"the weights were not finite before the step: params.{name}: {text}"
+    return None
 
 
-def trace(model, inputs, targets, rng_state):
+def trace(model: Model, inputs: np.ndarray, targets: np.ndarray, rng_state: int) -> str | None:
     """The step over these micro-batches, (M, B, T) i32 each, op by op. Returns what was found, or None.
 
     rng_state is the model's before the step. Weights, optimizer state and the model's own rng_state stay as they are;
@@ -181,7 +203,7 @@ def trace(model, inputs, targets, rng_state):
 # the file
 
 
-def save(path, model, inputs, targets, **about):
+def save(path: str | os.PathLike, model: Model, inputs: np.ndarray, targets: np.ndarray, **about: Any) -> None:
     """Write a step for replay: one .npz with the weights, the tokens of all micro-steps and, as JSON, the rest.
 
     params (N,) in the model's precision (bf16 as its 16 bits); inputs, targets (M, B, T) i32; about: a dict with the
@@ -195,14 +217,14 @@ def save(path, model, inputs, targets, **about):
         np.savez(file, params=params, inputs=inputs, targets=targets, about=json.dumps(about))
 
 
-def load(path):
+def load(path: str | os.PathLike) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
     """(about, params (N,) f32, inputs, targets) of save()'s file. UserError where it is none."""
     try:
         if os.path.isfile(path) and not zipfile.is_zipfile(path):
             raise ValueError("it is no .npz file, or not all of one")
         with np.load(path, allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
-            config = gpt2.GPT2Config(**about["config"])
+            config = gpt2.config_from_header(about["config"])
             params, inputs, targets = file["params"], file["inputs"], file["targets"]
         about["config"] = config
         if about["dtype"] == "bfloat16":
@@ -220,7 +242,9 @@ def load(path):
         raise UserError(f"--replay {path}: cannot be read ({why}). {hint}.") from error
 
 
-def replay(path, ops, dtype=None):
+def replay(
+    path: str | os.PathLike, ops: ModuleType, dtype: DTypeLike | None = None
+) -> tuple[dict[str, Any], str | None]:  # fmt: skip
     """Do the saved step again on an op set, in its own precision or in dtype. Returns (about, what was found or None).
 
     Errors: UserError where the file cannot be read, or holds a precision that the CPU op set does not have.
@@ -240,7 +264,8 @@ def replay(path, ops, dtype=None):
     return about, trace(model, inputs, targets, about["rng_state"])
 
 
-def dtype_named(name):
+def dtype_named(name: str) -> np.dtype:
+    """The NumPy dtype of a name, also bfloat16, which NumPy knows from ml_dtypes."""
     if name == "bfloat16":
         import ml_dtypes
 
@@ -249,13 +274,16 @@ def dtype_named(name):
 
 
 def step_failed(
-    model, inputs, targets, *, step, rng_state, loss, grad_norm, update, output_dir, on_nonfinite,
-):  # fmt: skip
+    model: Model, inputs: np.ndarray, targets: np.ndarray, *, step: int, rng_state: int, loss: float,
+    grad_norm: float, update: dict[str, float], output_dir: str | None, on_nonfinite: str,
+) -> str:  # fmt: skip
     """After a step whose loss or gradient norm is not finite: find out why, and save it. Returns a line to print.
 
-    Errors: UserError with that line under --on-nonfinite stop; also under skip where the weights themselves are not
-    finite, as no later step can then be. Under skip only the first such step is saved: the files are large.
-    update: the numbers of the update and its t; output_dir: where the step is saved, None for the working directory.
+    inputs, targets: the micro-batches (M, B, T) i32 of the 0-based step; rng_state: the model's before it.
+    update: the numbers of AdamW and its t, for the file; output_dir: its folder, None for the working directory.
+    on_nonfinite: "stop" or "skip". Under "skip" only the first such step is saved: the files are large.
+    Errors: UserError with the line under "stop"; also under "skip" where the weights themselves are not finite, as no
+    later step can then be.
     """
     found = trace(model, inputs, targets, rng_state)
     hopeless = found is not None and found.startswith("the weights")
@@ -264,7 +292,7 @@ def step_failed(
     line = f"step {step + 1}: loss {loss:.4g}, gradient norm {grad_norm:.4g}: "
     line += f"on rank {model.rank} " if model.ranks else ""
     elsewhere = model.ranks and (found is None or "(update)" in found)  # what came in with the sums over all ranks
-    line += "every tensor is finite" if elsewhere or not found else found
+    line += found if found and not elsewhere else "every tensor is finite"
     others = [name for name in os.listdir(folder) if name.startswith("nonfinite_") and name.endswith(suffix)]
     if not elsewhere and (stop or not others):
         path = os.path.join(folder, f"nonfinite_{step + 1:08d}{suffix}")
