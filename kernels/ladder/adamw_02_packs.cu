@@ -26,7 +26,10 @@ __device__ inline int find_tensor(const i64* ends, i64 i) {
     constexpr bool power_of_two = (TENSORS & (TENSORS - 1)) == 0;  // then no step leads past the last tensor
     int tensor = 0;
     for (int step = LARGEST_STEP; step > 0; step /= 2) {
-        if ((power_of_two || tensor + step < TENSORS) && i >= ends[tensor + step - 1]) { tensor += step; }
+        if constexpr (!power_of_two) {
+            if (tensor + step >= TENSORS) { continue; }
+        }
+        if (i >= ends[tensor + step - 1]) { tensor += step; }
     }
     return tensor;
 }
