@@ -45,20 +45,21 @@ def train(settings, machine, notices, start_time):
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding does not have
     from llmc import devices
     from llmc.gpt2 import parameter_specs
-    from llmc.training import report, setup
+    from llmc.training import report, run_folder, setup
     from llmc.training.loop import Loop
 
-    run = setup.prepare(settings, machine, notices)
-    report.print_start(run)
-    limits = setup.check_memory(run)
-    baseline = report.peak_memory()
-    report.print_batch(run)
-    if settings.device == "cuda":
-        tensors = len(parameter_specs(run.config))
-        print(devices.prepare_kernels(run.config, run.dtype, settings.check, run.precision["grad_dtype"], tensors))
-    loop = Loop(run, *setup.build(run, limits), start_time)
-    loop.train()
-    report.print_end(run, loop.speed, loop.val_loss, baseline)
+    with run_folder.opened(settings.output_dir, settings.resume, settings.default_job, machine.ranks) as folder:
+        run = setup.prepare(settings, machine, folder, notices)
+        report.print_start(run)
+        limits = setup.check_memory(run)
+        baseline = report.peak_memory()
+        report.print_batch(run)
+        if settings.device == "cuda":
+            tensors = len(parameter_specs(run.config))
+            print(devices.prepare_kernels(run.config, run.dtype, settings.check, run.precision["grad_dtype"], tensors))
+        loop = Loop(run, *setup.build(run, limits), start_time)
+        loop.train()
+        report.print_end(run, loop.speed, loop.val_loss, baseline)
 
 
 def plan(args, num_processes):

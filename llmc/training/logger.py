@@ -3,6 +3,7 @@
 Source: llm.c llmc/logger.h (main.log), train_gpt2.cu main (step line).
 """
 
+import itertools
 import json
 import math
 import os
@@ -19,8 +20,9 @@ class Logger:
     main.log is llm.c's: `s:%d trl:%.4f lr:%.6f norm:%.2f`, `s:%d tel:%.4f`, `s:%d eval:%.4f` with the 0-based step.
     metrics.jsonl has one strict JSON object a line with the key `step`; NaN and Inf are null.
     output_dir None: every call does nothing. Use it on rank 0 only.
-    resume_step None starts both files afresh. A run that resumes at step s keeps the lines before s: step s itself,
-    validation included, is done and logged again, so the files end as those of a run that was never killed.
+    resume_step None: both files are new; those of an earlier run in the folder are kept as main.log.1 and
+    metrics.jsonl.1, or with the next number that is free. A run that resumes at step s keeps the lines before s: step s
+    itself, validation included, is done and logged again, so the files end as those of a run that was never killed.
     Errors: UserError where the files cannot be written.
     """
 
@@ -34,6 +36,8 @@ class Logger:
             raise UserError(
                 f"cannot create {output_dir}: {error.strerror}. HINT: give -o a folder to write to"
             ) from error
+        if resume_step is None:
+            set_aside([os.path.join(output_dir, name) for name in ("main.log", "metrics.jsonl")])
         for name, step_of in (("main.log", main_log_step), ("metrics.jsonl", metrics_step)):
             keep_lines_before(os.path.join(output_dir, name), step_of, resume_step or 0)
 
@@ -83,6 +87,17 @@ def metrics_step(line):
     except (ValueError, TypeError, KeyError):
         return None
     return step if isinstance(step, int) else None
+
+
+def set_aside(paths):
+    """Rename the files of an earlier run to NAME.N, with the first number N that is free for all; empty ones stay."""
+    N = next(n for n in itertools.count(1) if not any(os.path.lexists(f"{path}.{n}") for path in paths))
+    for path in paths:
+        try:
+            if os.path.isfile(path) and os.path.getsize(path) > 0:
+                os.rename(path, f"{path}.{N}")
+        except OSError as error:
+            raise UserError(f"cannot rename {path}: {error.strerror}. HINT: check -o") from error
 
 
 def keep_lines_before(path, step_of, step):

@@ -31,9 +31,9 @@ class Loop:
         """start_time: time.perf_counter() when the command began."""
         B, T = run.settings.batch_size, run.T
         self.run, self.model, self.detectors, self.start_time = run, model, detectors, start_time
-        self.settings, self.first, self.val_loss = run.settings, run.resume_step or 0, None
+        self.settings, self.first, self.val_loss = run.settings, run.folder.resume_step or 0, None
         self.inputs, self.targets = np.empty((2, run.micro_steps, B, T), np.int32)
-        self.logger = Logger(run.output_dir if model.rank == 0 else None, run.resume_step)
+        self.logger = Logger(run.folder.path if model.rank == 0 else None, run.folder.resume_step)
         self.display = Display(run.steps, sys.stdout.isatty(), self.first)
         self.speed = Speed(run.total_batch)
         self.flops = gpt2.flops_per_token(run.config, T) * B * T * run.micro_steps
@@ -49,7 +49,7 @@ class Loop:
                 if last:
                     break
                 if stop:
-                    folder = self.run.output_dir
+                    folder = self.run.folder.path
                     again = f"-o {folder} -y 1 continues" if folder else "-o DIR would have kept its work"
                     ended = f"interrupted after step {step} of {self.run.steps}"
                     raise UserError(f"{ended}. HINT: the same command with {again}.")
@@ -72,14 +72,15 @@ class Loop:
 
     def checkpoint(self, step, last, interrupted):
         """A checkpoint of `step` completed updates, where one is due or the run is interrupted."""
-        s, run = self.settings, self.run
-        if not run.output_dir or step == run.resume_step or not (due(s.checkpoint_every, step, last) or interrupted):
+        s, run, folder = self.settings, self.run, self.run.folder
+        wanted = interrupted or due(s.checkpoint_every, step, last)
+        if not (folder.path and wanted) or step == folder.resume_step:
             return
         share = run.machine.ranks.exchange if run.machine.ranks else checkpoints.alone
-        checkpointing.save(run.output_dir, step, self.model, run.train_loader, self.detectors, share)
+        checkpointing.save(folder.path, step, self.model, run.train_loader, self.detectors, share)
         if self.model.rank == 0:
-            checkpointing.let_go(run.output_dir, step, s)
-        self.display.write(f"wrote checkpoint of step {step} to {run.output_dir}")
+            checkpointing.let_go(folder.path, step, s)
+        self.display.write(f"wrote checkpoint of step {step} to {folder.path}")
 
     def step(self, step):
         """One update, its lines on the display and in the logs."""
@@ -89,7 +90,7 @@ class Loop:
             run.train_loader.reset()
         batch = (self.inputs, self.targets)
         result = train_step(
-            self.model, run.train_loader, s, step, run.steps, *batch, self.detectors, run.output_dir
+            self.model, run.train_loader, s, step, run.steps, *batch, self.detectors, run.folder.path
         )  # fmt: skip
         device.synchronize()
         ms = timer()

@@ -13,8 +13,8 @@ def print_start(run):
     print(run.machine.line)
     for line in run.notices:
         print(line)
-    if run.resume_step is not None:
-        print(f"resuming from step {run.resume_step} in {run.output_dir}")
+    if run.folder.resume_step is not None:
+        print(f"resuming from step {run.folder.resume_step} in {run.folder.path}")
     print(table(settings_rows(run)))
     print(table(model_rows(run)))
     s, ops = run.settings, run.machine.ops
@@ -42,8 +42,8 @@ def print_end(run, speed, val_loss, baseline):
     if s.default_job and val_loss is not None:
         print(f"validation loss on all {run.all_val_pairs.num_pairs} held-out tokens: {val_loss:.4f} nats per token")
     print_memory_used(run, baseline)
-    if run.output_dir and s.checkpoint_every:
-        print(f'more text: python -m llmc.generate {run.output_dir} --prompt "ROMEO:"')
+    if run.folder.path and s.checkpoint_every:
+        print(f'more text: python -m llmc.generate {run.folder.path} --prompt "ROMEO:"')
 
 
 def print_memory_used(run, baseline):
@@ -70,7 +70,7 @@ def settings_rows(run):
     return [
         ("train data pattern", run.train_data),
         ("val data pattern", run.val_data),
-        ("output log dir", run.output_dir or "NULL"),
+        ("output log dir", run.folder.path or "NULL"),
         ("checkpoint_every", s.checkpoint_every),
         ("resume", int(s.resume)),
         ("micro batch size B", s.batch_size),

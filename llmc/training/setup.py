@@ -4,7 +4,6 @@ prepare() finds what is wrong with the settings or with files, and allocates not
 """
 
 import os
-import tempfile
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from llmc.parallel import launch, zero
 from llmc.training import checkpointing, memory, mfu, multiple_choice, schedulers
 from llmc.training.loss_scaler import LossScaler
 from llmc.training.outlier_detector import OutlierDetector
+from llmc.training.run_folder import NOWHERE, Folder
 from llmc.training.settings import Settings
 
 
@@ -46,8 +46,7 @@ class Run:
     notices: list  # lines to print before the tables
     train_data: str  # glob of the training shards
     val_data: str  # glob of the validation shards
-    output_dir: str | None  # where logs and checkpoints go
-    resume_step: int | None  # the step of the checkpoint that it continues, None for a fresh run
+    folder: Folder  # where logs and checkpoints go, and the step to continue from
     config: gpt2.GPT2Config
     model_path: str | None  # where the weights come from, None for fresh ones
     dtype: Any  # NumPy dtype of parameters and activations
@@ -75,37 +74,33 @@ class Run:
         return precision_of(self.settings, self.partition)
 
 
-def prepare(settings, machine, notices=()):
-    """The Run of these settings on this machine; notices: lines about the settings. All ranks call it.
+def prepare(settings, machine, folder, notices=()):
+    """The Run of these settings on this machine, in this Folder; notices: lines about the settings. All ranks call it.
 
     Errors: UserError for whatever is wrong with the settings or with files.
     """
     s, ops, ranks = settings, machine.ops, machine.ranks
     schedulers.check(s.lr_scheduler)
-    output_dir = s.output_dir
-    if s.default_job and not (output_dir or s.resume):
-        output_dir = launch.on_rank0(ranks, default_dir)
     gpu = mfu.current_gpu() if s.device == "cuda" else None
     gpu_stats = open_gpu_stats(s.log_gpu_every, gpu)
     dtype = devices.model_dtype(s.dtype)
     train_data, val_data, data_line = launch.rank0_first(ranks, lambda: prepare_data(s))
-    resume_step = launch.on_rank0(ranks, lambda: check_output_dir(output_dir, s.resume))
-    config, model_path = model_config(s, train_data, output_dir, resume_step)
-    if resume_step is not None:
-        checkpointing.check_resume(output_dir, resume_step, config, dtype, s.use_master_weights)
+    config, model_path = model_config(s, train_data, folder)
+    if folder.resume_step is not None:
+        checkpointing.check_resume(folder.path, folder.resume_step, config, dtype, s.use_master_weights)
     for text in s.kernel:
         ladder.use(ops, text, s.dtype, config.channels // config.num_heads)
     T = s.sequence_length or min(1024, config.max_seq_len)
     total_batch, micro_steps = total_batch_of(s, T)
     train_loader, pairs = open_data(s, train_data, val_data, config, T, machine.rank)
-    steps = count_steps(s, train_loader.num_tokens, total_batch, output_dir, resume_step)
+    steps = count_steps(s, train_loader.num_tokens, total_batch, folder)
     examples, hellaswag_line = open_hellaswag(train_data, config, T) if s.hellaswag else ([], None)
     tokenizer, tokenizer_line = sample_tokenizer(config, s.tokenizer) if s.sample_every else (None, None)
     partition, zero_line = partition_of(s, config, machine.rank)
-    lines = [*notices, zero_line, data_line, hellaswag_line, tokenizer_line]
+    lines = [*notices, folder.line, zero_line, data_line, hellaswag_line, tokenizer_line]
     return Run(
         settings=s, machine=machine, notices=[line for line in lines if line], train_data=train_data,
-        val_data=val_data, output_dir=output_dir, resume_step=resume_step, config=config, model_path=model_path,
+        val_data=val_data, folder=folder, config=config, model_path=model_path,
         dtype=dtype, partition=partition, T=T, micro_steps=micro_steps, steps=steps, train_loader=train_loader,
         val_pairs=pairs[0], all_val_pairs=pairs[1], examples=examples, tokenizer=tokenizer, gpu=gpu,
         peak=mfu.peak_flops(*gpu[:2], s.dtype) if gpu else None, gpu_stats=gpu_stats,
@@ -129,15 +124,17 @@ def build(run, limits):
     detectors = {"loss": OutlierDetector(), "grad_norm": OutlierDetector()}
     if s.dtype == "fp16":
         detectors["loss_scale"] = LossScaler()
-    if run.resume_step is not None:
-        source = (run.output_dir, run.resume_step)
-        checkpointing.load(*source, model, run.train_loader, detectors, s.use_master_weights)
-        if run.machine.rank == 0:  # a kill may have come between its save and the removal of an old one
-            checkpointing.let_go(run.output_dir, run.resume_step, s)
+    folder, step = run.folder.path, run.folder.resume_step
+    if step is not None:
+        checkpointing.load(folder, step, model, run.train_loader, detectors, s.use_master_weights)
     elif run.model_path:
         loading.read_weights(model, run.model_path)
     else:
         model.init_weights(s.seed)
+    if s.resume and run.machine.rank == 0:  # nothing can be refused any more
+        checkpoints.prune_stray(folder)
+        if step is not None:  # a kill may have come between its save and the removal of an old one
+            checkpointing.let_go(folder, step, s)
     return model, detectors
 
 
@@ -164,32 +161,6 @@ def prepare_data(settings):
         train, val, text = prepare_default("bytes", allow_fallback=True)
         text = f"byte-level, as GPT-2's tokenizer or data cannot be had ({str(error).partition('. HINT')[0]}): {text}"
     return train, s.input_val_bin or val, text
-
-
-def default_dir():
-    """The folder of a default job: the first in runs/ that does not exist."""
-    return next(d for i in range(1, 10**6) if not os.path.exists(d := f"runs/shakespeare-{i:03d}"))
-
-
-def check_output_dir(folder, resume):
-    """The step to resume from, or None; the folder is created, and must be writable before anything is trained."""
-    if folder is None:
-        if resume:
-            raise UserError("-y 1 resumes from -o, which is not given. HINT: give -o DIR.")
-        return None
-    try:
-        os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"-o {folder}: {error.strerror}. HINT: name a folder to write to.") from error
-    steps = checkpoints.checkpoint_steps(folder)
-    if not resume and steps:
-        held = f"holds checkpoints of an earlier run, up to step {steps[-1]}"
-        raise UserError(f"-o {folder} {held}. HINT: -y 1 continues it; for a new run give another folder.")
-    if not resume:
-        return None
-    checkpoints.prune_stray(folder)
-    return checkpoints.latest_checkpoint(folder)
 
 
 def open_data(settings, train_data, val_data, config, T, rank):
@@ -239,11 +210,11 @@ def open_gpu_stats(every, gpu):
 # the model and its sizes
 
 
-def model_config(settings, train_data, output_dir=None, resume_step=None):
+def model_config(settings, train_data, folder=NOWHERE):
     """(GPT2Config, the file with the weights or None): of the checkpoint to resume, a file, or a descriptor."""
     path = settings.model_name
-    if resume_step is not None:
-        resumed = checkpoints.model_path(output_dir, resume_step)
+    if folder.resume_step is not None:
+        resumed = checkpoints.model_path(folder.path, folder.resume_step)
         config = gpt2.config_from_header(model_file.read_model_header(resumed))
         if settings.model and (os.path.exists(path) or not path.endswith(".bin")):
             asked, _ = model_config(settings, train_data)
@@ -288,14 +259,14 @@ def precision_of(settings, partition):
     return dict(use_master_weights=settings.use_master_weights, grad_dtype=grad_dtype, partition=partition)
 
 
-def count_steps(settings, num_tokens, total_batch, output_dir, resume_step):
+def count_steps(settings, num_tokens, total_batch, folder):
     """Steps of the run: -x, or one epoch of the training tokens."""
     steps = num_tokens // total_batch if settings.max_steps == -1 else settings.max_steps
     if steps == 0:
         have = f"the training data has {num_tokens}"
         raise UserError(f"-d {total_batch}: one step takes that many tokens, {have}. HINT: lower -d, or give -x.")
-    if resume_step is not None and resume_step > steps:
-        raise UserError(f"-x {steps}: {output_dir} is already at step {resume_step}. HINT: give a larger -x.")
+    if (folder.resume_step or 0) > steps:
+        raise UserError(f"-x {steps}: {folder.path} is already at step {folder.resume_step}. HINT: give a larger -x.")
     return steps
 
 

@@ -1,0 +1,185 @@
+"""The folder of a run, -o: one run at a time is in it, and a command that is refused leaves no trace.
+
+The run holds an OS lock on DIR/.lock, whose text names its process and machine. A process that dies lets go of the lock
+by itself, on NFS too where the server has locks. Only rank 0 of a run looks at the folder before the first step.
+"""
+
+import contextlib
+import errno
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from llmc.errors import UserError
+from llmc.files import checkpoints
+from llmc.parallel.launch import on_rank0
+
+DEFAULT = os.path.join("runs", "shakespeare-{:03d}")
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # the file system cannot do it
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where a run writes, and where it begins."""
+
+    path: str | None  # None: nothing is written
+    resume_step: int | None = None  # the step of the checkpoint that the run continues
+    line: str | None = None  # what there is to say about it
+
+
+NOWHERE = Folder(None)
+
+
+@contextlib.contextmanager
+def opened(path: str | None, resume: bool, default_job: bool, ranks: Any = None) -> Iterator[Folder]:
+    """Yield the Folder of a run, locked until the block ends; all ranks call it, with the Ranks of the run or None.
+
+    path None: the default job takes a new folder in runs/, another run writes nothing. resume: continue from the newest
+    checkpoint. What the folder has is looked at and not changed; folders that were made and stay empty are removed.
+    Errors: UserError for a folder that cannot be written to, that another run is in, or that holds an earlier run.
+    """
+    if path is None and resume:
+        raise UserError("-y 1 resumes from -o, which is not given. HINT: give -o DIR.")
+    with contextlib.ExitStack() as stack:
+
+        def enter():
+            found = path if path or not default_job else stack.enter_context(new_folder(DEFAULT))
+            if found is None:
+                return None, None, None
+            if path:
+                stack.enter_context(made(found))
+            locked = stack.enter_context(lock(found))
+            step, line = begin(found, resume)
+            return found, step, line or (None if locked else f"-o {found}: no locks there; keep other runs out of it")
+
+        yield Folder(*on_rank0(ranks, enter))
+
+
+def begin(folder: str, resume: bool) -> tuple[int | None, str | None]:
+    """(step to resume from or None, a line where -y 1 finds nothing to continue). Errors: UserError."""
+    steps = checkpoints.checkpoint_steps(folder)
+    if not resume:
+        if steps:
+            held = f"holds checkpoints of an earlier run, up to step {steps[-1]}"
+            raise UserError(f"-o {folder} {held}. HINT: -y 1 continues it; for a new run give another folder.")
+        return None, None
+    step = checkpoints.latest_checkpoint(folder)
+    return step, f"-y 1: {folder} holds no checkpoint; this run starts at step 0" if step is None else None
+
+
+@contextlib.contextmanager
+def new_folder(pattern: str) -> Iterator[str]:
+    """Make and yield the first folder of a numbered pattern that is not there; of several processes one gets each."""
+    for number in range(1, 10**6):
+        folder = pattern.format(number)
+        if not os.path.lexists(folder):
+            with made(folder) as new:
+                if folder in new:  # else another process was faster
+                    yield folder
+                    return
+    raise UserError(f"{os.path.dirname(pattern)} is full. HINT: give -o DIR.")
+
+
+@contextlib.contextmanager
+def made(folder: str) -> Iterator[list[str]]:
+    """Make a folder and those above it; yield the ones that were not there. At the end those that are empty go."""
+    new: list[str] = []
+    missing, above = [], folder
+    while above and not os.path.isdir(above):
+        missing.append(above)
+        above = os.path.dirname(above)
+    try:
+        try:
+            for path in reversed(missing):
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(path)
+                    new.append(path)
+            if not os.path.isdir(folder):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        except OSError as error:
+            raise UserError(f"-o {folder}: {error.strerror}. HINT: name a folder to write to.") from error
+        yield new
+    finally:
+        for path in reversed(new):
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+
+
+@contextlib.contextmanager
+def lock(folder: str) -> Iterator[bool]:
+    """Hold the lock of a folder; yields False where its file system has no locks.
+
+    Errors: UserError that names the process which has the lock, or says why there can be no file in the folder.
+    """
+    path = os.path.join(folder, ".lock")
+    try:
+        fd, locked = take(path)
+    except BlockingIOError as error:
+        busy = f"-o {folder} is in use by {holder(path)}"
+        raise UserError(f"{busy}. HINT: wait until that run has ended, or give another folder.") from error
+    except OSError as error:
+        raise UserError(f"-o {folder}: {error.strerror}. HINT: name a folder to write to.") from error
+    try:
+        os.ftruncate(fd, 0)
+        os.write(fd, f"{os.getpid()} {platform.node()}\n".encode())
+        yield locked
+    finally:
+        if sys.platform == "win32":  # an open file cannot be removed there
+            os.close(fd)
+        with contextlib.suppress(OSError):
+            os.remove(path)  # while it is locked: who has opened it meanwhile sees that it is gone, see take()
+        if sys.platform != "win32":
+            os.close(fd)
+
+
+def take(path: str) -> tuple[int, bool]:
+    """(descriptor of the lock file, whether it is locked). Errors: BlockingIOError where it is taken, OSError."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        try:
+            locked = lock_descriptor(fd)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), os.stat(path)):  # else its owner has just removed it
+                    return fd, locked
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def lock_descriptor(fd: int) -> bool:
+    """Lock an open file for this process, False where the file system cannot. Errors: BlockingIOError; OSError."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            os.lseek(fd, 1 << 30, os.SEEK_SET)  # far behind the text, which others may read
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            os.lseek(fd, 0, os.SEEK_SET)
+        else:
+            import fcntl
+
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the open file: threads of one process exclude another
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return False
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            raise BlockingIOError(error.errno, error.strerror) from error
+        raise
+    return True
+
+
+def holder(path: str) -> str:
+    """The process that has a lock file, as its text tells."""
+    for _ in range(20):  # it may be about to write it
+        with contextlib.suppress(OSError):
+            with open(path, encoding="utf-8", errors="replace") as file:
+                pid, _, host = file.read(300).strip().partition(" ")
+            if pid.isdecimal() and host.isprintable():
+                return f"process {pid} on {host}"
+        time.sleep(0.05)
+    return "another process"
