@@ -1,0 +1,137 @@
+"""The public API, for scripts and notebooks: what `import llmc` shows, and what the commands use themselves.
+
+    import llmc
+    ops = llmc.device("auto")                                  # the op set: CUDA kernels, or NumPy and BLAS
+    data = llmc.DataLoader(llmc.dataset("shakespeare", "bytes"), B=12, T=96)
+    model = llmc.GPT2("tiny:d4", ops, B=12, T=96, vocab_size=257)
+    adamw = llmc.AdamW(lr=3e-3, weight_decay=0.1)              # numbers, no state
+    for x, y in data.batches(200):
+        loss = model.step(x, y, adamw)
+    model.grads.h[0].qkvw, model.acts.h[3].atty                # every tensor by name, as arrays of the op set
+    model.save("runs/nb")
+    llmc.load("runs/nb").generate("ROMEO:")
+
+A model is llmc.model.Model over the passes of llmc/gpt2.py. Here it gets what needs files and tokenizers.
+"""
+
+import os
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+
+from llmc import gpt2, loading
+from llmc.data import tokenizer as tokenizers
+from llmc.data.loader import DataLoader
+from llmc.data.prepare import dataset
+from llmc.devices import check_dtype, model_dtype, pick_device, prepare_kernels
+from llmc.errors import UserError
+from llmc.files import checkpoints
+from llmc.generation import generate, start_tokens
+from llmc.gpt2 import GPT2Config
+from llmc.model import AdamW, Model, memory_plan
+
+__all__ = ["AdamW", "DataLoader", "GPT2", "GPT2Config", "UserError", "dataset", "device", "load"]
+
+
+def device(name: str = "auto", threads: int | None = None) -> ModuleType:
+    """The op set for a device: the module llmc.cuda or llmc.cpu, whose ops take arrays that its `device` allocates.
+
+    name: "auto" takes a GPU where a kernel can be launched, else the CPU; "cpu" or "cuda" asks for one.
+    threads: of the CPU op set; None leaves them.
+    Errors: UserError where "cuda" does not work.
+    """
+    return pick_device(name, threads)[0]
+
+
+class GPT2(Model):
+    """A GPT-2 with fresh weights: `forward`, `backward`, `update`, or all of them as `step`; `save`, `generate`.
+
+    size     a descriptor, "d12" or "tiny:d4" (gpt2.DESCRIPTORS), or a GPT2Config
+    ops      the op set, of llmc.device()
+    B, T     rows and tokens of the largest batch; smaller ones use the same memory
+    dtype    "fp32", "bf16", "fp16"; None: bf16 on a GPU, fp32 on a CPU
+    seed     of the weights, the same bits as llm.c's for a seed; None leaves them as they are, for weights to come
+    options  as llmc.model.Model has them: recompute, training, graphs, use_master_weights, grad_dtype
+    Errors: UserError for a size, T or dtype that cannot be had; MemoryError where the device has no room.
+    """
+
+    def __init__(
+        self,
+        size: str | GPT2Config,
+        ops: ModuleType,
+        B: int,
+        T: int,
+        *,
+        vocab_size: int = 50257,
+        dtype: str | None = None,
+        seed: int | None = 42,
+        **options: Any,
+    ):
+        on_gpu = ops.__name__ == "llmc.cuda"
+        config = gpt2.config_from_descriptor(size, vocab_size, T) if isinstance(size, str) else size
+        precision = model_dtype(check_dtype(dtype, "cuda" if on_gpu else "cpu"))
+        if on_gpu:
+            prepare_kernels(config, precision, grad_dtype=options.get("grad_dtype"))
+        super().__init__(gpt2, ops, config, B, T, dtype=precision, **options)
+        if seed is not None:
+            self.init_weights(seed)
+
+    def save(self, folder: str | os.PathLike[str]) -> str:
+        """Write a checkpoint of this step, llm.c's files, into a folder -> the model file. `load` and -y 1 read it.
+
+        Errors: UserError where it cannot be written; what was there is then as it was.
+        """
+        return checkpoints.save_model(os.fspath(folder), self)
+
+    def generate(
+        self, prompt: str = "", tokens: int = 256, temperature: float = 0.8, top_k: int = 0, seed: int = 1337
+    ) -> str:
+        """The text that continues a prompt; the same seed gives the same text. `stream` yields it as it comes."""
+        return "".join(self.stream(prompt, tokens, temperature, top_k, seed))
+
+    def stream(
+        self, prompt: str = "", tokens: int = 256, temperature: float = 0.8, top_k: int = 0, seed: int = 1337
+    ) -> Iterator[str]:
+        """Yield the text that continues a prompt, token by token.
+
+        tokens: how many to draw. temperature: 0 is greedy, 1 the model's own distribution. top_k: draw from the k most
+        likely tokens only, 0 from all. Errors: UserError where no tokenizer has the model's vocabulary.
+        """
+        tokenizer = tokenizers.tokenizer_for(self.config.vocab_size)
+        ids = [*start_tokens(tokenizer), *(tokenizer.encode(prompt) if prompt else [])]
+        yield from tokenizer.stream(generate(self, ids, tokens, seed, temperature, top_k))
+
+
+def load(
+    path: str | os.PathLike[str],
+    ops: ModuleType | None = None,
+    B: int = 1,
+    T: int | None = None,
+    *,
+    dtype: str | None = None,
+    training: bool = False,
+    **options: Any,
+) -> GPT2:
+    """The model in a run's folder (its newest checkpoint), a .bin file, or Hugging Face's: "hf:DIR" or "hf:NAME".
+
+    ops: None takes llmc.device("auto"). T: None takes the longest that the model has, at most 1024. training=False makes
+    it for forward passes alone; with True it has gradients and optimizer state, which start from zero.
+    Errors: UserError for a file that cannot be read, and where the device has no room.
+    """
+    found = loading.model_file(os.fspath(path))
+    config = gpt2.config_from_header(loading.model_header(found))
+    ops, T = ops or device("auto"), T or min(config.max_seq_len, 1024)
+    options = {"recompute": 1 if training else 2, "training": training, **options}
+    kind = model_dtype(check_dtype(dtype, "cuda" if ops.__name__ == "llmc.cuda" else "cpu"))
+    sizes = memory_plan(gpt2, config, ops, B, T, dtype=kind, **options)
+    needed, budget = sum(nbytes for *_, nbytes in sizes) + ops.device.scratch_bytes(), ops.device.budget()
+    try:
+        if budget is not None and needed > budget:
+            raise MemoryError
+        model = GPT2(config, ops, B, T, dtype=dtype, seed=None, **options)
+    except MemoryError as error:
+        need = f"{B} x {T} tokens at once need {needed / 2**30:,.1f} GiB on {ops.device.describe()}"
+        raise UserError(f"{path}: {need}. HINT: lower B or T (-b, -t), or take the CPU.") from error
+    loading.read_weights(model, found)
+    return model
