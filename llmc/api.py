@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-
 from llmc import gpt2, loading
 from llmc.data import tokenizer as tokenizers
 from llmc.data.loader import DataLoader
@@ -30,6 +29,7 @@ from llmc.files import checkpoints
 from llmc.generation import generate, start_tokens
 from llmc.gpt2 import GPT2Config
 from llmc.model import AdamW, Model, memory_plan
+from llmc.training import checkpointing
 
 __all__ = ["AdamW", "DataLoader", "GPT2", "GPT2Config", "UserError", "dataset", "device", "load"]
 
@@ -78,29 +78,41 @@ class GPT2(Model):
             self.init_weights(seed)
 
     def save(self, folder: str | os.PathLike[str]) -> str:
-        """Write a checkpoint of this step, llm.c's files, into a folder -> the model file. `load` and -y 1 read it.
+        """Write llm.c's files of a checkpoint of this step into a folder -> the model's; `load` finds it there.
 
-        Errors: UserError where it cannot be written; what was there is then as it was.
+        Errors: UserError for a model without optimizer state, and where the folder cannot be written; what was there
+        is then as it was.
         """
-        return checkpoints.save_model(os.fspath(folder), self)
+        folder = os.fspath(folder)
+        if not self.training:
+            raise UserError(f"save({folder!r}): this model has no optimizer state. HINT: load(..., training=True).")
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {folder}: {error.strerror}. HINT: choose another one.") from error
+        checkpointing.save(folder, self.steps, self)
+        return checkpoints.model_path(folder, self.steps)
 
     def generate(
-        self, prompt: str = "", tokens: int = 256, temperature: float = 0.8, top_k: int = 0, seed: int = 1337
-    ) -> str:
-        """The text that continues a prompt; the same seed gives the same text. `stream` yields it as it comes."""
-        return "".join(self.stream(prompt, tokens, temperature, top_k, seed))
+        self, prompt: str = "", tokens: int = 256, temperature: float = 0.8, top_k: int = 0, seed: int = 1337,
+        tokenizer: str | None = None,
+    ) -> str:  # fmt: skip
+        """The text that continues a prompt. The arguments are those of `stream`, which gives it piece by piece."""
+        return "".join(self.stream(prompt, tokens, temperature, top_k, seed, tokenizer))
 
     def stream(
-        self, prompt: str = "", tokens: int = 256, temperature: float = 0.8, top_k: int = 0, seed: int = 1337
-    ) -> Iterator[str]:
-        """Yield the text that continues a prompt, token by token.
+        self, prompt: str = "", tokens: int = 256, temperature: float = 0.8, top_k: int = 0, seed: int = 1337,
+        tokenizer: str | None = None,
+    ) -> Iterator[str]:  # fmt: skip
+        """An iterator over the text that continues a prompt, token by token; the same seed gives the same text.
 
         tokens: how many to draw. temperature: 0 is greedy, 1 the model's own distribution. top_k: draw from the k most
-        likely tokens only, 0 from all. Errors: UserError where no tokenizer has the model's vocabulary.
+        likely tokens only, 0 from all. tokenizer: "gpt2" or "bytes"; None takes the one of the model's vocabulary.
+        Errors: UserError where no tokenizer has the model's vocabulary.
         """
-        tokenizer = tokenizers.tokenizer_for(self.config.vocab_size)
-        ids = [*start_tokens(tokenizer), *(tokenizer.encode(prompt) if prompt else [])]
-        yield from tokenizer.stream(generate(self, ids, tokens, seed, temperature, top_k))
+        words = tokenizers.tokenizer_for(self.config.vocab_size, tokenizer)
+        ids = [*start_tokens(words), *(words.encode(prompt) if prompt else [])]
+        return words.stream(generate(self, ids, tokens, seed, temperature, top_k, words.n_vocab))
 
 
 def load(
@@ -115,8 +127,8 @@ def load(
 ) -> GPT2:
     """The model in a run's folder (its newest checkpoint), a .bin file, or Hugging Face's: "hf:DIR" or "hf:NAME".
 
-    ops: None takes llmc.device("auto"). T: None takes the longest that the model has, at most 1024. training=False makes
-    it for forward passes alone; with True it has gradients and optimizer state, which start from zero.
+    ops: None takes llmc.device("auto"). T: None takes the longest that the model has, at most 1024.
+    training: False makes it for forward passes alone; with True it has gradients and an optimizer state of zeros.
     Errors: UserError for a file that cannot be read, and where the device has no room.
     """
     found = loading.model_file(os.fspath(path))
@@ -124,7 +136,7 @@ def load(
     ops, T = ops or device("auto"), T or min(config.max_seq_len, 1024)
     options = {"recompute": 1 if training else 2, "training": training, **options}
     kind = model_dtype(check_dtype(dtype, "cuda" if ops.__name__ == "llmc.cuda" else "cpu"))
-    sizes = memory_plan(gpt2, config, ops, B, T, dtype=kind, **options)
+    sizes = memory_plan(gpt2, ops, config, B, T, dtype=kind, **options)
     needed, budget = sum(nbytes for *_, nbytes in sizes) + ops.device.scratch_bytes(), ops.device.budget()
     try:
         if budget is not None and needed > budget:

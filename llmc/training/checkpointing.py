@@ -12,10 +12,11 @@ from llmc.files.state_file import TrainState
 from llmc.gpt2 import num_parameters, parameter_specs
 
 
-def save(folder, step, model, loader, detectors, share=checkpoints.alone):
+def save(folder, step, model, loader=None, detectors=None, share=checkpoints.alone):
     """Write model, train state of this rank and DONE marker of this step.
 
-    All ranks call it. share: gives a number of each rank to all of them, so it also waits for all.
+    All ranks call it. loader: None where the data has no state to go on from; detectors: by name, whose state is kept.
+    share: gives a number of each rank to all of them, so it also waits for all.
     """
     host = model.ops.device.host_view
     header = {field: getattr(model.config, field) for field in model_file.MODEL_WORDS}
@@ -25,8 +26,8 @@ def save(folder, step, model, loader, detectors, share=checkpoints.alone):
         model.rng_state_last_update,
         num_processes=model.num_ranks,
         rank=model.rank,
-        loader_state=loader.state(),
-        extra={name: detector.state() for name, detector in detectors.items()},
+        loader_state=loader.state() if loader else None,
+        extra={name: detector.state() for name, detector in (detectors or {}).items()},
     )
     arrays = [host(array) for array in (model.m, model.v, model.master) if array is not None]
     params, version = host(model.params_flat), 3 if model.dtype.name != "bfloat16" else 5
