@@ -105,6 +105,12 @@ def rungs_to_test(kind, dtype, name):
     return [*rungs, *([] if any(rung.call is public for rung in rungs) else [None])]
 
 
+def is_further(kind, dtype, rung):
+    """Whether a test of a rung runs with --full only: on the executor the rungs below production, and fp16, whose
+    kernels differ from those of bf16 by conversions alone."""
+    return kind == "executor" and (dtype == "fp16" or (rung is not None and not rung.production))
+
+
 def pytest_generate_tests(metafunc):
     marker = metafunc.definition.get_closest_marker("op")
     if marker is None:
@@ -112,8 +118,9 @@ def pytest_generate_tests(metafunc):
     (name,), options = marker.args, marker.kwargs
     cases = []
 
-    def add(label, *values):
-        cases.append(pytest.param(*values, id=label, marks=[pytest.mark.gpu] if label.startswith("gpu") else []))
+    def add(label, kind, dtype, rung, *shape):
+        marks = [pytest.mark.gpu] if kind == "gpu" else [pytest.mark.full] if is_further(kind, dtype, rung) else []
+        cases.append(pytest.param((kind, dtype, name, rung), *shape, id=label, marks=marks))
 
     for kind in options.get("sets", SETS):
         shapes = options.get("shapes", []) + options.get("big", []) * (kind != "executor")
@@ -127,11 +134,11 @@ def pytest_generate_tests(metafunc):
             for rung in rungs:
                 label = f"{kind}-{dtype}" + (f"-{name}{rung.number if rung else ''}" if kind != "cpu" else "")
                 if "shape" not in metafunc.fixturenames:
-                    add(label, (kind, dtype, name, rung))
+                    add(label, kind, dtype, rung)
                     continue
                 for shape in shapes[-1:] if rung is None and len(rungs) > 1 else shapes:
                     size = "x".join(map(str, shape))
-                    add(f"{label}-{size}", (kind, dtype, name, rung), shape)
+                    add(f"{label}-{size}", kind, dtype, rung, shape)
     metafunc.parametrize("op,shape" if "shape" in metafunc.fixturenames else "op", cases, indirect=["op"])
 
 
