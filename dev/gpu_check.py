@@ -35,8 +35,9 @@ import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
+import llmc
 from dev import bench, bench_all, bench_step
-from llmc import cpu, gpt2, loading
+from llmc import cpu, gpt2
 from llmc.data.prepare import prepare_default
 from llmc.data.shards import write_shard
 from llmc.errors import UserError
@@ -230,8 +231,7 @@ def logit_difference(checkpoint, folder, B, T, device):
         import transformers
     except ImportError:
         return None
-    path = loading.model_file(checkpoint)
-    model, _ = loading.open_model(path, device, "fp32", None, B, T)
+    model = llmc.load(checkpoint, llmc.device(device), B, T, dtype="fp32")
     x = np.random.default_rng(0).integers(0, model.config.vocab_size, (B, T), np.int32)
     ours = model.ops.device.download(model.forward(x).output)[..., : model.config.vocab_size]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).float()

@@ -35,7 +35,9 @@ def main(argv=None):
         raise UserError("nothing to evaluate on. HINT: give --hellaswag FILE, -j SHARDS, or both.")
     from tqdm import tqdm
 
+    import llmc
     from llmc.data.loader import EveryPair
+    from llmc.devices import pick_device
     from llmc.training.multiple_choice import load_examples, score, score_line
     from llmc.training.validation import validate
 
@@ -46,7 +48,8 @@ def main(argv=None):
     if args.input_val_bin:
         pairs = EveryPair(args.input_val_bin, B, T, vocab_size=header["vocab_size"], limit=limit)
     examples, notice = load_examples(args.hellaswag, header["vocab_size"], T) if args.hellaswag else (None, None)
-    model, device = loading.open_model(path, args.device, args.dtype, args.threads, B, T)
+    ops, _, device = pick_device(args.device, args.threads)
+    model = llmc.load(path, ops, B, T, dtype=args.dtype)
     print(f"{path} on {device}")
     if pairs:
         print(f"val loss {validate(model, pairs):f}")

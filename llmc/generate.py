@@ -24,17 +24,12 @@ def main(argv=None):
     args = parser().parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding does not have
-    from llmc.data.tokenizer import tokenizer_for
-    from llmc.generation import generate, start_tokens
+    import llmc
 
-    path = loading.model_file(args.model)
-    tokenizer = tokenizer_for(loading.model_header(path)["vocab_size"], args.tokenizer)
-    model, _ = loading.open_model(path, args.device, args.dtype, args.threads)
-    prompt = tokenizer.encode(args.prompt) if args.prompt else []
+    model = llmc.load(args.model, llmc.device(args.device, args.threads), dtype=args.dtype)
+    drawn = model.stream(args.prompt, args.tokens, args.temperature, args.top_k, args.seed, args.tokenizer)
     sys.stdout.write(args.prompt)
-    prompt, drawn = [*start_tokens(tokenizer), *prompt], (args.temperature, args.top_k, tokenizer.n_vocab)
-    ids = generate(model, prompt, args.tokens, args.seed, *drawn)
-    for text in tokenizer.stream(ids):
+    for text in drawn:
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")

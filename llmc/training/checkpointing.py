@@ -8,7 +8,7 @@ import numpy as np
 from llmc import loading
 from llmc.errors import UserError
 from llmc.files import checkpoints, model_file
-from llmc.files.state_file import TrainState
+from llmc.files.state_file import AT_THE_START, TrainState
 from llmc.gpt2 import num_parameters, parameter_specs
 
 
@@ -26,7 +26,7 @@ def save(folder, step, model, loader=None, detectors=None, share=checkpoints.alo
         model.rng_state_last_update,
         num_processes=model.num_ranks,
         rank=model.rank,
-        loader_state=loader.state() if loader else None,
+        loader_state=loader.state() if loader else AT_THE_START,
         extra={name: detector.state() for name, detector in (detectors or {}).items()},
     )
     arrays = [host(array) for array in (model.m, model.v, model.master) if array is not None]
