@@ -2,6 +2,8 @@
 
     python dev/gpu_check.py                          all sections; some 9 minutes on an H200 with 16 cores
     python dev/gpu_check.py tests parity             some of them: tests, parity, speed, ops, start, rungs, run
+    python dev/gpu_check.py ranks --ranks 2,4,8 --price 2.5         several GPUs, see bench_ranks.py; not among "all"
+    python dev/gpu_check.py ranks --device cpu -e tiny:d1 --ranks 2,4       the same on CPUs, over MPI
     python dev/gpu_check.py --csv results.csv        where the rows go (dev/results/<device>.csv)
 
 tests   every test marked gpu, on several workers; the other op sets need no GPU and run in CI
@@ -12,9 +14,11 @@ start   seconds from starting `python -m llmc.train` to its first and tenth step
 rungs   every rung of every op at B=32, checked and timed without peers: production, the fastest, what to change
 run     GPT-2 124M end to end with the commands: trained, killed by SIGKILL halfway, resumed to the bits of a run that
         was not, evaluated, exported to Hugging Face's format, logits compared with transformers' where it is there
+ranks   124M and 1558M on several GPUs against one: speed, what of the communication shows, weights and losses, the
+        death of a rank, the pace of llm.c's 1558M run
 
 Exit code 1 when a test or a rung fails, a loss is off by more than 0.5 % (fp32: 0.05 %), a resumed run has other bits,
-its evaluation another loss than its training had, or its export other logits.
+its evaluation another loss than its training had, its export other logits, or ranks other losses or weights than one.
 """
 
 import argparse
@@ -36,7 +40,7 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 import llmc
-from dev import bench, bench_all, bench_step
+from dev import bench, bench_all, bench_ranks, bench_step
 from llmc import cpu, gpt2
 from llmc.data.prepare import prepare_default
 from llmc.data.shards import write_shard
@@ -282,27 +286,33 @@ def run(args, rows, model="d12", B=16, T=1024, steps=20, every=5, device="cuda",
     return ok
 
 
-SECTIONS = dict(tests=tests, parity=parity, speed=speed, ops=ops, start=start, rungs=rungs, run=run)
+SECTIONS = dict(
+    tests=tests, parity=parity, speed=speed, ops=ops, start=start, rungs=rungs, run=run, ranks=bench_ranks.compare
+)
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (all)")
+    p.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (all but ranks)")
     p.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1), help="test processes (12)")
     p.add_argument("--csv", metavar="FILE", help="append the rows (dev/results/<device>.csv)")
+    bench_ranks.add_flags(p.add_argument_group("ranks"))
     args = p.parse_args(argv)
     wrong = set(args.sections) - set(SECTIONS)
     if wrong:
         p.error(f"no section {', '.join(sorted(wrong))}: there are {', '.join(SECTIONS)}")
+    bench_ranks.fill_flags(p, args, "cuda")
+    if args.device == "cpu" and args.sections != ["ranks"]:
+        p.error("--device cpu is for the section ranks alone")
     try:
-        from llmc import cuda
+        from llmc import devices
 
-        cuda.device.start()
-        device = cuda.device.describe()
+        ops, *_ = devices.pick_device(args.device)
+        device = ops.device.describe()
         print(f"{device} | commit {bench.commit()}\n")
         csv = args.csv or ROOT / "dev" / "results" / (re.sub(r"\W+", "_", device.split(",")[0].lower()) + ".csv")
         ok = True
-        for name in args.sections or SECTIONS:
+        for name in args.sections or [section for section in SECTIONS if section != "ranks"]:
             rows, begun = [], time.perf_counter()
             print(f"-- {name}")
             ok &= SECTIONS[name](args, rows) is not False

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, op_set
 from reference import OPS, file_of
 
-from dev import bench, bench_all, bench_step, compare_sass, gpu_check, roofline
+from dev import bench, bench_all, bench_ranks, bench_step, compare_sass, gpu_check, roofline
 from llmc import cpu, cuda, gpt2
 from llmc.cuda import ladder
 from llmc.errors import UserError
@@ -300,6 +300,48 @@ def test_compare_sass(capsys):
         assert said in capsys.readouterr().out, said
 
 
+RANKS = ("--device", "cpu", "-e", "tiny:d1", "-b", "2", "-t", "16", "--ranks", "2", "--steps", "2")
+
+
+def test_ranks_against_one(capsys):
+    """Two real ranks over MPI: losses and weights equal, what a ring sends, and the hours and dollars of a run."""
+    pytest.importorskip("mpi4py")
+    assert bench_ranks.main([*RANKS, "--no-death", "--price", "2", "--run-steps", "3600000"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    rows = json.loads(last)["rows"]
+    assert [(r["ranks"], r["zero_stage"]) for r in rows] == [(1, 0), (2, 0), (2, 1), (2, 1)]
+    config = gpt2.config_from_descriptor("tiny:d1", 257, 16)
+    assert {r["bytes"] for r in rows[1:3]} == {4 * gpt2.num_parameters(config)} and rows[0]["bytes"] == 0
+    assert sum("equal to fp32 rounding" in line for line in lines) == 2 and max(map(len, lines)) <= 120
+    pace = rows[-1]
+    assert pace["batch_tokens"] == 8 * 2 * 2 * 16 and pace["hours"] == pytest.approx(pace["ms_p50"], abs=0.1)
+    (said,) = (line for line in lines if "such steps" in line)
+    hours, dollars = map(float, re.findall(r"([\d.]+) (?:hours|dollars)", said.replace(",", "")))
+    assert dollars == pytest.approx(hours * 2 * 2, abs=0.05) and "calculated from 4 measured steps, not run" in said
+
+
+@pytest.mark.full
+def test_death_of_a_rank_in_the_comparison(capsys):
+    args = bench_ranks.fill_flags(None, bench_flags(*RANKS), "cpu")
+    assert bench_ranks.death(args, 2)
+    out = capsys.readouterr().out
+    assert "rank 1 of 2 killed in step 8" in out and "llmc.train: error: rank 1 died" in out
+
+
+def bench_flags(*argv):
+    parser = argparse.ArgumentParser()
+    bench_ranks.add_flags(parser)
+    return parser.parse_args(argv)
+
+
+def test_ranks_that_disagree_are_noticed(capsys):
+    case = dict(model="d12", zero_stage=0)
+    assert bench_ranks.same_losses(case, dict(losses=[1, 2], same_weights=True), 2, [1, 2])
+    assert not bench_ranks.same_losses(case, dict(losses=[1, 2.0001], same_weights=True), 2, [1, 2])
+    assert not bench_ranks.same_losses(case, dict(losses=[1, 2], same_weights=False), 2, [1, 2])
+    assert capsys.readouterr().out.count("NOT EQUAL") == 2
+
+
 def test_gpu_check_without_a_gpu(capsys):
     with pytest.raises(SystemExit) as stopped:
         gpu_check.main(["parity"])
@@ -312,7 +354,7 @@ def test_gpu_check_runs_all_of_it_once(capsys, monkeypatch):
     def no_data(*args, **kwargs):
         raise UserError("no network")
 
-    monkeypatch.setattr(gpu_check.data, "prepare_default", no_data)
+    monkeypatch.setattr(gpu_check, "prepare_default", no_data)
     rows, size = [], dict(model="tiny:d1", B=2, T=32, steps=100, every=20, device="cpu", vocab_size=257)
     assert gpu_check.run(None, rows, **size), capsys.readouterr().out
     (row,) = rows
