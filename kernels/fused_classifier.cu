@@ -7,65 +7,29 @@
 //
 // At V = 50257 this is the largest pass over memory in the whole step: 2 N V elements when the row is read once.
 //
-// measured on an H200, B=32, T=1024, V=50257, bf16, microseconds (% of copy speed):
-// version             | idea                                                          | bytes moved | measured
-// fused_classifier 1  | thread per row, three sweeps                                  | 4 NV        | 38353 (4 %)
-// fused_classifier 2  | block per row, three sweeps, element by element               | 4 NV        | 5685 (28 %)
-// fused_classifier 3  | maximum and sum in one sweep (online), 16-byte packs; the     | 3 NV        | 1945 (80 %)
-//                     | second sweep finds the row in L2                              |             |
-// fused_classifier 4  | the row waits in registers (768 threads, up to 9 packs each): | 2 NV        | 2323 (67 %)
-//                     | read once; what does not fit is read again                    |             |
-// fused_classifier 5  | the row waits in shared memory, two blocks per multiprocessor | 2 NV        | 1614 (97 %)
-//                     | take turns. 12 instructions an element. Goal 88 %             |             |
+// Measured on an H200, B=32, T=1024, V=50257, bf16, microseconds (% of copy speed). Rungs 1 to 3 are
+// ladder/fused_classifier_0N_*.cu; 4 serves GPUs with less shared memory, and rows too wide for it; 5 serves the others.
+// rung | idea                                                                                    | moved | measured
+// 1    | thread per row, three sweeps                                                            | 4 NV  | 38353 (4 %)
+// 2    | block per row, three sweeps, element by element                                         | 4 NV  | 5685 (28 %)
+// 3    | maximum and sum in one sweep, 16-byte packs; the second sweep finds the row in L2       | 3 NV  | 1945 (80 %)
+// 4    | the row waits in registers (768 threads, up to 9 packs each); what does not fit is read | 2 NV  | 2323 (67 %)
+//      | again                                                                                   |       |
+// 5    | the row waits in shared memory, two blocks of a multiprocessor take turns; 12           | 2 NV  | 1614 (97 %),
+//      | instructions an element                                                                 |       | goal 88 %
 // 4 is slower than 3, probably as registers hold one block per multiprocessor: while it computes nothing is loaded. Two
 // rows of one block that stays, the next on its way, were predicted to be best and reached 87 %.
 //
-// A row starts at 16 bytes only if Vp % x128::size == 0, and V need not be a multiple of a pack: every vectorised kernel
-// takes the packs in between as such and the ragged elements on both sides one by one. llm.c's kernel 5 assumes alignment,
-// and its loop bound wraps around for small V.
+// A row starts at 16 bytes only if Vp % x128::size == 0, and V need not be a multiple of a pack: both kernels take the
+// packs in between as such and the ragged elements on both sides one by one. llm.c's kernel 5 assumes alignment, and its
+// loop bound wraps around for small V.
+//
+// REGISTERS_BLOCK and SHARED_BLOCK, the largest blocks of the two kernels, come from llmc/cuda/fused_classifier.py.
 //
 // Source: llm.c llmc/fused_classifier.cuh; Milakov and Gimelshein 2018 (online softmax), arXiv:1805.02867, algorithm 3.
 #include "ptx.cuh"
 
-// One thread per row. grid ceil(N / block), any block.
-extern "C" __global__ void fused_classifier_kernel1(floatX* logits, float* losses, const int* targets, float dloss, int N,
-                                                    int V, int Vp, int write_dlogits) {
-    int row = blockIdx.x * blockDim.x + threadIdx.x;
-    if (row >= N) { return; }
-    floatX* x = logits + (i64)row * Vp;
-    int target = targets[row];
-    float top = -INFINITY;
-    for (int v = 0; v < V; v++) { top = fmaxf(top, (float)x[v]); }
-    double total = 0.0;  // one thread adds V terms, which in float would cost it four digits
-    for (int v = 0; v < V; v++) { total += expf((float)x[v] - top); }
-    float sum = (float)total;
-    losses[row] += logf(sum) - ((float)x[target] - top);
-    if (!write_dlogits) { return; }
-    float scale = dloss / sum;
-    for (int v = 0; v < V; v++) {
-        x[v] = (floatX)(expf((float)x[v] - top) * scale - (v == target ? dloss : 0.0f));
-    }
-}
-
-// One block per row. grid N, block a multiple of 32 up to 1024.
-extern "C" __global__ void fused_classifier_kernel2(floatX* logits, float* losses, const int* targets, float dloss, int N,
-                                                    int V, int Vp, int write_dlogits) {
-    int row = blockIdx.x, target = targets[row];
-    floatX* x = logits + (i64)row * Vp;
-    float top = -INFINITY;
-    for (int v = threadIdx.x; v < V; v += blockDim.x) { top = fmaxf(top, (float)x[v]); }
-    top = blockReduceMax(top);
-    float sum = 0.0f;
-    for (int v = threadIdx.x; v < V; v += blockDim.x) { sum += expf((float)x[v] - top); }
-    sum = blockReduceSum(sum);
-    if (threadIdx.x == 0) { losses[row] += logf(sum) - ((float)x[target] - top); }
-    if (!write_dlogits) { return; }
-    __syncthreads();  // thread 0 has read the target's logit
-    float scale = dloss / sum;
-    for (int v = threadIdx.x; v < V; v += blockDim.x) {
-        x[v] = (floatX)(expf((float)x[v] - top) * scale - (v == target ? dloss : 0.0f));
-    }
-}
+static_assert(REGISTERS_BLOCK % 32 == 0 && SHARED_BLOCK % 32 == 0 && SHARED_BLOCK <= 1024, "whole warps, at most 32");
 
 // The V columns of a row as `head` elements up to the first 16-byte boundary, `packs` packs, and the rest.
 struct Row {
@@ -82,6 +46,10 @@ struct Row {
     __device__ int ragged_column(int i) const { return i < head ? i : i + packs * x128::size; }
     __device__ int column(int pack) const { return head + pack * x128::size; }
 };
+
+// ---------------------------------------------------------------------------------------------------------------------
+// the row in registers
+// ---------------------------------------------------------------------------------------------------------------------
 
 // exp(x - top) as 2^y: one multiplication and the hardware's own instruction. Relative error below |x - top| 2^-23.
 __device__ inline float exp_below(float x, float top) { return exp2f((x - top) * 1.4426950408889634f); }
@@ -101,47 +69,13 @@ __device__ inline void write_ragged(const Row& row, float top, float scale, int 
     }
 }
 
-// One block per row, last row first: the end of the logits, which the matmul has just written, may still be in L2.
-// grid N, block a multiple of 32 up to 1024.
-extern "C" __global__ void __launch_bounds__(1024)
-fused_classifier_kernel3(floatX* logits, float* losses, const int* targets, float dloss, int N, int V, int Vp,
-                         int write_dlogits) {
-    int r = N - 1 - blockIdx.x, target = targets[r];
-    Row row(logits, r, V, Vp);
-    // Running maximum and the sum of exp(x - maximum) of this thread's elements; a new maximum rescales the sum.
-    float top = -INFINITY, sum = 0.0f;
-    if (threadIdx.x < row.ragged) {
-        top = (float)row.x[row.ragged_column(threadIdx.x)];
-        sum = 1.0f;
-    }
-    for (int i = threadIdx.x; i < row.packs; i += blockDim.x) {
-        x128 pack = load128(row.x + row.column(i));
-        float higher = top;
-        for (int k = 0; k < x128::size; k++) { higher = fmaxf(higher, (float)pack[k]); }
-        sum *= exp_below(top, higher);
-        for (int k = 0; k < x128::size; k++) { sum += exp_below((float)pack[k], higher); }
-        top = higher;
-    }
-    float block_top = blockReduceMax(top);
-    sum = blockReduceSum(top > -INFINITY ? sum * exp_below(top, block_top) : 0.0f);
-    top = block_top;
-    if (threadIdx.x == 0) { losses[r] += logf(sum) - ((float)row.x[target] - top); }
-    if (!write_dlogits) { return; }
-    __syncthreads();  // thread 0 has read the target's logit
-    float scale = dloss / sum;
-    for (int i = threadIdx.x; i < row.packs; i += blockDim.x) {
-        int v = row.column(i);
-        write_pack(row.x + v, load128cs(row.x + v), top, scale, v, target, dloss);
-    }
-    write_ragged(row, top, scale, target, dloss);
-}
-
 #define KEPT 9  // packs that a thread keeps: 768 threads hold 55296 columns in 16 bits, 27648 in fp32
 
-// As kernel 3 with the row in registers; columns past KEPT packs per thread are read three times.
-// grid N, block a multiple of 32 up to 768: with 1024 threads there are 64 registers for each, too few on some GPUs.
-extern "C" __global__ void __launch_bounds__(768)
-fused_classifier_kernel4(floatX* logits, float* losses, const int* targets, float dloss, int N, int V, int Vp,
+// One block per row, and the row waits in registers; columns past KEPT packs per thread are read three times. The last row
+// comes first: the end of the logits, which the matmul has just written, may still be in L2.
+// grid N, block a multiple of 32 up to REGISTERS_BLOCK: 1024 threads had 64 registers each, too few on some GPUs.
+extern "C" __global__ void __launch_bounds__(REGISTERS_BLOCK)
+fused_classifier_registers_kernel(floatX* logits, float* losses, const int* targets, float dloss, int N, int V, int Vp,
                          int write_dlogits) {
     int r = N - 1 - blockIdx.x, target = targets[r];
     Row row(logits, r, V, Vp);
@@ -198,6 +132,10 @@ fused_classifier_kernel4(floatX* logits, float* losses, const int* targets, floa
     write_ragged(row, top, scale, target, dloss);
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// the row in shared memory
+// ---------------------------------------------------------------------------------------------------------------------
+
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 #define LOWEST -3.402823466e38f  // finite: a logit of -inf is then 2^-inf = 0, not NaN
@@ -208,9 +146,9 @@ __device__ inline float exp_over(float x, float base) { return exp2f(fmaf(x, LOG
 // One block per row, and the row waits in shared memory. Two blocks fit a multiprocessor at V = 50257 in 16 bits: one loads
 // while the other computes or writes. A thread copies the packs that it will itself use, so the copies need no barrier.
 // Maximum and sum are found in one sweep: a new maximum, rare after the first packs, rescales the sum.
-// grid N, block a multiple of 32 up to 1024, dynamic shared memory ceil(V / x128::size) * 16 bytes.
-extern "C" __global__ void __launch_bounds__(1024)
-fused_classifier_kernel5(floatX* logits, float* losses, const int* targets, float dloss, int N, int V, int Vp,
+// grid N, block a multiple of 32 up to SHARED_BLOCK, dynamic shared memory ceil(V / x128::size) * 16 bytes.
+extern "C" __global__ void __launch_bounds__(SHARED_BLOCK)
+fused_classifier_shared_kernel(floatX* logits, float* losses, const int* targets, float dloss, int N, int V, int Vp,
                          int write_dlogits) {
     extern __shared__ __align__(16) char memory[];
     __shared__ float bases[32];

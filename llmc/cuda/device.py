@@ -36,6 +36,7 @@ def step_modules(
     tensors            how many tensors the parameters have: rows of AdamW's tables
     """
     from . import adamw, attention, global_norm, matmul
+    from .fused_classifier import DEFINES as CLASSIFIER
 
     heads = () if HS == 64 else (f"HEAD_SIZE={HS}",)
     defines = {
@@ -44,7 +45,7 @@ def step_modules(
         "matmul.cu": (),
         "attention.cu": heads,
         "gelu.cu": (),
-        "fused_classifier.cu": (),
+        "fused_classifier.cu": CLASSIFIER,
         "global_norm.cu": global_norm.DEFINES,
     }
     if tensors is not None:
