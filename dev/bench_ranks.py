@@ -182,7 +182,7 @@ def train_main(step, rank, argv):
 
     def step_or_die(self, at):
         if (at, self.model.rank) == (step, rank):
-            Path(self.run.output_dir, "died").write_text(str(time.time()))
+            Path(self.run.folder.path, "died").write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
         do_step(self, at)
 
@@ -349,6 +349,8 @@ def death(args, P):
         if any(codes):
             raise UserError(f"{P} ranks ended with {codes}:\n{output[-4000:]}")
         codes, output, ended = run(P, parts, die=(7, P - 1))
+        if not (parts / "died").exists():
+            raise UserError(f"nobody was killed; {P} ranks ended with {codes}:\n{output[-4000:]}")
         seconds = ended - float((parts / "died").read_text())
         line = next((text for text in output.splitlines() if f"rank {P - 1} died" in text), None)
         ok = line is not None and 0 not in codes and seconds <= NOTICED
