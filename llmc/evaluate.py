@@ -16,6 +16,11 @@ def parser():
     add = p.add_argument
     add("model", help=loading.MODEL_HELP)
     add(
+        "--verify",
+        action="store_true",
+        help="only read all checkpoints of a run, and tell whether their bits are right",
+    )
+    add(
         "--hellaswag",
         metavar="FILE",
         help="a multiple-choice set: llm.c's .bin, or of llmc.data prepare hellaswag",
@@ -31,6 +36,12 @@ def parser():
 @command("llmc.evaluate")
 def main(argv=None):
     args = parser().parse_args(argv)
+    if args.verify:
+        from llmc.files.checkpoints import verify
+
+        for line in verify(args.model):
+            print(line)
+        return 0
     if not (args.hellaswag or args.input_val_bin):
         raise UserError("nothing to evaluate on. HINT: give --hellaswag FILE, -j SHARDS, or both.")
     from tqdm import tqdm

@@ -50,7 +50,7 @@ def merges(pieces: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
             assert ranks.get(parts[i] + parts[i + 1], rank) < rank, piece  # else no merge could have made it
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:
-            pairs.append(tuple(parts))
+            pairs.append((parts[0], parts[1]))
     return pairs
 
 

@@ -15,16 +15,18 @@ def model_file(path: str) -> str:
     """What to load: path itself, the newest checkpoint of an output folder, or hf:FOLDER for what is Hugging Face's.
 
     Errors: UserError for a folder without a finished checkpoint, a damaged newest one, or an hf: name that is nowhere.
+    A model of a checkpoint with checksums is read once more for it, to see that it has the bits that were written.
     """
     from llmc.files import checkpoints, huggingface
 
     if path.startswith("hf:"):
         return "hf:" + huggingface.find(path[3:])
     if not os.path.isdir(path):
+        checkpoints.check_model(path)
         return path
     if os.path.exists(os.path.join(path, "config.json")) and not checkpoints.checkpoint_steps(path):
         return f"hf:{path}"
-    step = checkpoints.latest_checkpoint(path)
+    step = checkpoints.latest_checkpoint(path, states=False)
     if step is None:
         raise UserError(f"{path} holds no finished checkpoint (DONE_*). HINT: train with -o {path} -n STEPS.")
     return checkpoints.model_path(path, step)

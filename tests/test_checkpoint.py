@@ -6,11 +6,13 @@ import itertools
 import os
 import random
 import re
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmc import evaluate, export, generate, train
+from llmc.data.shards import write_shard
 from llmc.errors import UserError
 from llmc.files import checkpoints, debug_state, io, model_file, state_file
 from llmc.files.state_file import TrainState
@@ -564,9 +568,15 @@ def test_elastic_any_ranks_to_any_ranks(tmp_path, P0, zero0, chunk):
 
 def test_elastic_what_our_ranks_write(tmp_path):
     """save_checkpoint of four ZeRO-1 ranks, one after the other; then read by two."""
-    for r in range(4):
+    crcs = [0] * 4
+
+    def share(number):
+        crcs[r] = number
+        return crcs
+
+    for r in (1, 2, 3, 0):
         state, arrays = TrainState(17, 5, 4, num_processes=4, rank=r), (shard(values(1), 4, r), shard(values(2), 4, r))
-        checkpoints.save_checkpoint(tmp_path, HEADER, values(3), 3, state, arrays)
+        checkpoints.save_checkpoint(tmp_path, HEADER, values(3), 3, state, arrays, share)
     checkpoints.check_checkpoint(tmp_path, 17)
     for r in range(2):
         _, (m, v) = read_elastic(tmp_path, 2, r, 1)
@@ -624,6 +634,7 @@ def test_model_and_state_of_different_runs(tmp_path):
         arrays = values(1), values(2)
         checkpoints.save_checkpoint(tmp_path / name, HEADER, values(seed), 3, TrainState(17, 5, 4), arrays)
         checkpoints.check_checkpoint(tmp_path / name, 17)
+        (tmp_path / name / "DONE_00000017").write_bytes(b"")  # as before there were checksums
     os.replace(tmp_path / "a" / "model_00000017.bin", tmp_path / "b" / "model_00000017.bin")
     assert_user_error(lambda: checkpoints.check_checkpoint(tmp_path / "b", 17), "model_00000017.bin", "different runs")
 
@@ -696,8 +707,12 @@ def test_checkpoint_names_and_order(tmp_path, monkeypatch):
     save(tmp_path, 20, barrier=lambda: events.append("barrier"))
     names = ["model_00000020.bin", "state_00000020_00000.bin", "DONE_00000020"]
     assert events == ["barrier", *names[:2], "barrier", names[2]]
+    save(tmp_path, 20, barrier=lambda: events.append("barrier"))
+    assert events[5:] == ["barrier", "barrier", "barrier", *names[:2], "barrier", names[2]]
     assert sorted(os.listdir(tmp_path)) == sorted(names)
-    assert (tmp_path / names[2]).read_bytes() == b""
+    lines = [(zlib.crc32(data), len(data), name) for name in names[:2] for data in [(tmp_path / name).read_bytes()]]
+    text = "".join(f"{crc:08x} {size} {name}\n" for crc, size, name in lines)
+    assert (tmp_path / names[2]).read_text() == text + f"{zlib.crc32(text.encode()):08x} DONE\n"
     assert_whole(tmp_path, 20)
 
 
@@ -739,11 +754,134 @@ def test_latest_checkpoint_damaged(tmp_path):
         path.unlink()
         assert_user_error(lambda: checkpoints.latest_checkpoint(tmp_path), name, "No such file", "step 40 is intact")
         path.write_bytes(data)
+    (tmp_path / "DONE_00000080").write_bytes(b"")
     (tmp_path / "state_00000080_00000.bin").write_bytes((tmp_path / "state_00000040_00000.bin").read_bytes())
     assert_user_error(lambda: checkpoints.latest_checkpoint(tmp_path), "of step 40")
     for step in (20, 40):
         (tmp_path / f"model_{step:08d}.bin").unlink()
     assert_user_error(lambda: checkpoints.latest_checkpoint(tmp_path), "no older checkpoint is intact")
+
+
+def flips(folder, count, seed):
+    """(path, its bytes with one bit turned) at seeded places over all files of a folder, as if they were one."""
+    rng, files = random.Random(seed), sorted(folder.iterdir())
+    ends = list(itertools.accumulate(path.stat().st_size for path in files))
+    for _ in range(count):
+        at = rng.randrange(ends[-1])
+        i = next(i for i, end in enumerate(ends) if at < end)
+        data = bytearray(files[i].read_bytes())
+        data[at - ends[i]] ^= 1 << rng.randrange(8)
+        yield files[i], bytes(data)
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.full)])
+def test_every_flipped_bit_is_named(tmp_path, count):
+    """Of the model, of each rank's state and of the marker; what generates and evaluates reads the model's alone."""
+    save(tmp_path, 20, ranks=2)
+    assert checkpoints.check_bits(tmp_path, 20) and checkpoints.latest_checkpoint(tmp_path) == 20
+    marker = [(tmp_path / "DONE_00000020", data) for data in (b"x", b"\n", b"\xff" * 99)]
+    for path, data in [*flips(tmp_path, count, seed=count), *marker]:
+        good = path.read_bytes()
+        path.write_bytes(data)
+        assert_user_error(lambda: checkpoints.latest_checkpoint(tmp_path), f"checkpoint of step 20: {path} is ")
+        if path.name.startswith("state_") and len(data) - data.index(b"{") < 10:
+            assert checkpoints.latest_checkpoint(tmp_path, states=False) == 20
+        path.write_bytes(good)
+    assert checkpoints.latest_checkpoint(tmp_path) == 20
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with shards of letters and a run of two processes' worth of checkpoints, steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("trained")
+    for seed, name in enumerate(("letters.bin", "others.bin")):
+        steps = np.random.default_rng(seed).integers(-2, 4, 2000)
+        write_shard(folder / name, (97 + np.cumsum(steps) % 26).astype(np.uint16), 257)
+    assert train.main([*train_flags(folder), "-n", "1", "-x", "2"]) == 0
+    return folder
+
+
+def train_flags(folder, run="run"):
+    shards = [str(folder / name) for name in ("letters.bin", "others.bin")]
+    where = ["-i", shards[0], "-j", shards[1], "-o", str(folder / run), "--device", "cpu", "--threads", "1"]
+    return [*where, "-e", "tiny:d1", "-b", "2", "-t", "32", "-v", "0", "-s", "0"]
+
+
+@pytest.mark.parametrize("count", [12, pytest.param(200, marks=pytest.mark.full)])
+def test_commands_name_the_flipped_bit(trained, tmp_path, capsys, count):
+    """-y 1 and --verify, of a bit in any file; generate and export, of one in the model or the marker."""
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    for path in run.iterdir():
+        if "00000002" not in path.name:
+            path.unlink()
+    before = sorted(os.listdir(run))
+    prompt = ["--device", "cpu", "-g", "2"]
+    for path, data in flips(run, count, seed=1000 + count):
+        good = path.read_bytes()
+        path.write_bytes(data)
+        flags = [*train_flags(trained), "-o", str(run)]
+        commands = [(train.main, [*flags, "-y", "1", "-x", "3"]), (evaluate.main, ["--verify", str(run)])]
+        if not path.name.startswith("state_"):
+            commands += [(generate.main, [str(run), *prompt]), (export.main, [str(run), str(tmp_path / "out")])]
+            commands += [(generate.main, [str(run / "model_00000002.bin"), *prompt])]
+        for main, argv in commands:
+            capsys.readouterr()
+            assert main(argv) == 2, (path, argv)
+            out, err = capsys.readouterr()
+            assert err.count("\n") == 1 and f"{path} is " in err, err
+        path.write_bytes(good)
+        assert sorted(os.listdir(run)) == before and not (tmp_path / "out").exists()
+
+
+def test_verify_says_what_is_known(trained, tmp_path, capsys):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    assert evaluate.main([str(tmp_path / "run"), "--verify"]) == 0
+    assert capsys.readouterr().out == "step 1: every bit is as it was written\nstep 2: every bit is as it was written\n"
+    (tmp_path / "run" / "DONE_00000002").write_bytes(b"")
+    assert evaluate.main([str(tmp_path / "run"), "--verify"]) == 0
+    assert "step 2: its bits are unchecked, as DONE_00000002 is empty\n" in capsys.readouterr().out
+    assert train.main([*train_flags(trained), "-o", str(tmp_path / "run"), "-y", "1", "-x", "3"]) == 0
+    out = capsys.readouterr().out
+    assert re.search("resuming from step 2 in .*run; its bits are unchecked, as DONE_00000002 is empty", out)
+    (tmp_path / "run" / "model_00000001.bin").unlink()
+    assert evaluate.main([str(tmp_path / "run"), "--verify"]) == 2
+    out, err = capsys.readouterr()
+    assert "step 1: cannot read" in out and "model_00000001.bin: No such file" in err and err.count("\n") == 1
+    assert evaluate.main([str(tmp_path), "--verify"]) == 2 and "no finished checkpoint" in capsys.readouterr().err
+
+
+def test_a_marker_without_checksums_is_accepted(tmp_path):
+    """llm.c's, and those of earlier runs: whole is all that is known."""
+    save(tmp_path, 20, ranks=2)
+    (tmp_path / "DONE_00000020").write_bytes(b"")
+    path = tmp_path / "state_00000020_00001.bin"
+    data = bytearray(path.read_bytes())
+    data[1024] ^= 1
+    path.write_bytes(data)
+    assert not checkpoints.check_bits(tmp_path, 20) and checkpoints.latest_checkpoint(tmp_path) == 20
+
+
+@pytest.mark.parametrize("where", ["model", "m", "v", "master"])
+def test_what_is_not_finite_has_no_marker(tmp_path, where):
+    """Nor does it take the place of the last good set, which -nk 1 would let go."""
+    save(tmp_path, 20)
+    params, arrays = np.full(N, 1, np.float32), [np.full(N, 1, np.float32) for _ in range(3)]
+    target = dict(zip(("m", "v", "master"), arrays, strict=True)).get(where, params)
+    target[N - 1] = np.inf
+    target[100] = np.nan
+    name = {"model": "h[0].qkvw[5, 0] is nan", "master": "element 100 of the master weights is nan"}.get(
+        where, f"element 100 of {where} is nan"
+    )
+    file = "model_00000040.bin" if where == "model" else "state_00000040_00000.bin"
+
+    def save_again(step):
+        checkpoints.save_checkpoint(tmp_path, HEADER, params, 3, TrainState(step, 1, 2), arrays)
+
+    assert_user_error(lambda: save_again(40), file, name)
+    assert_user_error(lambda: save_again(20), "step 20", "not replaced")
+    assert checkpoints.latest_checkpoint(tmp_path) == 20
+    assert_whole(tmp_path, 20)
 
 
 def test_delete_checkpoint(tmp_path, monkeypatch):

@@ -751,6 +751,7 @@ def test_resume_of_two_ranks_of_llm_c_on_one():
             for spec, tensor in zip(specs, np.split(values, ends[:-1]), strict=True):
                 parts.append(tensor.reshape(max(spec.layers, 1), 2, -1)[:, rank].tobytes())
         Path(checkpoints.state_path("again", 3, rank)).write_bytes(b"".join(parts))
+    Path(checkpoints.done_path("again", 3)).write_bytes(b"")  # as llm.c's
     assert run(*flags, "-n", 6, "-o", "again", "-y", 1) == 0
     full, again = (checkpoints.state_path(folder, 6, 0) for folder in ("full", "again"))
     assert np.array_equal(np.fromfile(full, "<f4", 2 * N, offset=1024), np.fromfile(again, "<f4", 2 * N, offset=1024))

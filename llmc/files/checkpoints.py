@@ -1,6 +1,7 @@
 """Checkpoints of a run: model_<step>.bin, state_<step>_<rank>.bin of each rank, and DONE_<step> once all are complete.
 
-Which there are, whether one is whole, what -nk lets go, and the states of any number of ranks read by any other number.
+Which there are, whether one is whole and has the bits that were written, what -nk lets go, and the states of any number
+of ranks read by any other number.
 
 Source: llm.c train_gpt2.cu write_checkpoint, delete_checkpoint; llmc/utils.h find_max_step.
 """
@@ -9,16 +10,19 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from llmc.errors import UserError
 from llmc.files import io
+from llmc.files.done_file import check_file, read_done, write_done
 from llmc.files.io import HEADER_BYTES, STATE_MAGIC, fsync_folder
-from llmc.files.model_file import fingerprint, num_parameters, read_model_header, write_model
+from llmc.files.model_file import as_file_dtype, fingerprint, num_parameters, read_model_header, write_model
 from llmc.files.state_file import TrainState, read_state_header, write_state
+
+EARLIER = "HINT: go on from an earlier checkpoint, with a lower -l"
 
 
 def model_path(folder: io.Path, step: int) -> str:
@@ -78,22 +82,30 @@ def save_checkpoint(
 
     params, version: as write_model takes them; only rank 0's are written. state, arrays: of this rank, as write_state
     takes them. share: gives a number of each rank to all of them, so it also waits for all.
-    A kill at any instant leaves either no marker for the step or a complete checkpoint.
+    A kill at any instant leaves either no marker for the step or a complete checkpoint. So does an error: weights that
+    are not finite are not written, and have no marker.
     """
     step, rank = state.step, state.rank
-    if rank == 0 and os.path.exists(done_path(folder, step)):  # an old set is about to be replaced file by file
-        remove(done_path(folder, step))
-        fsync_folder(folder)
-    share(0)
+    if any(share(os.path.exists(done_path(folder, step)))):  # an old set is about to be replaced file by file
+        for values in (params, *arrays):
+            if io.first_not_finite(as_file_dtype(values)) is not None:
+                raise UserError(f"step {step} of {folder} is not replaced: the new weights are not finite. {EARLIER}")
+        share(0)
+        if rank == 0:
+            remove(done_path(folder, step))
+            fsync_folder(folder)
+        share(0)
+    paths = [state_path(folder, step, r) for r in range(state.num_processes)]
+    model_crc = 0
     if rank == 0:
-        write_model(model_path(folder, step), header, params, version)
+        model_crc = write_model(model_path(folder, step), header, params, version)
         extra = (state.extra or {}) | dict(model=fingerprint(model_path(folder, step)))
         state = dataclasses.replace(state, extra=extra)
-    crc = write_state(state_path(folder, step, rank), state, arrays)
-    share(crc)
+    crcs = share(write_state(paths[rank], state, arrays))
     if rank == 0:
-        with io.atomic_write(done_path(folder, step)):
-            pass
+        files = zip((model_path(folder, step), *paths), (model_crc, *crcs), strict=True)
+        sums = {os.path.basename(path): (crc, os.path.getsize(path)) for path, crc in files}
+        write_done(done_path(folder, step), sums)
 
 
 def delete_checkpoint(folder: io.Path, step: int) -> None:
@@ -143,19 +155,67 @@ def prune_stray(folder: io.Path) -> list[str]:
 # checking
 
 
-def check_checkpoint(folder: io.Path, step: int) -> None:
-    """Check that the model and every rank's state of `step` are there, complete and belong together, or UserError."""
+def check_bits(folder: io.Path, step: int, states: bool = True) -> bool:
+    """Read the files of `step`, which must have the bits that its marker says -> whether it says any.
+
+    states: also those of the ranks, or the model alone. Errors: UserError that names the first file that differs.
+    """
+    sums = read_done(done_path(folder, step))
+    for name, (crc, size) in (sums or {}).items():
+        if states or name.startswith("model_"):
+            check_file(os.path.join(folder, name), crc, size)
+    return sums is not None
+
+
+def check_model(path: io.Path) -> None:
+    """Check the bits of a model file that is part of a finished checkpoint; of any other file nothing is known."""
+    folder, name = os.path.split(path)
+    match = re.fullmatch(r"model_(\d{8,})\.bin", name)
+    if match and os.path.exists(done_path(folder, int(match[1]))):
+        check_bits(folder, int(match[1]), states=False)
+
+
+def unchecked(folder: io.Path, step: int) -> str:
+    """A remark on a checkpoint whose marker has no checksums, "" for one that has."""
+    done = done_path(folder, step)
+    return f"its bits are unchecked, as {os.path.basename(done)} is empty" if read_done(done) is None else ""
+
+
+def verify(folder: io.Path) -> Iterator[str]:
+    """A line about each finished checkpoint of a folder, read whole. Errors: UserError at the end if one is damaged."""
+    steps, damaged = checkpoint_steps(folder), []
+    if not steps:
+        raise UserError(f"{folder} holds no finished checkpoint (DONE_*). HINT: name the output folder of a run")
+    for step in steps:
+        try:
+            check_checkpoint(folder, step)
+            yield f"step {step}: {unchecked(folder, step) or 'every bit is as it was written'}"
+        except UserError as error:
+            damaged.append(error)
+            yield f"step {step}: {error}"
+    if damaged:
+        more = f", and {len(damaged) - 1} more of the {len(steps)} checkpoints" * (len(damaged) > 1)
+        problem, _, hint = str(damaged[0]).partition(" HINT: ")
+        raise UserError(f"{problem.rstrip('.')}{more}. HINT: {hint}")
+
+
+def check_checkpoint(folder: io.Path, step: int, states: bool = True) -> None:
+    """Check that the model and every rank's state of `step` are there, complete and belong together, or UserError.
+
+    Where the marker has checksums, the bits of the model are checked as well, and with `states` those of the states.
+    """
+    check_bits(folder, step, states)
     path = model_path(folder, step)
-    states = read_state_headers(folder, step, num_parameters(read_model_header(path)))
-    stated, found = (states[0].extra or {}).get("model"), fingerprint(path)
+    first = read_state_headers(folder, step, num_parameters(read_model_header(path)))[0]
+    stated, found = (first.extra or {}).get("model"), fingerprint(path)
     if stated is not None and stated[0] == found[0] and stated != found:  # it may have been converted since
         raise UserError(
             f"{path} and {state_path(folder, step, 0)} are of different runs. HINT: copy both from the same checkpoint"
         )
 
 
-def latest_checkpoint(folder: io.Path) -> int | None:
-    """The largest step with a DONE marker, None without any.
+def latest_checkpoint(folder: io.Path, states: bool = True) -> int | None:
+    """The largest step with a DONE marker, None without any. states: as check_checkpoint takes it.
 
     Errors: UserError, naming the file, if a file of that step is missing or damaged; the hint names the newest older
     step that is intact. It never falls back by itself: that would train again over steps that were thought safe.
@@ -164,11 +224,11 @@ def latest_checkpoint(folder: io.Path) -> int | None:
     if not steps:
         return None
     try:
-        check_checkpoint(folder, steps[-1])
+        check_checkpoint(folder, steps[-1], states)
     except UserError as error:
         for step in reversed(steps[:-1]):
             with contextlib.suppress(UserError):
-                check_checkpoint(folder, step)
+                check_checkpoint(folder, step, states)
                 hint = f"step {step} is intact, to resume from it remove {done_path(folder, steps[-1])}"
                 break
         else:

@@ -40,7 +40,11 @@ BLOCK_NAMES = {  # of a layer: ours -> theirs, and whether it is a Conv1D, whose
     "fcprojb": ("mlp.c_proj.bias", False),
 }
 MODEL_NAMES = {"wte": "wte.weight", "wpe": "wpe.weight", "lnfw": "ln_f.weight", "lnfb": "ln_f.bias"}
-DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}  # bf16 as its 16 bits
+DTYPES: dict[str, Any] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}  # bf16 as its 16 bits
 LEGACY = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # their organisation, openai-community, may be left out
 SAVE = "HINT: save the model with transformers: model.save_pretrained(DIR)"
 COPY = "HINT: copy or download it again"
@@ -99,7 +103,8 @@ def download(repository: str) -> str:
 
 def why_not(error: BaseException) -> tuple[str, str]:
     """(what went wrong, a hint) for an error of a download; the HTTP status may be that of an error that caused it."""
-    status, at = None, error
+    status: int | None = None
+    at: BaseException | None = error
     while at is not None and status is None:
         status = getattr(at, "code", None) or getattr(getattr(at, "response", None), "status_code", None)
         at = at.__cause__ or at.__context__
@@ -276,7 +281,7 @@ def write_safetensors(path: io.Path, tensors: Iterable[tuple[str, np.ndarray]], 
     with io.atomic_write(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, array in tensors:
-            file.write(_finite(name, np.ascontiguousarray(array), kind))
+            file.write(_finite(name, np.ascontiguousarray(array), kind).data)
         file.flush()
         with safe_open(file.name, framework="numpy"):  # as others will open it
             pass

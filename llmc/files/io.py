@@ -12,6 +12,7 @@ import secrets
 import stat
 import zlib
 from collections.abc import Iterator, Sequence
+from io import BufferedReader
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -20,7 +21,7 @@ from llmc.errors import UserError
 
 HEADER_BYTES = 1024
 MODEL_MAGIC, DEBUG_MAGIC, STATE_MAGIC = 20240326, 20240327, 20240527
-KINDS = {  # h[0] -> what such a file is
+KINDS: dict[int | None, str] = {  # h[0] -> what such a file is
     MODEL_MAGIC: "a GPT-2 model",
     DEBUG_MAGIC: "a debug state",
     STATE_MAGIC: "a train state",
@@ -89,7 +90,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         ) from error
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """An ordinary file, to be read. Errors: OSError, also for what is none.
 
     Opening a named pipe would wait for somebody who writes, a device may never end, and both have no size to check.
@@ -102,7 +103,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 @contextlib.contextmanager
-def open_checked(path: Path, magic: int, versions: Sequence[int]) -> Iterator[tuple[BinaryIO, np.ndarray, int]]:
+def open_checked(path: Path, magic: int, versions: Sequence[int]) -> Iterator[tuple[BufferedReader, np.ndarray, int]]:
     """Yield (file, header (256,) int32, size in bytes) of a readable file with this magic and one of these versions.
 
     Errors: UserError for a file that cannot be read, is empty, of another kind or version, or shorter than a header.
@@ -137,7 +138,7 @@ def open_checked(path: Path, magic: int, versions: Sequence[int]) -> Iterator[tu
 def check_size(path: Path, size: int, expected: int, what: str) -> None:
     """UserError for a file of `size` bytes where `what` takes `expected` of them."""
     if size != expected:
-        state = "truncated" if size < expected else "over-long"
+        state = "empty" if size == 0 else "truncated" if size < expected else "over-long"
         raise UserError(f"{path} is {state}: {size} bytes, {what} takes {expected}. HINT: copy or write it again")
 
 
@@ -156,18 +157,18 @@ class Checksum:
         self.file.write(data)
 
 
-def read_into(file: BinaryIO, array: np.ndarray) -> None:
+def read_into(file: BufferedReader, array: np.ndarray) -> None:
     """Fill a flat array (=) with the file's next bytes."""
     for i in range(0, array.size, CHUNK):
         part = array[i : i + CHUNK]
-        if file.readinto(memoryview(part).cast("B")) != part.nbytes:
+        if file.readinto(part.data.cast("B")) != part.nbytes:
             raise UserError(f"{file.name} ended early. HINT: it was cut while it was read")
 
 
 def write_from(file: BinaryIO | Checksum, array: np.ndarray) -> None:
     """Write the bytes of a flat array."""
     for i in range(0, array.size, CHUNK):
-        file.write(memoryview(array[i : i + CHUNK]).cast("B"))
+        file.write(array[i : i + CHUNK].data.cast("B"))
 
 
 def get_u64(header: np.ndarray, word: int) -> int:

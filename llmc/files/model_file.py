@@ -12,6 +12,7 @@ import math
 import os
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,10 @@ from llmc.files import io
 from llmc.files.io import HEADER_BYTES, MODEL_MAGIC
 
 MODEL_WORDS = ("max_seq_len", "vocab_size", "num_layers", "num_heads", "channels", "padded_vocab_size")  # h[2..7]
-FILE_DTYPES = {3: np.dtype(np.float32), 5: np.dtype(np.uint16)}  # version -> element type; bf16 as its 16 bits
+FILE_DTYPES: dict[int, Any] = {
+    3: np.dtype(np.float32),
+    5: np.dtype(np.uint16),
+}  # version -> element type; bf16 as its 16 bits
 
 
 def num_parameters(header: Mapping[str, int]) -> int:

@@ -85,7 +85,7 @@ def write_state(path: io.Path, state: TrainState, arrays: Sequence[np.ndarray]) 
             samples = np.asarray(loader["intra_shard_indices"], np.int32)
             assert shards.size == loader["num_shards"] and samples.size == loader["shard_num_samples"], loader
             assert len(loader["mt19937"]) == MT19937_BYTES, len(loader["mt19937"])
-            for array in (np.uint64([shards.size]), shards, np.uint64([samples.size]), samples):
+            for array in (np.array([shards.size], np.uint64), shards, np.array([samples.size], np.uint64), samples):
                 io.write_from(out, array)
             out.write(loader["mt19937"])
         out.write(tail)

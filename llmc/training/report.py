@@ -3,6 +3,7 @@
 import sys
 
 from llmc import gpt2
+from llmc.files.checkpoints import unchecked
 from llmc.model import memory_plan
 from llmc.training import memory
 from llmc.training.setup import memory_needs
@@ -14,7 +15,8 @@ def print_start(run):
     for line in run.notices:
         print(line)
     if run.folder.resume_step is not None:
-        print(f"resuming from step {run.folder.resume_step} in {run.folder.path}")
+        remark = unchecked(run.folder.path, run.folder.resume_step)
+        print(f"resuming from step {run.folder.resume_step} in {run.folder.path}" + (remark and f"; {remark}"))
     print(table(settings_rows(run)))
     print(table(model_rows(run)))
     s, ops = run.settings, run.machine.ops
