@@ -11,14 +11,15 @@ import pytest
 import zstandard
 from mutations import assert_one_line, mutations
 
-from llmc import cpu, evaluate
+from llmc import cpu, evaluate, gpt2
 from llmc.data import __main__ as prepare
 from llmc.data.eval_sets import prepare_hellaswag
 from llmc.data.shards import write_shard
 from llmc.data.tokenizer import get, read_tokenizer_bin, write_tokenizer_bin
 from llmc.errors import UserError
 from llmc.files import model_file
-from llmc.gpt2 import GPT2, GPT2Config
+from llmc.gpt2 import GPT2Config
+from llmc.model import Model
 
 COUNTS = [pytest.param(1, 60, id="some"), pytest.param(2, 2000, id="many", marks=pytest.mark.full)]
 LINES = [
@@ -33,7 +34,7 @@ DOCUMENTS = "".join(json.dumps({"id": i, "text": f"document {i}, é\n"}) + "\n" 
 def model(tmp_path_factory):
     """A small byte-level model's file."""
     path, config = tmp_path_factory.mktemp("model") / "model.bin", GPT2Config(32, 257, 384, 1, 2, 32)
-    model = GPT2(config, cpu, 1, 32, 2, training=False)
+    model = Model(gpt2, cpu, config, 1, 32, recompute=2, training=False)
     model.init_weights(1)
     header = {name: getattr(config, name) for name in model_file.MODEL_WORDS}
     model_file.write_model(path, header, model.params_flat, 3)

@@ -188,13 +188,16 @@ def test_prepare(name, folder, capsys):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("{", "line 2: "),
+        ("{", "line 2 is not JSON: "),
         ('{"ctx": "a", "label": 1}', "line 2: no 'endings'"),
         ('{"ctx": "a", "label": 4, "endings": ["a", "b", "c", "d"]}', "label 4 of 4 endings, expected 0..3 of 4"),
         ('{"ctx": "a", "label": 1, "endings": ["a", "b", "c"]}', "label 1 of 3 endings"),
+        ('{"ctx": "a", "label": 1e999, "endings": ["a", "b", "c", "d"]}', "line 2 is not JSON: 1e999"),
+        ('{"ctx": "a", "label": true, "endings": ["a", "b", "c", "d"]}', "label True of 4 endings"),
+        ("[" * 100_000, "line 2: JSON within JSON, deeper than 32 levels"),
         ('{"ctx": 7, "label": 1, "endings": ["a", "b", "c", "d"]}', "ctx is text"),
-        ("[1]", "line 2: "),
-        ("", "line 2: "),
+        ("[1]", "line 2 is [1], not a JSON object"),
+        ("", "line 2 is not JSON: "),
     ],
 )
 def test_prepare_bad_lines(line, message, folder, capsys):

@@ -485,9 +485,9 @@ def test_a_set_is_not_touched_where_the_disk_is_full(folder, monkeypatch, capsys
 BAD_COMMANDS = {
     "no such file": (["none.txt"], "none.txt is neither a file nor a known dataset. HINT"),
     "a folder without text": (["folder"], "folder is a folder without text files. HINT"),
-    "a pipe": (["pipe"], "cannot read pipe: it is a pipe. HINT"),
-    "a device": (["/dev/zero"], "cannot read /dev/zero: it is a device. HINT"),
-    "a NUL in the name": (["a\0b"], "a\0b is neither a file nor a known dataset. HINT"),
+    "a pipe": (["pipe"], "cannot read pipe: it is a named pipe, not a file. HINT"),
+    "a device": (["/dev/zero"], "cannot read /dev/zero: it is a device, not a file. HINT"),
+    "a NUL in the name": (["a\0b"], "a\\x00b is neither a file nor a known dataset. HINT"),
     "standard input twice": (["-", "-"], "- is named twice"),
     "field of known data": (["tinyshakespeare", "--field", "text"], "--field out"),
     "UTF-16": (["utf16.txt"], "utf16.txt is UTF-16, not UTF-8. HINT: convert it with: iconv -f UTF-16 -t UTF-8"),
@@ -505,7 +505,7 @@ BAD_COMMANDS = {
     "cut xz": (["cut.xz"], "cut.xz is damaged or cut (xz: "),
     "cut bzip2": (["cut.bz2"], "cut.bz2 is damaged or cut (bzip2: "),
     "no JSON": (["bad.jsonl"], "bad.jsonl, line 2 is not JSON: "),
-    "nested JSON": (["nested.jsonl"], "nested.jsonl, line 1 is not JSON: it is nested too deep. HINT"),
+    "nested JSON": (["nested.jsonl"], "nested.jsonl, line 1: JSON within JSON, deeper than 32 levels. HINT"),
     "JSON of a long number": (["number.jsonl"], "number.jsonl, line 1 is not JSON: "),
     "another field": (
         ["docs.jsonl"],

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from test_train import BASE, DEFAULT, assert_one_line, files, finish, folder, lines_of, read_steps, run, start  # noqa: F401
 
-from llmc.errors import UserError
 from llmc.files import checkpoints
 from llmc.training import run_folder
 
@@ -112,32 +111,6 @@ def test_where_there_are_no_locks_the_run_says_so(monkeypatch, capsys):
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert run("-x", 1, "-o", "out") == 0
     assert "-o out: no locks there; keep other runs out of it" in capsys.readouterr().out
-
-
-def test_a_lock_file_that_its_owner_removes_is_not_taken(monkeypatch, tmp_path):
-    """The owner leaves between another process's open and lock: the lock of a file that is gone protects nothing."""
-    real, path = run_folder.lock_descriptor, str(tmp_path / ".lock")
-
-    def lock_of_a_gone_file(fd):
-        monkeypatch.setattr(run_folder, "lock_descriptor", real)
-        os.remove(path)
-        return real(fd)
-
-    monkeypatch.setattr(run_folder, "lock_descriptor", lock_of_a_gone_file)
-    with run_folder.lock(str(tmp_path)):
-        assert os.path.exists(path)
-        with pytest.raises(UserError, match=f"in use by process {os.getpid()} on "), run_folder.lock(str(tmp_path)):
-            pass
-    assert not os.path.exists(path)
-
-
-def test_what_a_lock_file_says_is_not_trusted(tmp_path, monkeypatch):
-    """Its text may be another program's: control characters are not shown."""
-    monkeypatch.setattr(run_folder.time, "sleep", lambda seconds: None)
-    path = tmp_path / ".lock"
-    for text in (b"", b"12 \x1b[31mhost", b"x y", b"\xff\xfe"):
-        path.write_bytes(text)
-        assert run_folder.holder(str(path)) == "another process"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="child processes inherit descriptors there")

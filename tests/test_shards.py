@@ -138,8 +138,8 @@ READERS = [read_shard_header, lambda path: DataLoader(path, 1, 2), lambda path: 
 def test_pipes_and_devices_are_refused(call, tmp_path):
     """Not opened: opening a pipe waits for its writer."""
     os.mkfifo(tmp_path / "pipe.bin")
-    for path, kind in (str(tmp_path / "pipe.bin"), "a pipe"), ("/dev/zero", "a device"):
-        with pytest.raises(UserError, match=f"cannot read {path}: it is {kind}. HINT"):
+    for path, kind in (str(tmp_path / "pipe.bin"), "a named pipe"), ("/dev/zero", "a device"):
+        with pytest.raises(UserError, match=f"cannot read {path}: it is {kind}, not a file. HINT"):
             call(path)
 
 

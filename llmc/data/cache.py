@@ -7,6 +7,7 @@ import sys
 import tempfile
 
 from llmc.errors import UserError
+from llmc.files.io import open_regular
 
 
 class DownloadError(UserError):
@@ -81,7 +82,7 @@ def sha256_of(data: bytes) -> str:
 def read_bytes(path: str) -> bytes:
     """The content of a file. Errors: UserError."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return file.read()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}. HINT: check the path") from error

@@ -4,7 +4,6 @@ Source: llm.c dev/data/hellaswag.py, data_common.py, llmc/dataloader.h (EvalLoad
 """
 
 import contextlib
-import json
 import os
 
 import numpy as np
@@ -13,11 +12,13 @@ from llmc.data import tokenizer as tokenizers
 from llmc.data.cache import read_bytes
 from llmc.data.shards import HEADER_BYTES, Path
 from llmc.errors import UserError
+from llmc.files import parse
 from llmc.files.io import atomic_write, open_checked
 
 EVAL_MAGIC, EVAL_VERSION = 20240522, 1
 EVAL_START = 2**16 - 1  # the word before each example
 COMPLETIONS = 4
+LINE_HINT = 'HINT: a line of HellaSwag\'s jsonl is {"ctx": "...", "label": 0, "endings": ["...", "...", "...", "..."]}'
 
 Example = tuple[int, list[int], list[list[int]]]  # label, context, completions: token ids
 
@@ -119,15 +120,17 @@ def prepare_hellaswag(
 
 def _hellaswag_line(path: str, number: int, line: bytes) -> tuple[int, str, list[str]]:
     """(label, context, endings) of a line of HellaSwag's jsonl; UserError for anything else."""
-    try:
-        example = json.loads(line)
-        context, label, endings = example["ctx"], int(example["label"]), example["endings"]
-        if not (isinstance(context, str) and isinstance(endings, list) and all(isinstance(e, str) for e in endings)):
-            raise ValueError("ctx is text, endings a list of texts")
-        if len(endings) != COMPLETIONS or not 0 <= label < COMPLETIONS:
-            raise ValueError(f"label {label} of {len(endings)} endings, expected 0..3 of 4")
-    except (ValueError, KeyError, TypeError) as error:
-        wrong = f"no {error}" if isinstance(error, KeyError) else str(error)
-        form = '{"ctx": "...", "label": 0, "endings": ["...", "...", "...", "..."]}'
-        raise UserError(f"{path}, line {number}: {wrong}. HINT: a line of HellaSwag's jsonl is {form}") from error
+    what = f"{path}, line {number}"
+    example = parse.dictionary(parse.json_of(line, what, LINE_HINT), what, LINE_HINT)
+    missing = [name for name in ("ctx", "label", "endings") if name not in example]
+    if missing:
+        raise UserError(f"{what}: no {missing[0]!r}. {LINE_HINT}")
+    context, label, endings = example["ctx"], example["label"], example["endings"]
+    if not (isinstance(context, str) and isinstance(endings, list) and all(isinstance(e, str) for e in endings)):
+        raise UserError(f"{what}: ctx is text, endings a list of texts. {LINE_HINT}")
+    if isinstance(label, str) and len(label) == 1 and label.isdecimal():
+        label = int(label)
+    if len(endings) != COMPLETIONS or type(label) is not int or not 0 <= label < COMPLETIONS:
+        found = f"label {parse.shown(label)} of {len(endings)} endings"
+        raise UserError(f"{what}: {found}, expected 0..3 of 4. {LINE_HINT}")
     return label, context, endings

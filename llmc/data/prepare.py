@@ -23,7 +23,7 @@ from llmc.data.texts import EOT_TEXT, SPLITS, STDIN, documents, find_texts, piec
 from llmc.data.tokenizer import Tokenizer
 from llmc.errors import UserError
 from llmc.files.io import atomic_write, create, fsync_folder
-from llmc.files.lock import locked
+from llmc.files.lock import waited_for
 
 Tokens = NDArray[np.uint16]
 BATCH_CHARS = 1 << 23  # encoded at a time, on all cores
@@ -267,7 +267,7 @@ def write_set(target: Target, train: Tokens, val: Tokens) -> Prepared:
     """
     vocab_size = 0 if target.tokenizer.name == "gpt2" else target.tokenizer.n_vocab  # 0: byte for byte as llm.c's
     patterns, shards = _name_shards(target, train, val)
-    with locked(os.path.join(target.folder, ".prepare.lock"), f"it prepares data in {target.folder}"):
+    with waited_for(os.path.join(target.folder, ".prepare.lock"), f"it prepares data in {target.folder}"):
         marker = incomplete_marker(target.folder, prefix_of(target.name))
         there = _files_of_set(target)
         new = {path: part for path, part in shards.items() if not _is_shard(path, part, vocab_size)}

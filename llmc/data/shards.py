@@ -10,14 +10,13 @@ Source: llm.c llmc/dataloader.h, dev/data/data_common.py.
 import glob
 import os
 import re
-import stat
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmc.errors import UserError
-from llmc.files.io import atomic_write
+from llmc.files.io import atomic_write, open_regular
 
 HEADER_BYTES = 1024
 GPT2_MAGIC, GPT2_VERSION, GPT2_VOCAB = 20240520, 1, 50257
@@ -44,24 +43,10 @@ class Dataset(NamedTuple):
     vocab_size: int
 
 
-def check_regular(path: Path) -> None:
-    """UserError for what is no file: something that is not there, a folder, a pipe or a device, which may never end."""
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}. HINT: check the path") from error
-    if stat.S_ISDIR(mode):
-        raise UserError(f"cannot read {path}: Is a directory. HINT: name a file")
-    if not stat.S_ISREG(mode):
-        kind = "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
-        raise UserError(f"cannot read {path}: it is {kind}. HINT: name a file")
-
-
 def read_shard_header(path: Path) -> ShardHeader:
     """The header of a shard, checked against the size of the file. Errors: UserError."""
-    check_regular(path)
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             raw = file.read(HEADER_BYTES)
             size = os.fstat(file.fileno()).st_size
     except OSError as error:

@@ -9,7 +9,6 @@ import bz2
 import codecs
 import gzip
 import itertools
-import json
 import lzma
 import os
 import re
@@ -18,8 +17,9 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-from llmc.data.shards import check_regular
 from llmc.errors import UserError
+from llmc.files import parse
+from llmc.files.io import open_regular
 
 CHUNK_BYTES = 1 << 20  # read at a time
 HEAD_BYTES = 1 << 12  # looked at to find out what a file is
@@ -54,6 +54,7 @@ BOMS = (  # the longer ones first: UTF-32's begins as UTF-16's
 )
 LINE_END = r"(?:\r\n|\n|\r(?!\n))"
 EOT_TEXT = "<|endoftext|>"
+LINE_HINT = 'HINT: a line of a .jsonl file is an object, as {"text": "..."}'
 Progress = Callable[[int], object]
 
 
@@ -86,15 +87,13 @@ def find_texts(names: list[str], leave_out: str) -> tuple[list[str], list[str]]:
     """(files to read in order, files of folders that are passed over because they hold no text).
 
     A folder stands for all files below it, sorted by path, without hidden ones and without those below `leave_out`.
-    Errors: UserError for a name that is not there, is a pipe or a device, or is a folder without text.
+    Errors: UserError for a folder that cannot be read or holds no text.
     """
     paths, passed_over = [], []
     if names.count(STDIN) > 1:
         raise UserError("- is named twice, and standard input can be read once. HINT: name it once")
     for name in names:
         if name == STDIN or not os.path.isdir(name):
-            if name != STDIN:
-                check_regular(name)
             paths.append(name)
             continue
         below = [path for path in _files_below(name) if not _is_below(path, leave_out)]
@@ -196,7 +195,7 @@ def _unpacked_name(path: str) -> str:
 
 def _open(path: str) -> BinaryIO:
     if path != STDIN:
-        return open(path, "rb")
+        return open_regular(path)
     if sys.stdin is None:
         raise UserError("standard input is closed. HINT: pipe a text into the command, or name a file")
     return open(sys.stdin.fileno(), "rb", closefd=False)
@@ -313,17 +312,12 @@ def _json_texts(name: str, chunks: Iterable[str], field: str) -> Iterator[str]:
     for number, line in enumerate(_lines(chunks), 1):
         if not line.strip():
             continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = "it is nested too deep" if isinstance(error, RecursionError) else str(error)[:100]
-            raise UserError(
-                f"{name}, line {number} is not JSON: {reason}. HINT: JSON lines have one object each"
-            ) from error
-        if not isinstance(value, dict) or not isinstance(value.get(field), str):
-            fields = [key for key, text in value.items() if isinstance(text, str)] if isinstance(value, dict) else []
-            hint = f"--field {fields[0]!r} would be text" if fields else 'a line is {"text": "..."}'
-            raise UserError(f"{name}, line {number} has no text in the field {field!r}. HINT: {hint}")
+        what = f"{name}, line {number}"
+        value = parse.dictionary(parse.json_of(line, what, LINE_HINT), what, LINE_HINT)
+        if not isinstance(value.get(field), str):
+            fields = [shown for key, text in value.items() if isinstance(text, str) and len(shown := repr(key)) < 40]
+            hint = f"HINT: --field {fields[0]} would be text" if fields else LINE_HINT
+            raise UserError(f"{what} has no text in the field {field!r}. {hint}")
         yield value[field]
 
 

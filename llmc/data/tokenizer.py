@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from llmc.data.cache import writable_cache_dir
 from llmc.data.shards import Path
 from llmc.errors import UserError
-from llmc.files.io import atomic_write
+from llmc.files.io import atomic_write, open_regular
 
 MAGIC, VERSION = 20240328, 2  # gpt2_tokenizer.bin
 HEADER_BYTES = 1024
@@ -186,7 +186,7 @@ def _bytes() -> Tokenizer:
 def read_tokenizer_bin(path: Path) -> Tokenizer:
     """The decode-only tokenizer in a file of llm.c, version 2, or version 1 (GPT-2's vocabulary, no EOT id stored)."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             data = file.read()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}. HINT: check the path") from error

@@ -1,101 +1,101 @@
 """An OS lock on a file: the system lets go of it when its process ends, however that ends.
 
-It holds between processes, on one machine or on a network file system that knows locks. Where the file system knows
-none, nothing is locked: that is as far as it can be done.
+It holds between the processes of a machine, and of several on a network file system whose server has locks. The file
+names its process and machine, and is gone when the lock is given back.
 """
 
 import contextlib
 import errno
 import os
-import socket
+import platform
 import sys
 import time
 from collections.abc import Iterator
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    import msvcrt
-
-WINDOWS_PLACE = 1 << 30  # the byte that is locked there: far behind the text, which others may then read
-
-
-class Lock:
-    """A lock on the file `path`, which is made where it is missing and holds the name of its holder, a line of text."""
-
-    def __init__(self, path: str):
-        self.path = path
-        self._file: int | None = None
-
-    def acquire(self) -> str | None:
-        """Take the lock without waiting: None, or who has it, as "process 4711 on HOST". Errors: OSError."""
-        while True:
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
-            try:
-                holder = None if _lock(file) else os.read(file, 200).decode(errors="replace").strip() or "a process"
-                current = holder is None and _is_at(file, self.path)
-            except BaseException:
-                os.close(file)
-                raise
-            if current:
-                break
-            os.close(file)
-            if holder:
-                return holder
-            # the holder before us removed the file between our opening and locking it: what we have locked is no more
-        os.ftruncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        self._file = file
-        return None
-
-    def release(self, remove: bool = False) -> None:
-        """Let go; remove: the file goes too. Without effect if the lock is not held."""
-        if self._file is None:
-            return
-        if remove:  # while it is locked: nobody can have it but by opening it anew
-            with contextlib.suppress(OSError):
-                os.remove(self.path)
-        os.close(self._file)
-        self._file = None
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # the file system cannot do it
 
 
 @contextlib.contextmanager
-def locked(path: str, what: str) -> Iterator[None]:
-    """Hold the lock on `path` while the block runs, waiting for it as long as it takes; the file is gone afterwards.
+def held(path: str) -> Iterator[bool]:
+    """Hold the lock on a file until the block ends; yields False where its file system has no locks.
 
-    what: a description of the work, for the line on stderr that says what is waited for. Errors: OSError.
+    Errors: BlockingIOError where another process has it, see holder(); OSError where there can be no such file.
     """
-    lock, said = Lock(path), False
-    while holder := lock.acquire():
-        if not said:
-            print(f"waiting for {holder}: {what}", file=sys.stderr)
-            said = True
-        time.sleep(0.1)
+    fd, locked = take(path)
     try:
-        yield
+        os.ftruncate(fd, 0)
+        os.write(fd, f"{os.getpid()} {platform.node()}\n".encode())
+        yield locked
     finally:
-        lock.release(remove=True)
+        if sys.platform == "win32":  # an open file cannot be removed there
+            os.close(fd)
+        with contextlib.suppress(OSError):
+            os.remove(path)  # while it is locked: who has opened it meanwhile sees that it is gone, see take()
+        if sys.platform != "win32":
+            os.close(fd)
 
 
-def _lock(file: int) -> bool:
-    """Whether the lock was free, and now is ours; also where the file system knows no locks."""
+@contextlib.contextmanager
+def waited_for(path: str, what: str) -> Iterator[bool]:
+    """held(), but wait for the lock as long as it takes. what: the work of whoever has it, for a line on stderr."""
+    with contextlib.ExitStack() as stack:
+        said = False
+        while True:
+            try:
+                locked = stack.enter_context(held(path))
+                break
+            except BlockingIOError:
+                if not said:
+                    print(f"waiting for {holder(path)}: {what}", file=sys.stderr)
+                    said = True
+                time.sleep(0.1)
+        yield locked
+
+
+def take(path: str) -> tuple[int, bool]:
+    """(descriptor of the lock file, whether it is locked). Errors: BlockingIOError where it is taken, OSError."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        try:
+            locked = lock_descriptor(fd)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), os.stat(path)):  # else its owner has just removed it
+                    return fd, locked
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def lock_descriptor(fd: int) -> bool:
+    """Lock an open file for this process, False where the file system cannot. Errors: BlockingIOError; OSError."""
     try:
         if sys.platform == "win32":
-            os.lseek(file, WINDOWS_PLACE, os.SEEK_SET)
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-            os.lseek(file, 0, os.SEEK_SET)
+            import msvcrt
+
+            os.lseek(fd, 1 << 30, os.SEEK_SET)  # far behind the text, which others may read
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            os.lseek(fd, 0, os.SEEK_SET)
         else:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            import fcntl
+
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the open file: threads of one process exclude another
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+        if error.errno in NO_LOCKS:
             return False
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
-            raise
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            raise BlockingIOError(error.errno, error.strerror) from error
+        raise
     return True
 
 
-def _is_at(file: int, path: str) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file), os.stat(path))
-    except FileNotFoundError:
-        return False
+def holder(path: str) -> str:
+    """The process that has a lock file, as its text tells."""
+    for _ in range(20):  # it may be about to write it
+        with contextlib.suppress(OSError):
+            with open(path, encoding="utf-8", errors="replace") as file:
+                pid, _, host = file.read(300).strip().partition(" ")
+            if pid.isdecimal() and host.isprintable():
+                return f"process {pid} on {host}"
+        time.sleep(0.05)
+    return "another process"

@@ -33,17 +33,17 @@ def read_json(path: io.Path, hint: str = COPY) -> dict[str, Any]:
     return dictionary(json_of(text, str(path)), str(path))
 
 
-def json_of(text: bytes | str, what: str) -> Any:
-    """The value of a JSON text. what: where it is from, which starts the message. Errors: UserError."""
+def json_of(text: bytes | str, what: str, hint: str = COPY) -> Any:
+    """The value of a JSON text. what: where it is from, which starts the message. Errors: UserError with the hint."""
     if len(text) > LONGEST:
-        raise UserError(f"{what} has more than {LONGEST >> 20} MiB of JSON. {COPY}")
+        raise UserError(f"{what} has more than {LONGEST >> 20} MiB of JSON. {hint}")
     try:
         value = json.loads(text, parse_int=_integer, parse_float=_number, parse_constant=_constant)
         _check_depth(value)
     except RecursionError:
-        raise UserError(f"{what}: JSON within JSON, deeper than {DEEPEST} levels. {COPY}") from None
+        raise UserError(f"{what}: JSON within JSON, deeper than {DEEPEST} levels. {hint}") from None
     except ValueError as error:
-        raise UserError(f"{what} is not JSON: {error}. {COPY}") from error
+        raise UserError(f"{what} is not JSON: {error}. {hint}") from error
     return value
 
 
@@ -81,10 +81,10 @@ def _check_depth(value: Any) -> None:
     raise RecursionError
 
 
-def dictionary(value: Any, what: str) -> dict[str, Any]:
+def dictionary(value: Any, what: str, hint: str = COPY) -> dict[str, Any]:
     """The value, if it is a JSON object. Errors: UserError that starts with `what`, as of all that follow."""
     if not isinstance(value, dict):
-        raise UserError(f"{what} is {shown(value)}, not a JSON object. {COPY}")
+        raise UserError(f"{what} is {shown(value)}, not a JSON object. {hint}")
     return value
 
 

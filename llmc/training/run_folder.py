@@ -7,19 +7,16 @@ by itself, on NFS too where the server has locks. Only rank 0 of a run looks at 
 import contextlib
 import errno
 import os
-import platform
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from llmc.errors import UserError
 from llmc.files import checkpoints
+from llmc.files.lock import held, holder
 from llmc.parallel.launch import on_rank0
 
 DEFAULT = os.path.join("runs", "shakespeare-{:03d}")
-NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # the file system cannot do it
 
 
 @dataclass(frozen=True)
@@ -116,70 +113,12 @@ def lock(folder: str) -> Iterator[bool]:
     Errors: UserError that names the process which has the lock, or says why there can be no file in the folder.
     """
     path = os.path.join(folder, ".lock")
-    try:
-        fd, locked = take(path)
-    except BlockingIOError as error:
-        busy = f"-o {folder} is in use by {holder(path)}"
-        raise UserError(f"{busy}. HINT: wait until that run has ended, or give another folder.") from error
-    except OSError as error:
-        raise UserError(f"-o {folder}: {error.strerror}. HINT: name a folder to write to.") from error
-    try:
-        os.ftruncate(fd, 0)
-        os.write(fd, f"{os.getpid()} {platform.node()}\n".encode())
-        yield locked
-    finally:
-        if sys.platform == "win32":  # an open file cannot be removed there
-            os.close(fd)
-        with contextlib.suppress(OSError):
-            os.remove(path)  # while it is locked: who has opened it meanwhile sees that it is gone, see take()
-        if sys.platform != "win32":
-            os.close(fd)
-
-
-def take(path: str) -> tuple[int, bool]:
-    """(descriptor of the lock file, whether it is locked). Errors: BlockingIOError where it is taken, OSError."""
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    with contextlib.ExitStack() as stack:
         try:
-            locked = lock_descriptor(fd)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), os.stat(path)):  # else its owner has just removed it
-                    return fd, locked
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
-
-
-def lock_descriptor(fd: int) -> bool:
-    """Lock an open file for this process, False where the file system cannot. Errors: BlockingIOError; OSError."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            os.lseek(fd, 1 << 30, os.SEEK_SET)  # far behind the text, which others may read
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-            os.lseek(fd, 0, os.SEEK_SET)
-        else:
-            import fcntl
-
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the open file: threads of one process exclude another
-    except OSError as error:
-        if error.errno in NO_LOCKS:
-            return False
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            raise BlockingIOError(error.errno, error.strerror) from error
-        raise
-    return True
-
-
-def holder(path: str) -> str:
-    """The process that has a lock file, as its text tells."""
-    for _ in range(20):  # it may be about to write it
-        with contextlib.suppress(OSError):
-            with open(path, encoding="utf-8", errors="replace") as file:
-                pid, _, host = file.read(300).strip().partition(" ")
-            if pid.isdecimal() and host.isprintable():
-                return f"process {pid} on {host}"
-        time.sleep(0.05)
-    return "another process"
+            locked = stack.enter_context(held(path))
+        except BlockingIOError as error:
+            busy = f"-o {folder} is in use by {holder(path)}"
+            raise UserError(f"{busy}. HINT: wait until that run has ended, or give another folder.") from error
+        except OSError as error:
+            raise UserError(f"-o {folder}: {error.strerror}. HINT: name a folder to write to.") from error
+        yield locked
