@@ -18,6 +18,7 @@ the benchmark. The last line of output is JSON.
 
 import argparse
 import datetime
+import inspect
 import json
 import math
 import os
@@ -85,7 +86,8 @@ class Timed:
         def timed(*args, **kwargs):
             label = name
             if name.startswith("matmul_"):
-                label += " " + self.layers[args[2 if name == "matmul_forward" else 6].shape]
+                arguments = inspect.signature(function).bind(*args, **kwargs).arguments
+                label += " " + self.layers[arguments["weight"].shape]
             clock = self.b.clock()
             function(*args, **kwargs)
             self.rows.append((label, clock()))

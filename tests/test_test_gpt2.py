@@ -16,6 +16,7 @@ from test_gpt2 import batches, one_torch_thread, torch_training, weights  # noqa
 from llmc import test_gpt2
 from llmc.files import debug_state, model_file
 from llmc.gpt2 import GPT2Config
+from llmc.model import AdamW
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = GPT2Config(16, 61, 128, 2, 2, 16)
@@ -84,9 +85,8 @@ def test_passes(tmp_path, capsys, made, version, flags):
     assert out.count("10 steps as ") == 2 and out.count("is lower than the first") == 2
     for name, settings, _, _ in test_gpt2.RUNS:
         losses = [float(loss) for loss in re.findall(r"^\d+ +(\d\.\d{6})$", out.split(f"as {name}:")[1], re.M)[:10]]
-        expected = torch_training(
-            CONFIG, made[0], [(made[1]["x"], made[1]["y"])] * 10, torch.float64, learning_rate=1e-4, **settings
-        )[0]
+        pairs, adamw = [(made[1]["x"], made[1]["y"])] * 10, AdamW(lr=1e-4, **settings)
+        expected = torch_training(CONFIG, made[0], pairs, torch.float64, adamw)[0]
         np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5 if version == 3 else 0.05)
 
 
@@ -194,7 +194,7 @@ def published(monkeypatch, made):
     runs = []
     for name, settings, _, limit in test_gpt2.RUNS:
         pairs = [(debug["x"], debug["y"])] * 10
-        losses, _, clipped = torch_training(CONFIG, params, pairs, torch.float64, learning_rate=1e-4, **settings)
+        losses, _, clipped = torch_training(CONFIG, params, pairs, torch.float64, AdamW(lr=1e-4, **settings))
         assert clipped == (10 if settings["grad_clip"] else 0)
         runs.append((name, settings, tuple(losses), min(limit, 1e-3)))
     monkeypatch.setattr(test_gpt2, "RUNS", tuple(runs))
