@@ -348,6 +348,19 @@ def test_skip_leaves_the_weights_alone(monkeypatch, folder, capsys, more):
     assert [line["grad_norm"] is None for line in lines] == [i == step for i in range(6)]
 
 
+def test_skipping_ends(monkeypatch, folder, capsys):
+    """Steps in a row count, and a finite one between them begins anew."""
+    monkeypatch.setattr(loop, "MOST_SKIPPED", 2)
+    steps, train_step = iter([np.nan, 1.0, np.nan, np.nan, 1.0]), loop.train_step
+    monkeypatch.setattr(loop, "train_step", lambda *args: train_step(*args)._replace(grad_norm=next(steps)))
+    code, out, err = run(capsys, "--on-nonfinite", "skip")
+    assert code == 2 and "step    4/" in out and "step    5/" not in out
+    assert (
+        "skip: 2 steps in a row were not finite, the last of them step 4. HINT: lower -l" in err
+        and err.count("\n") == 1
+    )
+
+
 def test_weights_that_have_gone_bad_stop_a_run_that_skips(folder, capsys):
     """An update of 1e30, which is finite, is followed by a step that is not; 1e39 by weights that are not."""
     code, out, err = run(capsys, "--on-nonfinite", "skip", "-l", 1e30, "-o", "large")

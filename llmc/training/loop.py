@@ -1,6 +1,7 @@
 """The loop of llm.c: validate -> sample -> checkpoint -> step (train_gpt2.cu main)."""
 
 import contextlib
+import math
 import sys
 import time
 
@@ -17,6 +18,10 @@ from llmc.training.multiple_choice import score_line, score_over_ranks
 from llmc.training.signals import Interrupt
 from llmc.training.step import Speed, train_step
 from llmc.training.validation import validate
+
+MOST_SKIPPED = (
+    100  # steps in a row that --on-nonfinite skip leaves out: what goes on for so long will not end by itself
+)
 
 
 def due(every, step, last):
@@ -35,7 +40,7 @@ class Loop:
         self.inputs, self.targets = np.empty((2, run.micro_steps, B, T), np.int32)
         self.logger = Logger(run.folder.path if model.rank == 0 else None, run.folder.resume_step)
         self.display = Display(run.steps, sys.stdout.isatty(), self.first)
-        self.speed = Speed(run.total_batch)
+        self.speed, self.skipped = Speed(run.total_batch), 0
         self.flops = gpt2.flops_per_token(run.config, T) * B * T * run.micro_steps
 
     def train(self):
@@ -107,3 +112,7 @@ class Loop:
             self.display.write(run.gpu_stats.line())
         rate = run.total_batch / ms * 1e3
         self.logger.train(step, loss, lr, grad_norm, dt_ms=ms, tokens_per_second=rate, mfu=used)
+        self.skipped = 0 if math.isfinite(loss) and math.isfinite(grad_norm) else self.skipped + 1
+        if self.skipped == MOST_SKIPPED:
+            held = f"--on-nonfinite skip: {MOST_SKIPPED} steps in a row were not finite, up to step {step + 1}"
+            raise UserError(f"{held}. HINT: lower -l, and go on from an earlier checkpoint.")
