@@ -3,8 +3,9 @@
 #
 # Run COMMAND, a training run with -o DIR -y 1, again after each crash, until it has ended by itself.
 #
-# Exit code 0 is the end of the run. 2 is something that trying again does not mend: a wrong flag or file, Ctrl-C, a
-# loss that is not finite. Any other is a crash (a GPU or a node went away), after which -y 1 resumes from the newest
+# Exit code 0 is the end of the run. 2 is something that trying again does not mend: a wrong flag or file, a loss that
+# is not finite. 129, 130, 138 and 143 are a signal that the run has obeyed, after a checkpoint: SIGHUP, Ctrl-C,
+# SIGUSR1, SIGTERM. Any other is a crash (a GPU or a node went away), after which -y 1 resumes from the newest
 # checkpoint. Two crashes with no checkpoint in between end it, or a fault that always strikes would repeat for ever.
 # COMMAND sees which attempt it is as $ATTEMPT, from 1.
 
@@ -19,7 +20,7 @@ while true; do
     "$@"
     code=$?
     case $code in
-        0 | 2 | 130 | 143) exit $code ;;
+        0 | 2 | 129 | 130 | 138 | 143) exit $code ;;
     esac
     at_this_crash=$(newest)
     if [ "$at_this_crash" = "$at_last_crash" ]; then

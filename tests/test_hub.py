@@ -300,6 +300,18 @@ def test_tokens_of_tcp_are_of_the_run(monkeypatch):
     assert tokens[0] == tokens[1] != tokens[2]
 
 
+def test_a_port_that_is_taken():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        place = Place("tcp", "127.0.0.1", other.getsockname()[1])
+        with pytest.raises(UserError, match=rf"cannot meet at 127.0.0.1 port {place.port}: .* HINT: is another run"):
+            ranks.open_hub(World(0, 2, 0, None), place, 60, 60)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="none/x.json: No such file or directory. HINT: -pf names a folder"):
+        ranks.write_place(str(tmp_path / "none" / "x.json"), "t", [("h", 1)])
+
+
 def test_foreign_file(tmp_path):
     path = tmp_path / "llmc-run-2.json"
     path.write_text("my notes")
