@@ -16,18 +16,21 @@ import collections
 import concurrent.futures
 import functools
 import os
+from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from llmc.errors import UserError
 
 N = 624  # words of MT19937 state
 LOG_EPSILON = np.float32(1e-12)  # llm.c's guard against log(0)
-MANY = (os.cpu_count() or 1) >= 4  # few cores: more threads than one would only take turns at the interpreter
-BLOCK = 1 << (18 if MANY else 16)  # normals transformed at a time by one thread
-DRAWS = 1 << (22 if MANY else 18)  # draws made at a time, which others transform while the next ones are made
+MANY = (os.cpu_count() or 1) >= 4  # on fewer cores, several threads would only take turns at the interpreter
+BLOCK = 1 << (18 if MANY else 16)  # normals that one thread transforms at a time
+DRAWS = 1 << (22 if MANY else 18)  # draws that are made at a time; other threads transform them meanwhile
+Pending = collections.deque[tuple[concurrent.futures.Future, int]]  # work that other threads have, and its elements
 
-STATE_STRUCT = np.dtype(  # llm.c's mt19937_state, as found in its train-state files: 2520 bytes
+STATE_STRUCT = np.dtype(  # llm.c's mt19937_state, as its train-state files have it: 2520 bytes
     [("seed_", "<u8"), ("left_", "<i4"), ("next_", "<u4"), ("state_", "<u4", (N,)), ("MATRIX_A", "<u4", (2,))]
 )
 
@@ -35,7 +38,7 @@ STATE_STRUCT = np.dtype(  # llm.c's mt19937_state, as found in its train-state f
 class MT19937:
     """The 32-bit Mersenne Twister, seeded as in llm.c. NumPy's bit generator does the twisting and tempering."""
 
-    def __init__(self, seed):
+    def __init__(self, seed: int) -> None:
         key = [seed & 0xFFFFFFFF]
         for j in range(1, N):
             key.append((1812433253 * (key[-1] ^ key[-1] >> 30) + j) & 0xFFFFFFFF)
@@ -43,21 +46,21 @@ class MT19937:
         self._bits = np.random.MT19937(0)
         self._set(key, N)
 
-    def _set(self, key, position):
+    def _set(self, key: ArrayLike, position: int) -> None:
         self._bits.state = {"bit_generator": "MT19937", "state": {"key": np.array(key, np.uint32), "pos": position}}
-        self._fresh = position == N  # nothing drawn from this block of 624 words yet, because it is still to be made
+        self._fresh = position == N  # nothing has been drawn from this block of 624 words: it is still to be made
 
-    def random_u32s(self, n):
+    def random_u32s(self, n: int) -> np.ndarray:
         """The next n draws, as a uint32 array (n,)."""
         self._fresh = self._fresh and n == 0
         return self._bits.random_raw(n).astype(np.uint32)
 
-    def random_u32(self):
+    def random_u32(self) -> int:
         """The next draw, as an int."""
         return int(self.random_u32s(1)[0])
 
-    def to_bytes(self):
-        """The 2520-byte struct of llm.c's train-state files; seed_ (which llm.c leaves uninitialised) is the seed."""
+    def to_bytes(self) -> bytes:
+        """The 2520-byte struct of llm.c's train-state files; seed_, which llm.c leaves uninitialised, is the seed."""
         state = self._bits.state["state"]
         struct = np.zeros((), STATE_STRUCT)
         struct["seed_"] = self.seed
@@ -68,8 +71,8 @@ class MT19937:
         return struct.tobytes()
 
     @classmethod
-    def from_bytes(cls, data):
-        """The generator that to_bytes() (or llm.c) saved. Raises UserError if this cannot be such a struct."""
+    def from_bytes(cls, data: bytes) -> "MT19937":
+        """The generator that to_bytes() or llm.c saved. Errors: UserError if the bytes cannot be such a struct."""
         if len(data) != STATE_STRUCT.itemsize:
             raise UserError(f"random state of {len(data)} bytes, expected {STATE_STRUCT.itemsize}. HINT: damaged file?")
         struct = np.frombuffer(data, STATE_STRUCT)[0]
@@ -86,8 +89,8 @@ class MT19937:
         return mt
 
 
-def random_permutation(array, mt):
-    """Shuffle a 1-D array in place: for i = n-1 .. 1 swap array[i] with array[u32 % (i + 1)]; n - 1 draws."""
+def random_permutation(array: np.ndarray, mt: MT19937) -> None:
+    """Shuffle a 1-D array in place: for i = n-1 .. 1 swap array[i] with array[u32 % (i + 1)], with n - 1 draws."""
     last = np.arange(len(array) - 1, 0, -1)
     picked = mt.random_u32s(last.size) % (last + 1)
     values = array.tolist()
@@ -100,7 +103,7 @@ def random_permutation(array, mt):
 # normal distribution
 
 
-def normal_(array, mean, std, mt):
+def normal_(array: np.ndarray, mean: float, std: float, mt: MT19937) -> None:
     """Fill a C-contiguous float32 array with normal(mean, std) draws by Box-Muller, in llm.c's order of draws.
 
     n >= 16: n uniforms u = (u32 mod 2^24) / 2^24; in each full group of 16, for t = 0..7, elements t and t + 8 become
@@ -111,13 +114,17 @@ def normal_(array, mean, std, mt):
     normals_([(array, mean, std)], mt)
 
 
-def normals_(jobs, mt):
-    """normal_() for each (array, mean, std) in turn. Draws come one after another, their transforms need not: these are
-    shared out to threads, while the next draws are made."""
-    pending, waiting = collections.deque(), 0  # (future, elements)
-    for array, mean, std in jobs:
+def normals_(jobs: Iterable[tuple[np.ndarray, float, float]], mt: MT19937) -> None:
+    """normal_() for each (array, mean, std) in turn.
+
+    The draws have to be made one after another, their transforms have not: other threads have these, while the next
+    draws are made.
+    """
+    pending: Pending = collections.deque()
+    waiting = 0  # elements of what is pending
+    for array, array_mean, array_std in jobs:
         assert array.dtype == np.float32 and array.flags.c_contiguous, (array.dtype, array.flags.c_contiguous)
-        flat, mean, std = array.reshape(-1), np.float32(mean), np.float32(std)
+        flat, mean, std = array.reshape(-1), np.float32(array_mean), np.float32(array_std)
         if flat.size < 16:
             _normal_small(flat, mean, std, mt)
             continue
@@ -133,26 +140,27 @@ def normals_(jobs, mt):
                 waiting -= _done(pending)
         if full < flat.size:
             while pending:
-                waiting -= _done(pending)  # the last group is made again
-            mt.random_u32s(flat.size - full)  # these uniforms are drawn and overwritten in llm.c
+                waiting -= _done(pending)  # then no thread writes to the last group, which is made again
+            mt.random_u32s(flat.size - full)  # llm.c draws these uniforms and overwrites them
             _normal_groups_of_16(flat[-16:], mt.random_u32s(16), mean, std)
     while pending:
         _done(pending)
 
 
 @functools.cache
-def _pool():
+def _pool() -> concurrent.futures.ThreadPoolExecutor:
     return concurrent.futures.ThreadPoolExecutor(None if MANY else 1)
 
 
-def _done(pending):
-    """Wait for the oldest piece of work; its size."""
+def _done(pending: Pending) -> int:
+    """Wait for the oldest piece of work; returns its size."""
     work, size = pending.popleft()
     work.result()
     return size
 
 
-def _normal_groups_of_16(out, draws, mean, std):
+def _normal_groups_of_16(out: np.ndarray, draws: np.ndarray, mean: np.float32, std: np.float32) -> None:
+    """out (16 n,) = normals of as many 32-bit draws."""
     uniform = (draws & 0xFFFFFF).astype(np.float32) * np.float32(2**-24)
     u1, u2 = uniform.reshape(-1, 2, 8).swapaxes(0, 1)  # (groups, 8) each
     rho, cos, sin = _box_muller(np.float32(1) - u1, u2)
@@ -161,16 +169,17 @@ def _normal_groups_of_16(out, draws, mean, std):
     out[:, 1] = rho * sin * std + mean
 
 
-def _normal_small(out, mean, std, mt):
+def _normal_small(out: np.ndarray, mean: np.float32, std: np.float32, mt: MT19937) -> None:
+    """out, fewer than 16 elements, = normals of pairs of 53-bit uniforms."""
     high, low = mt.random_u32s(4 * ((out.size + 1) // 2)).astype(np.uint64).reshape(-1, 2).T
     uniform = ((high << np.uint64(32) | low) & np.uint64(2**53 - 1)) * 2.0**-53
     u1, u2 = uniform.astype(np.float32).reshape(-1, 2).T
     rho, cos, sin = _box_muller(np.float32(1) - u2, u1)
     out[0::2] = rho * cos * std + mean
-    out[1::2] = ((rho * sin).astype(np.float64) * std + mean)[: out.size // 2]  # llm.c caches these as double
+    out[1::2] = ((rho * sin).astype(np.float64) * std + mean)[: out.size // 2]  # llm.c keeps these as double
 
 
-def _box_muller(u1, u2):
+def _box_muller(u1: np.ndarray, u2: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """sqrt(-2 ln(u1 + 1e-12)), cos(2 pi u2), sin(2 pi u2), each rounded to float32 where llm.c rounds."""
     rho = np.sqrt(np.float32(-2) * _logf(u1 + LOG_EPSILON))
     cos, sin = _cosf_sinf((2 * np.pi * u2.astype(np.float64)).astype(np.float32))
@@ -180,11 +189,11 @@ def _box_muller(u1, u2):
 # ----------------------------------------------------------------------------
 # logf, cosf, sinf: float32 in and out, float64 inside
 
-# logf: x = 2^k z with z in [0.699, 1.398), which is cut into 16 pieces; piece i has a centre c with |z/c - 1| < 1/32.
-# ln x = k ln 2 + ln c + r - r^2 (1/2 - r/3 + r^2/4), r = z/c - 1. The piece that holds 1 has c = 1, to be exact there.
+# logf: x = 2^k z with z in [0.699, 1.398). This range is cut into 16 pieces; piece i has a centre c, |z/c - 1| < 1/32.
+# ln x = k ln 2 + ln c + r - r^2 (1/2 - r/3 + r^2/4), r = z/c - 1. The piece that holds 1 has c = 1: it is exact there.
 LOG_FIRST = 0x3F330000  # bits of the lowest z
-LOG_CENTRE = np.arange(LOG_FIRST, LOG_FIRST + (1 << 23), 1 << 19).astype(np.uint32)
-LOG_CENTRE = (LOG_CENTRE.view(np.float32).astype(np.float64) + (LOG_CENTRE + 0x7FFFF).view(np.float32)) / 2
+LOG_START = np.arange(LOG_FIRST, LOG_FIRST + (1 << 23), 1 << 19).astype(np.uint32)  # bits of the lowest z of a piece
+LOG_CENTRE = (LOG_START.view(np.float32).astype(np.float64) + (LOG_START + 0x7FFFF).view(np.float32)) / 2
 LOG_CENTRE[9] = 1.0
 LOG_CENTRE[10] = 1 / float.fromhex("0x1.e608cfd9a47acp-1")
 LOG_INVERSE, LOG_LOG = 1 / LOG_CENTRE, np.log(LOG_CENTRE)
@@ -197,7 +206,7 @@ C1, C2, C3, C4 = map(
 )
 
 
-def _logf(x):
+def _logf(x: np.ndarray) -> np.ndarray:
     """Natural logarithm of normal positive float32 numbers."""
     bits = x.view(np.int32)
     offset = bits - LOG_FIRST
@@ -209,8 +218,8 @@ def _logf(x):
     return ((LOG_A0 * r2 + (LOG_A1 * r + LOG_A2)) * r2 + y).astype(np.float32)
 
 
-def _cosf_sinf(theta):
-    """Cosine and sine of float32 angles in 0 .. 100: theta = n pi/2 + r, then the quadrant n decides."""
+def _cosf_sinf(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and sine of float32 angles in 0 .. 100: theta = n pi/2 + r, and the quadrant n says which is which."""
     x = theta.astype(np.float64)
     n = np.rint(x * (2 / np.pi))
     r = x - n * (np.pi / 2)
@@ -219,10 +228,11 @@ def _cosf_sinf(theta):
     r4 = r2 * r2
     sin = r + r * r2 * S1 + r * r4 * (S2 + r2 * S3)
     cos = 1 + r2 * C1 + r4 * C2 + r4 * r2 * (C3 + r2 * C4)
-    # np.where and ufuncs with where= take ten times as long as this: swapped where n is odd, then the signs
-    sin, cos = sin.view(np.int64), cos.view(np.int64)
-    swapped = (sin ^ cos) & -(n & 1).astype(np.int64)
-    sin, cos = (sin ^ swapped).view(np.float64), (cos ^ swapped).view(np.float64)
+    # Sine and cosine change places where n is odd; then the signs follow. The places change by an exclusive or of the
+    # bits, as np.where and ufuncs with where= take ten times as long.
+    sin_bits, cos_bits = sin.view(np.int64), cos.view(np.int64)
+    swapped = (sin_bits ^ cos_bits) & -(n & 1).astype(np.int64)
+    sin, cos = (sin_bits ^ swapped).view(np.float64), (cos_bits ^ swapped).view(np.float64)
     return (cos * (1 - (n + 1 & 2))).astype(np.float32), (sin * (1 - (n & 2))).astype(np.float32)
 
 
@@ -230,7 +240,7 @@ def _cosf_sinf(theta):
 # xorshift64*
 
 
-def random_u32(state):
+def random_u32(state: int) -> tuple[int, int]:
     """One xorshift64* step of a 64-bit state: (32-bit value, next state)."""
     state ^= state >> 12
     state ^= state << 25 & 0xFFFFFFFFFFFFFFFF
@@ -238,7 +248,7 @@ def random_u32(state):
     return (state * 0x2545F4914F6CDD1D & 0xFFFFFFFFFFFFFFFF) >> 32, state
 
 
-def random_f32(state):
+def random_f32(state: int) -> tuple[float, int]:
     """A float in [0, 1), exact in float32, from one xorshift64* step: (value, next state)."""
     value, state = random_u32(state)
     return (value >> 8) / 16777216.0, state

@@ -4,13 +4,15 @@ import math
 
 import numpy as np
 
+from llmc.buffers import Array
+
 from . import device
 
-BLOCK = 1 << 19  # large: below 1 << 17 the threads spend their time handing the GIL to each other
+BLOCK = 1 << 19  # elements; with fewer than 1 << 17 the threads spend their time handing the GIL to each other
 
 
-def _blocks(ends):
-    """(start, stop, tensor) of each block; none crosses from one tensor into the next."""
+def _blocks(ends: Array) -> list[tuple[int, int, int]]:
+    """(start, stop, tensor) of each block. No block crosses from one tensor into the next."""
     starts = [0, *(int(e) for e in ends[:-1])]
     return [
         (a, min(a + BLOCK, int(end)), i)
@@ -19,16 +21,19 @@ def _blocks(ends):
     ]
 
 
-def adamw_update(params, master, grads, m, v, ends, decays, seeds, hyper, norm_squared, beta1, beta2, eps, grad_clip):
+def adamw_update(
+    params: Array, master: Array, grads: Array, m: Array, v: Array, ends: Array, decays: Array, seeds: Array,
+    hyper: Array, norm_squared: Array, beta1: float, beta2: float, eps: float, grad_clip: float,
+) -> None:  # fmt: skip
     """g = unscale * grads * (grad_clip / norm if grad_clip > 0 and norm > grad_clip else 1)
     norm = unscale * sqrt(norm_squared[0])
     m = beta1*m + (1-beta1)*g;  v = beta2*v + (1-beta2)*g^2
     params -= lr * ((m/c1) / (sqrt(v/c2) + eps) + decay*params);  c = 1 - beta^t
 
-    params (N,) f32 written;  master None, or (N,) f32: then it is what is updated, and params becomes its copy;
+    params (N,) f32 written;  master None, or (N,) f32: then master is updated, and params becomes its copy;
     grads (N,) read;  m, v (N,) f32 written;  tensor i covers [ends[i-1], ends[i]), with weight decay decays[i];
-    hyper (4,) f32 = lr, c1, c2, unscale: 1 / the loss scale of fp16, else 1;  seeds unused in fp32
-    norm_squared (2,) f32: sums of squares of grads and of the losses; where one is not finite, nothing is written.
+    hyper (4,) f32 = lr, c1, c2, unscale, which is 1 / the loss scale of fp16, else 1;  seeds are unused in fp32
+    norm_squared (2,) f32: sums of squares of grads and of the losses; if one is not finite, nothing is written.
     Source: llm.c llmc/adamw.cuh adamw_update.
     """
     N = params.size
@@ -39,13 +44,13 @@ def adamw_update(params, master, grads, m, v, ends, decays, seeds, hyper, norm_s
     lr, c1, c2, unscale = (float(h) for h in hyper)
     norm = unscale * math.sqrt(norm_squared[0])
     scale = unscale * (grad_clip / norm if grad_clip > 0 and norm > grad_clip else 1.0)
-    # lr * (m/c1) / (sqrt(v/c2) + eps) = rate * m / (sqrt(v) + eps'): the corrections become two scalars
+    # The bias corrections become two scalars: lr * (m/c1) / (sqrt(v/c2) + eps) = rate * m / (sqrt(v) + epsilon).
     rate, epsilon = lr * math.sqrt(c2) / c1, eps * math.sqrt(c2)
     to_m, to_v = (1.0 - beta1) * scale, math.sqrt(1.0 - beta2) * scale
     weights = params if master is None else master
     blocks = _blocks(ends)
 
-    def body(i):
+    def body(i: int) -> None:
         a, b, tensor = blocks[i]
         t = device.scratch(b - a)
         g, mm, vv, w = grads[a:b], m[a:b], v[a:b], weights[a:b]
@@ -69,7 +74,10 @@ def adamw_update(params, master, grads, m, v, ends, decays, seeds, hyper, norm_s
     device.parallel(body, len(blocks))
 
 
-def init_from_master(params, master, ends, seeds):
-    """params = master;  (N,) f32 both.  In low precision this rounds as adamw_update does; in fp32 it is a copy."""
+def init_from_master(params: Array, master: Array, ends: Array, seeds: Array) -> None:
+    """params = master
+
+    params (N,) f32 written (=);  master (N,) f32;  ends, seeds are unused in fp32, where nothing is rounded.
+    """
     assert params.shape == master.shape and int(ends[-1]) == params.size, (params.shape, master.shape)
     np.copyto(params, master)

@@ -9,20 +9,24 @@ import math
 
 import numpy as np
 
+from llmc.buffers import Array
+
 from . import device
 
 TILE = 128  # queries (forward) or keys (backward) in a tile
-MASK = np.triu(np.full((TILE, TILE), -np.inf, np.float32), 1)  # added to scores[query, key]: no key after the query
+MASK = np.triu(np.full((TILE, TILE), -np.inf, np.float32), 1)  # is added to scores[query, key]: no later key is seen
 
 
-def attention_scratch_size(B, T, C, NH):
-    """f32 elements of scratch that attention_backward wants: none, its tiles live in the threads' own scratch."""
+def attention_scratch_size(B: int, T: int, C: int, NH: int) -> int:
+    """f32 elements of scratch that attention_backward wants: none, as its tiles live in the threads' own scratch."""
     return 0
 
 
-def _groups(B, NH, elements):
-    """(batch slice, head slice) blocks whose tiles, `elements` for each head, fit a third of the scratch (backward
-    holds two tiles, and dq). Small models get many heads in one call, large ones a single head."""
+def _groups(B: int, NH: int, elements: int) -> list[tuple[slice, slice]]:
+    """The blocks of work, as (batch slice, head slice): tiles of `elements` for each head fit a third of the scratch.
+
+    Backward holds two tiles and dq. Small models get many heads in one call, large ones a single head.
+    """
     heads = max(1, device.SCRATCH // (3 * elements))
     if heads < NH:
         return [(slice(b, b + 1), slice(h, min(h + heads, NH))) for b in range(B) for h in range(0, NH, heads)]
@@ -30,13 +34,13 @@ def _groups(B, NH, elements):
     return [(slice(b, min(b + step, B)), slice(0, NH)) for b in range(0, B, step)]
 
 
-def _heads(x, parts, NH):
-    """(B, T, parts*C) -> `parts` views (B, NH, T, HS), without a copy."""
+def _heads(x: Array, parts: int, NH: int) -> Array:
+    """The `parts` views (B, NH, T, HS) of x (B, T, parts*C), without a copy."""
     B, T, width = x.shape
     return x.reshape(B, T, parts, NH, width // (parts * NH)).transpose(2, 0, 3, 1, 4)
 
 
-def attention_forward(out, att, qkvr):
+def attention_forward(out: Array, att: Array, qkvr: Array) -> None:
     """out = softmax(mask(q @ k^T / sqrt(HS))) @ v for each head;  att = log sum exp of the masked, scaled scores
 
     out (B, T, C) f32 written (=);  att (B, NH, T) f32 written, nats;  qkvr (B, T, 3C) = packed (B, T, 3, NH, HS).
@@ -50,7 +54,7 @@ def attention_forward(out, att, qkvr):
     scale = 1.0 / math.sqrt(C // NH)
     groups = _groups(B, NH, min(TILE, T) * T)
 
-    def body(i):
+    def body(i: int) -> None:
         b, h = groups[i]
         for t0 in range(0, T, TILE):
             t1 = min(t0 + TILE, T)
@@ -72,11 +76,13 @@ def attention_forward(out, att, qkvr):
     device.parallel(body, len(groups))
 
 
-def attention_backward(dqkvr, scratch, dout, out, qkvr, att):
+def attention_backward(
+    dqkvr: Array, scratch: Array, dout: Array, out: Array, qkvr: Array, att: Array
+) -> None:  # fmt: skip
     """p = exp(q @ k^T / sqrt(HS) - att);  dv = p^T @ dout;  ds = p * (dout @ v^T - rowsum(dout * out)) / sqrt(HS)
     dq = ds @ k;  dk = ds^T @ q
 
-    dqkvr (B, T, 3C) f32 written (=), packed as qkvr;  scratch unused here;  dout, out (B, T, C);
+    dqkvr (B, T, 3C) f32 written (=), packed as qkvr;  scratch is unused here;  dout, out (B, T, C);
     att (B, NH, T) from the forward pass.  Source: llm.c llmc/attention.cuh attention_backward; Dao 2023, algorithm 2.
     """
     B, T, C = out.shape
@@ -89,12 +95,12 @@ def attention_backward(dqkvr, scratch, dout, out, qkvr, att):
     scale = 1.0 / math.sqrt(HS)
     groups = _groups(B, NH, max(min(TILE, T), HS) * T)
 
-    def body(i):
+    def body(i: int) -> None:
         b, h = groups[i]
         shape = q[b, h].shape[:2]
         D = np.einsum("bhtd,bhtd->bht", do[b, h], o[b, h])[..., None]
         lse = att[b, h, :, None]
-        for t0 in range(0, T, TILE):  # a tile of keys, seen by the queries from t0 on
+        for t0 in range(0, T, TILE):  # a tile of keys; the queries from t0 on see it
             t1, n = min(t0 + TILE, T), T - t0
             size = shape[0] * shape[1] * n * (t1 - t0)
             flat = device.scratch(2 * size + shape[0] * shape[1] * n * HS)

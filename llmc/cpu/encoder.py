@@ -2,40 +2,45 @@
 
 import numpy as np
 
+from llmc.buffers import Array
+
 from . import device
 
 ROWS = 512  # tokens in a block
 
 
-def encoder_scratch_size(B, T, C, Vp):
-    """int32 elements of scratch that encoder_backward wants: none here (the sort of B*T token ids is NumPy's)."""
+def encoder_scratch_size(B: int, T: int, C: int, Vp: int) -> int:
+    """int32 elements of scratch that encoder_backward wants: none, as NumPy sorts token ids in memory of its own."""
     return 0
 
 
-def encoder_forward(out, inp, wte, wpe):
+def encoder_forward(out: Array, inp: Array, wte: Array, wpe: Array) -> None:
     """out[b,t] = wte[inp[b,t]] + wpe[t]
 
-    out (B, T, C) f32 written (=);  inp (B, T) i32, each id < Vp (the loader has checked);  wte (Vp, C), wpe (maxT, C).
+    out (B, T, C) f32 written (=);  inp (B, T) i32, each id < Vp (the caller checks it);  wte (Vp, C), wpe (maxT, C).
     Requires T <= maxT.  Source: llm.c llmc/encoder.cuh encoder_forward.
     """
     B, T, C = out.shape
     assert inp.shape == (B, T) and wte.shape[1] == C and wpe.shape[1] == C and T <= wpe.shape[0], (out.shape, wpe.shape)
     pieces = device.split(T, ROWS)
 
-    def body(i):
+    def body(i: int) -> None:
         b, (t0, t1) = i // len(pieces), pieces[i % len(pieces)]
         o = out[b, t0:t1]
-        np.take(wte, inp[b, t0:t1], axis=0, out=o, mode="clip")  # any other mode copies through a buffer
+        np.take(wte, inp[b, t0:t1], axis=0, out=o, mode="clip")  # NumPy copies through a buffer in any other mode
         o += wpe[t0:t1]
 
     device.parallel(body, B * len(pieces))
 
 
-def encoder_backward(dwte, dwpe, scratch, dout, inp, seed):
+def encoder_backward(
+    dwte: Array, dwpe: Array, scratch: Array, dout: Array, inp: Array, seed: Array
+) -> None:  # fmt: skip
     """dwte[inp[b,t]] += dout[b,t];  dwpe[t] += dout[b,t]
 
-    dwte (Vp, C), dwpe (maxT, C) f32 accumulated (+=);  dout (B, T, C);  inp (B, T) i32;  scratch, seed unused in fp32.
-    Deterministic: rows of one token are summed in the order of their positions.
+    dwte (Vp, C), dwpe (maxT, C) f32 accumulated (+=);  dout (B, T, C);  inp (B, T) i32.
+    scratch and seed are unused in fp32.
+    The result is deterministic: rows of one token are summed in the order of their positions.
     Source: llm.c llmc/encoder.cuh encoder_backward.
     """
     B, T, C = dout.shape
@@ -45,7 +50,7 @@ def encoder_backward(dwte, dwpe, scratch, dout, inp, seed):
     tokens = inp.reshape(-1)[order]
     pieces = device.split(T, ROWS)
 
-    def wte():
+    def wte() -> None:
         step = min(ROWS, device.SCRATCH // (2 * C))
         gathered, sums = device.scratch(2, step, C)
         for a in range(0, B * T, step):
@@ -55,7 +60,7 @@ def encoder_backward(dwte, dwpe, scratch, dout, inp, seed):
             np.take(rows, order[a : a + step], axis=0, out=g, mode="clip")
             dwte[ids[first]] += np.add.reduceat(g, first, axis=0, out=s)
 
-    def body(i):
+    def body(i: int) -> None:
         if i == 0:
             wte()
         else:

@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from llmc.buffers import Array
+
 from . import device
 
 SCALE = math.sqrt(2.0 / math.pi)
@@ -11,8 +13,8 @@ CUBIC = 0.044715 * SCALE
 BLOCK = 1 << 15
 
 
-def gelu_block(out, x):
-    """out = gelu(x) for one block of any shape; used here and by matmul's epilogue, while the block is in cache."""
+def gelu_block(out: Array, x: Array) -> None:
+    """out = gelu(x) for one block of any shape. matmul's epilogue calls it, too, while the block is in cache."""
     np.multiply(x, x, out=out)
     out *= CUBIC
     out += SCALE
@@ -23,7 +25,7 @@ def gelu_block(out, x):
     out *= 0.5
 
 
-def gelu_backward_block(d, x):
+def gelu_backward_block(d: Array, x: Array) -> None:
     """d *= gelu'(x) for one block."""
     slope, t, sech2 = device.scratch(3, *x.shape)
     np.multiply(x, x, out=slope)
@@ -43,7 +45,7 @@ def gelu_backward_block(d, x):
     d *= slope
 
 
-def gelu_forward(out, inp):
+def gelu_forward(out: Array, inp: Array) -> None:
     """out = 0.5 * inp * (1 + tanh(sqrt(2/pi) * (inp + 0.044715 * inp^3)))
 
     out, inp: f32, one shape;  out written (=).  Source: llm.c llmc/gelu.cuh gelu_forward.
@@ -54,7 +56,7 @@ def gelu_forward(out, inp):
     device.parallel(lambda i: gelu_block(o[slice(*pieces[i])], x[slice(*pieces[i])]), len(pieces))
 
 
-def gelu_backward_inplace(d_in_out, inp):
+def gelu_backward_inplace(d_in_out: Array, inp: Array) -> None:
     """d_in_out = d_in_out * gelu'(inp);  u = sqrt(2/pi) * (x + 0.044715 x^3)
     gelu'(x) = 0.5 * (1 + tanh u) + 0.5 * x * sech^2(u) * sqrt(2/pi) * (1 + 3 * 0.044715 * x^2)
 

@@ -2,22 +2,24 @@
 
 import numpy as np
 
+from llmc.buffers import Array
+
 from . import device
 
-ROW = 1 << 12  # summed pairwise in float32
+ROW = 1 << 12  # elements that are summed pairwise in float32
 BLOCK = 64 * ROW
 
 
-def global_norm_scratch_size(N):
+def global_norm_scratch_size(N: int) -> int:
     """f32 elements of scratch that global_norm_squared wants: one partial sum for each row, and one for the rest."""
     return N // ROW + 1
 
 
-def global_norm_squared(out, scratch, values):
+def global_norm_squared(out: Array, scratch: Array, values: Array) -> None:
     """out[0] = sum of values^2
 
     out (1,) f32 written (=);  scratch f32, global_norm_scratch_size(N);  values (N,) f32.
-    Deterministic: rows depend on N alone, and their sums are added in order, in float64.
+    The result is deterministic: rows depend on N alone, and their sums are added in order, in float64.
     Source: llm.c llmc/global_norm.cuh.
     """
     assert out.shape == (1,) and values.ndim == 1, (out.shape, values.shape)
@@ -25,7 +27,7 @@ def global_norm_squared(out, scratch, values):
     rows = values[: N // ROW * ROW].reshape(-1, ROW)
     partial, step = scratch[: len(rows) + 1], BLOCK // ROW
 
-    def body(i):
+    def body(i: int) -> None:
         x = rows[i * step : (i + 1) * step]
         square = device.scratch(*x.shape)
         np.multiply(x, x, out=square)

@@ -2,26 +2,31 @@
 
 import numpy as np
 
+from llmc.buffers import Array
+
 from . import device
 
 EPS = 1e-5
-BLOCK = 1 << 17  # elements in a block of rows: a few of them fit a core's cache
+BLOCK = 1 << 17  # elements in a block of rows; a few blocks fit a core's cache
 
 
-def _rows(N, C):
-    """Row blocks. They depend on the shape alone, so that sums over rows have the same bits on any thread count."""
+def _rows(N: int, C: int) -> list[tuple[int, int]]:
+    """The blocks of rows, (start, stop) each.
+
+    They depend on the shape alone, so that sums over rows have the same bits on any number of threads.
+    """
     pieces = -(-N * C // BLOCK)
     step = -(-N // (pieces + pieces % 2))
     return [(a, min(a + step, N)) for a in range(0, N, step)]
 
 
-def layernorm_scratch_size(B, T, C):
+def layernorm_scratch_size(B: int, T: int, C: int) -> int:
     """f32 elements of scratch that layernorm_backward wants: a partial dweight and dbias for each block of rows."""
     return len(_rows(B * T, C)) * 2 * C
 
 
-def _normalize(out, mean, rstd, x, weight, bias):
-    """One block: out (n, C) = LN(x), mean, rstd (n,) = its statistics (two-pass variance)."""
+def _normalize(out: Array, mean: Array, rstd: Array, x: Array, weight: Array, bias: Array) -> None:
+    """out (n, C) = LN(x) for one block of rows; mean, rstd (n,) = its statistics, the variance in a second pass."""
     C = x.shape[1]
     np.mean(x, axis=1, out=mean)
     np.subtract(x, mean[:, None], out=out)
@@ -37,7 +42,9 @@ def _normalize(out, mean, rstd, x, weight, bias):
     out += bias
 
 
-def layernorm_forward(out, mean, rstd, inp, weight, bias):
+def layernorm_forward(
+    out: Array, mean: Array, rstd: Array, inp: Array, weight: Array, bias: Array
+) -> None:  # fmt: skip
     """out = (inp - mean) * rstd * weight + bias;  mean over C;  rstd = 1/sqrt(var + 1e-5), var biased
 
     out (B, T, C) f32 written (=);  mean, rstd (B, T) f32 written, saved for backward;  inp (B, T, C);
@@ -49,14 +56,14 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     x, o, mu, rs = inp.reshape(-1, C), out.reshape(-1, C), mean.reshape(-1), rstd.reshape(-1)
     rows = _rows(B * T, C)
 
-    def body(i):
+    def body(i: int) -> None:
         a, b = rows[i]
         _normalize(o[a:b], mu[a:b], rs[a:b], x[a:b], weight, bias)
 
     device.parallel(body, len(rows))
 
 
-def residual_forward(out, inp1, inp2):
+def residual_forward(out: Array, inp1: Array, inp2: Array) -> None:
     """out = inp1 + inp2;  all (B, T, C) f32, out written (=).  Source: llm.c llmc/layernorm.cuh residual_forward."""
     assert out.shape == inp1.shape == inp2.shape, (out.shape, inp1.shape, inp2.shape)
     o, x, y = out.reshape(-1), inp1.reshape(-1), inp2.reshape(-1)
@@ -64,7 +71,9 @@ def residual_forward(out, inp1, inp2):
     device.parallel(lambda i: np.add(x[slice(*pieces[i])], y[slice(*pieces[i])], out=o[slice(*pieces[i])]), len(pieces))
 
 
-def fused_residual_forward(residual, normed, mean, rstd, inp1, inp2, weight, bias):
+def fused_residual_forward(
+    residual: Array, normed: Array, mean: Array, rstd: Array, inp1: Array, inp2: Array, weight: Array, bias: Array
+) -> None:  # fmt: skip
     """residual = inp1 + inp2;  normed = LN(residual), as layernorm_forward
 
     residual, normed (B, T, C) f32 written (=);  mean, rstd (B, T) f32 written;  inp1, inp2 (B, T, C);
@@ -77,7 +86,7 @@ def fused_residual_forward(residual, normed, mean, rstd, inp1, inp2, weight, bia
     mu, rs = mean.reshape(-1), rstd.reshape(-1)
     rows = _rows(B * T, C)
 
-    def body(i):
+    def body(i: int) -> None:
         a, b = rows[i]
         np.add(x[a:b], y[a:b], out=r[a:b])
         _normalize(o[a:b], mu[a:b], rs[a:b], r[a:b], weight, bias)
@@ -85,7 +94,10 @@ def fused_residual_forward(residual, normed, mean, rstd, inp1, inp2, weight, bia
     device.parallel(body, len(rows))
 
 
-def layernorm_backward(dinp, dweight, dbias, scratch, dout, inp, weight, mean, rstd):
+def layernorm_backward(
+    dinp: Array, dweight: Array, dbias: Array, scratch: Array, dout: Array, inp: Array, weight: Array, mean: Array,
+    rstd: Array,
+) -> None:  # fmt: skip
     """dinp += rstd * (dn - mean(dn) - xhat * mean(dn * xhat));  dn = dout * weight;  xhat = (inp - mean) * rstd
     dweight += sum over B,T of dout * xhat;  dbias += sum over B,T of dout
 
@@ -102,7 +114,7 @@ def layernorm_backward(dinp, dweight, dbias, scratch, dout, inp, weight, mean, r
     rows = _rows(B * T, C)
     partial = scratch[: len(rows) * 2 * C].reshape(len(rows), 2, C)
 
-    def body(i):
+    def body(i: int) -> None:
         a, b = rows[i]
         xhat, dn, t = device.scratch(3, b - a, C)
         np.subtract(x[a:b], mu[a:b], out=xhat)
