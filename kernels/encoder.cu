@@ -9,44 +9,35 @@
 // The hard part is dwte: many positions hold the same token. llm.c sorts on the host; float atomics would be simple, but
 // the order of additions and so the bits would change from run to run. Here the device sorts, and no step is atomic.
 //
-// measured on an H200, B=32, T=1024, C=768, bf16, tokens as frequent as in text, microseconds:
-// version              | idea                                                  | bytes moved                | measured
-// encoder_forward 1    | thread per element                                    | (2N + T) C                 | 111
-// encoder_forward 2    | thread per 16 bytes                                   | same, 8x fewer accesses    | 24.2 (117 %)
-// encoder_backward 1   | block per vocabulary row reads all N tokens           | 4 N Vp (L2) + N C          | 1.7 s
-// encoder_backward 2   | sort positions by token, block per token that occurs  | N C, but one block sums a  | 4064
-//                      |                                                       | frequent token's rows alone|
-// encoder_backward 3   | sort, blocks sum equal pieces of the sorted list,     | N C + partials             | 162
-//                      | then tokens that span pieces are put together         |                            |
-// encoder_backward 4   | 3 with tokens sorted along, rows of dwte loaded ahead,| same. Predicted 75 to 80   | 101.5 (26 %)
-//                      | pieces of a token counted before they are added       |                            |
-// encoder_backward 5   | 4, digits of 6, 5 and 5 bits; loads of the sort in    | same; an eighth of the     | 97.7 (27 %),
-//                      | batches; both tables in one launch; 16 sums ahead     | sort's L2 reads            | predicted 70
-// Figures with % (of the speed of a copy of as many bytes; rows of frequent tokens come from L2) are of 2026-11-26.
-// 4's kernels timed alone: dwpe 21, sort 39 (each block reads all tokens, from L2), pieces 43, combination 14. Predicted
-// for 5: sort 17 (2 passes x 256 blocks x 256 KB = 134 MB of L2 become 128 blocks' 34 MB, and in 4 each step of the last
-// sweep waits for the stores of the one before), both tables 45, which is their bytes at half of a copy's speed, 10.
-// Which of the three takes longer than that has not been measured.
+// PIECE (entries of the sorted list that one block sums), BLOCK and SORT_BLOCK (threads) come from llmc/cuda/encoder.py.
+//
+// Measured on an H200, B=32, T=1024, C=768, bf16, tokens as frequent as in text, microseconds. Rungs below production are
+// ladder/encoder_0N_*.cu:
+// op               | rung | idea                                          | bytes moved                 | measured
+// encoder_forward  | 1    | thread per element                            | (2N + T) C                  | 111
+// encoder_forward  | 2    | thread per 16 bytes                           | same, 8x fewer accesses     | 24.2 (117 %)
+// encoder_backward | 1    | block per vocabulary row reads all N tokens   | 4 N Vp (L2) + N C           | 1.7 s
+// encoder_backward | 2    | sort positions by token, block per token      | N C, but one block sums a   | 4064
+//                  |      | that occurs                                   | frequent token's rows alone |
+// encoder_backward | 3    | sort, blocks sum equal pieces of the sorted   | N C + partials              | 162
+//                  |      | list; tokens that span pieces are put together|                             |
+// encoder_backward | 5    | tokens sorted along, digits of 6, 5 and 5     | same; a quarter of the      | 97.7 (27 %),
+//                  |      | bits; rows of dwte loaded ahead; both tables  | sort's reads from L2        | predicted 70
+//                  |      | in one launch; 16 sums ahead                  |                             |
+// Of rung 5, predicted: sort 17 (3 passes of 64, 32 and 32 blocks read 34 MB of L2), both tables 45, which is their bytes at
+// half of a copy's speed, combination 10. Which of the three takes longer than that has not been measured.
 //
 // Source: llm.c llmc/encoder.cuh (encoder_forward_kernel3, wpe_backward_kernel, wte_backward_kernel).
 #include "common.cuh"
+
+static_assert(PIECE > 0 && BLOCK % 32 == 0 && SORT_BLOCK % 32 == 0 && SORT_BLOCK <= 1024, "sizes of llmc/cuda/encoder.py");
 
 // ---------------------------------------------------------------------------------------------------------------------
 // forward
 // ---------------------------------------------------------------------------------------------------------------------
 
-// One thread per element of out. grid ceil(N*C / block), any block.
-extern "C" __global__ void encoder_forward_kernel1(floatX* out, const int* inp, const floatX* wte, const floatX* wpe,
-                                                   int T, int C, i64 elements) {
-    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= elements) { return; }
-    i64 position = i / C;
-    int c = i % C, t = position % T;
-    out[i] = (floatX)((float)wte[(i64)inp[position] * C + c] + (float)wpe[(i64)t * C + c]);
-}
-
 // One thread per 16 bytes of out. grid ceil(packs / block), packs = N*C / x128::size < 2^31; C % x128::size == 0.
-extern "C" __global__ void encoder_forward_kernel2(floatX* out, const int* inp, const floatX* wte, const floatX* wpe,
+extern "C" __global__ void encoder_forward_kernel(floatX* out, const int* inp, const floatX* wte, const floatX* wpe,
                                                    int T, int C, int packs) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= packs) { return; }
@@ -59,18 +50,14 @@ extern "C" __global__ void encoder_forward_kernel2(floatX* out, const int* inp, 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// backward: shared parts
+// backward: what both tables need
 // ---------------------------------------------------------------------------------------------------------------------
 
 #define WTE 0  // the two tables round with different noise
 #define WPE 1
 
-// *address += sum, rounded with noise that depends on (seed, table, element) alone.
-__device__ inline void accumulate(floatG* table, i64 element, float sum, u32 seed) {
-    table[element] = stochastic_round<floatG>((float)table[element] + sum, noise(element, seed));
-}
-
-// x128::size sums, which in a table of fp32 are two packs.
+// table[element..] += x128::size sums, which in a table of fp32 are two packs, each rounded with noise that depends on
+// (seed, table, element) alone.
 __device__ inline void accumulate128(floatG* table, i64 element, const float* sum, u32 seed) {
     constexpr int size = Packed128<floatG>::size;
     for (int first = 0; first < x128::size; first += size) {
@@ -84,17 +71,74 @@ __device__ inline void accumulate128(floatG* table, i64 element, const float* su
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// backward of the position table
+// backward: the tokens sorted
 // ---------------------------------------------------------------------------------------------------------------------
 
-// One thread per (t, c), looping over the batch. grid ceil(T*C / block).
-extern "C" __global__ void wpe_backward_kernel1(floatG* dwpe, const floatX* dout, const u32* seed, int B, int T, int C) {
-    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= (i64)T * C) { return; }
-    float sum = 0.0f;
-    for (int b = 0; b < B; b++) { sum += (float)dout[(i64)b * T * C + i]; }
-    accumulate(dwpe, i, sum, noise(WPE, seed[0]));
+#define BATCH 8  // tokens of a lane that are loaded before any is looked at
+
+// One pass of a stable radix sort of tokens and their positions: tokens, positions = those of in_tokens, in_positions (NULL:
+// 0, 1, 2, ...), ordered by the digit (token >> shift) & mask, equal digits in the order in which they came. Passes from the
+// low digit up sort by token and keep positions ascending within a token, which fixes the order of every sum.
+// Block d owns digit d. It reads all N tokens, counts how many go before its own, and appends its own in order: no
+// histogram, no atomics, N reads from L2 for each digit. Each warp owns a contiguous run of the list.
+// The loads of a batch come before its stores: tokens[] might be in_tokens[] for all the compiler knows, so that otherwise
+// every step would wait for the one before. grid mask + 1, block a multiple of 32 up to SORT_BLOCK.
+extern "C" __global__ void __launch_bounds__(SORT_BLOCK)
+sort_by_token_kernel(int* tokens, int* positions, const int* in_tokens, const int* in_positions, int N, int shift,
+                      int mask) {
+    __shared__ int run_matches[32];
+    __shared__ int run_before[32];
+    int digit = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    int run = ceil_div(N, warps), begin = min(warp * run, N), end = min(begin + run, N);
+
+    int matches = 0, before = 0;  // of this warp's run: tokens with our digit, and with a smaller one
+    for (int i = begin + lane; i - lane < end; i += 32 * BATCH) {
+        int token[BATCH];
+#pragma unroll
+        for (int b = 0; b < BATCH; b++) { token[b] = i + 32 * b < end ? in_tokens[i + 32 * b] : 0; }
+#pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+            int found = i + 32 * b < end ? (token[b] >> shift) & mask : digit + 1;
+            matches += __popc(__ballot_sync(0xffffffffu, found == digit));
+            before += __popc(__ballot_sync(0xffffffffu, found < digit));
+        }
+    }
+    if (lane == 0) {
+        run_matches[warp] = matches;
+        run_before[warp] = before;
+    }
+    __syncthreads();
+    int place = 0;  // where this run's first match goes: after all smaller digits and the matches of earlier runs
+    for (int w = 0; w < warps; w++) { place += run_before[w] + (w < warp ? run_matches[w] : 0); }
+
+    for (int i = begin + lane; i - lane < end; i += 32 * BATCH) {
+        int token[BATCH], from[BATCH];  // from: -1 where the digit is another
+#pragma unroll
+        for (int b = 0; b < BATCH; b++) { token[b] = i + 32 * b < end ? in_tokens[i + 32 * b] : 0; }
+#pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+            bool match = i + 32 * b < end && ((token[b] >> shift) & mask) == digit;
+            from[b] = !match ? -1 : in_positions ? in_positions[i + 32 * b] : i + 32 * b;
+        }
+#pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+            u32 votes = __ballot_sync(0xffffffffu, from[b] >= 0);
+            if (from[b] >= 0) {
+                int to = place + __popc(votes & ((1u << lane) - 1));
+                tokens[to] = token[b];
+                positions[to] = from[b];
+            }
+            place += __popc(votes);
+        }
+    }
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// backward: both tables
+// ---------------------------------------------------------------------------------------------------------------------
+
+#define AHEAD 8     // rows whose loads are on their way at once
+#define AT_ONCE 16  // sums of pieces likewise
 
 // dwpe[i..] += the sum over the batch, for the 16 bytes at element i of dwpe.
 __device__ inline void add_positions(floatG* dwpe, const floatX* dout, const u32* seed, i64 i, int B, int T, int C) {
@@ -108,214 +152,11 @@ __device__ inline void add_positions(floatG* dwpe, const floatX* dout, const u32
     accumulate128(dwpe, i, sum, noise(WPE, seed[0]));
 }
 
-// One thread per 16 bytes of dwpe. grid ceil(T*C / x128::size / block), block up to 128; C % x128::size == 0.
-extern "C" __global__ void __launch_bounds__(128, 1)
-wpe_backward_kernel2(floatG* dwpe, const floatX* dout, const u32* seed, int B, int T, int C) {
-    add_positions(dwpe, dout, seed, ((i64)blockIdx.x * blockDim.x + threadIdx.x) * x128::size, B, T, C);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// backward of the token table
-// ---------------------------------------------------------------------------------------------------------------------
-
-// One block per vocabulary row, threads over its channels; each reads all N tokens. grid Vp, any block.
-extern "C" __global__ void wte_backward_kernel1(floatG* dwte, const floatX* dout, const int* inp, const u32* seed,
-                                                int N, int C) {
-    int token = blockIdx.x;
-    for (int c = threadIdx.x; c < C; c += blockDim.x) {
-        float sum = 0.0f;
-        bool found = false;
-        for (int position = 0; position < N; position++) {
-            if (inp[position] == token) {
-                sum += (float)dout[(i64)position * C + c];
-                found = true;
-            }
-        }
-        if (found) { accumulate(dwte, (i64)token * C + c, sum, noise(WTE, seed[0])); }
-    }
-}
-
-// One pass of a stable radix sort of positions by token: out = the positions of `in`, ordered by the digit
-// (token >> shift) & mask, equal digits in the order of `in` (NULL: 0, 1, 2, ...). Two passes, low digit first, sort by
-// token and keep positions ascending within a token, which fixes the order of every sum.
-// Block d owns digit d. It reads all N tokens, counts how many go before its own, and appends its own in order: no
-// histogram, no atomics, 2^digit_bits * N reads from L2. Each warp owns a contiguous run of `in`.
-// grid mask + 1, block 1024.
-extern "C" __global__ void __launch_bounds__(1024)
-sort_by_token_kernel(int* out, const int* in, const int* inp, int N, int shift, int mask) {
-    __shared__ int run_matches[32];
-    __shared__ int run_before[32];
-    int digit = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    int run = ceil_div(N, warps), begin = min(warp * run, N), end = min(begin + run, N);
-
-    int matches = 0, before = 0;  // of this warp's run: positions with our digit, and with a smaller one
-#pragma unroll 4
-    for (int i = begin; i < end; i += 32) {
-        int position = i + lane < end ? (in ? in[i + lane] : i + lane) : -1;
-        int found = position >= 0 ? (inp[position] >> shift) & mask : digit + 1;
-        matches += __popc(__ballot_sync(0xffffffffu, found == digit));
-        before += __popc(__ballot_sync(0xffffffffu, found < digit));
-    }
-    if (lane == 0) {
-        run_matches[warp] = matches;
-        run_before[warp] = before;
-    }
-    __syncthreads();
-    int place = 0;  // where this run's first match goes: after all smaller digits and the matches of earlier runs
-    for (int w = 0; w < warps; w++) { place += run_before[w] + (w < warp ? run_matches[w] : 0); }
-
-#pragma unroll 4
-    for (int i = begin; i < end; i += 32) {
-        int position = i + lane < end ? (in ? in[i + lane] : i + lane) : -1;
-        bool match = position >= 0 && ((inp[position] >> shift) & mask) == digit;
-        u32 votes = __ballot_sync(0xffffffffu, match);
-        if (match) { out[place + __popc(votes & ((1u << lane) - 1))] = position; }
-        place += __popc(votes);
-    }
-}
-
-// sorted[j] is where a token's occurrences begin if j = 0 or the entry before belongs to another token.
-__device__ inline bool begins_at(const int* sorted, const int* inp, int j) {
-    return j == 0 || inp[sorted[j]] != inp[sorted[j - 1]];
-}
-
-// Block (j, y) sums all rows of the token that begins at sorted[j], if one does, for 16 bytes of channels per thread.
-// grid (N, ceil(C / x128::size / block)); C % x128::size == 0.
-extern "C" __global__ void wte_backward_kernel2(floatG* dwte, const floatX* dout, const int* inp, const int* sorted,
-                                                const u32* seed, int N, int C) {
-    int j = blockIdx.x, c = (blockIdx.y * blockDim.x + threadIdx.x) * x128::size;
-    if (c >= C || !begins_at(sorted, inp, j)) { return; }
-    int token = inp[sorted[j]];
-    float sum[x128::size] = {};
-    for (; j < N && inp[sorted[j]] == token; j++) {
-        x128 row = load128cs(dout + (i64)sorted[j] * C + c);
-        for (int k = 0; k < x128::size; k++) { sum[k] += (float)row[k]; }
-    }
-    accumulate128(dwte, (i64)token * C + c, sum, noise(WTE, seed[0]));
-}
-
-#define PIECE 32  // entries of the sorted list that one block sums; llmc/cuda/encoder.py has the same number
-#define AHEAD 8   // rows whose loads are in flight at once
-
-__device__ inline void add_partial(float* sum, const float* address) {
-    for (int k = 0; k < x128::size; k += f128::size) {
-        f128 part = load128(address + k);
-        for (int e = 0; e < f128::size; e++) { sum[k + e] += part[e]; }
-    }
-}
-
-// Block (p, y) walks piece p of the sorted list and sums the rows of each token in it. A token that lies within the piece
-// is finished here. What continues from piece p-1 is left in partials[p][0], what begins here and goes on in piece p+1 in
-// partials[p][1]; wte_combine_kernel3 adds those up.
-// grid (ceil(N / PIECE), ceil(C / x128::size / block)); partials (pieces, 2, C) f32; C % x128::size == 0.
-extern "C" __global__ void wte_backward_kernel3(floatG* dwte, float* partials, const floatX* dout, const int* inp,
-                                                const int* sorted, const u32* seed, int N, int C) {
-    __shared__ int positions[PIECE];
-    __shared__ int tokens[PIECE + 2];  // with the neighbours on both sides; -1 past the ends of the list
-    int begin = blockIdx.x * PIECE, count = min(PIECE, N - begin);
-    for (int i = threadIdx.x; i < count + 2; i += blockDim.x) {
-        int j = begin + i - 1;
-        int position = j >= 0 && j < N ? sorted[j] : -1;
-        tokens[i] = position >= 0 ? inp[position] : -1;
-        if (i >= 1 && i <= count) { positions[i - 1] = position; }
-    }
-    __syncthreads();
-    int c = (blockIdx.y * blockDim.x + threadIdx.x) * x128::size;
-    if (c >= C) { return; }
-
-    float* partial = partials + (i64)blockIdx.x * 2 * C + c;
-    bool continued = tokens[0] == tokens[1];  // the first token here began in an earlier piece
-    u32 key = noise(WTE, seed[0]);
-    float sum[x128::size] = {};
-    for (int i = 0; i < count; i += AHEAD) {
-        x128 rows[AHEAD];
-#pragma unroll
-        for (int a = 0; a < AHEAD; a++) {
-            if (i + a < count) { rows[a] = load128cs(dout + (i64)positions[i + a] * C + c); }
-        }
-#pragma unroll
-        for (int a = 0; a < AHEAD; a++) {
-            if (i + a >= count) { break; }
-            for (int k = 0; k < x128::size; k++) { sum[k] += (float)rows[a][k]; }
-            int token = tokens[i + a + 1];
-            bool last = i + a == count - 1, goes_on = tokens[i + a + 2] == token;
-            if (goes_on && !last) { continue; }
-            if (continued) {
-                store_floats<x128::size>(partial, sum);
-            } else if (goes_on) {
-                store_floats<x128::size>(partial + C, sum);
-            } else {
-                accumulate128(dwte, (i64)token * C + c, sum, key);
-            }
-            continued = false;
-            for (int k = 0; k < x128::size; k++) { sum[k] = 0.0f; }
-        }
-    }
-}
-
-// Block (p, y) finishes the token that begins in piece p and goes on in piece p+1, if there is one: partials[p][1] and then
-// partials[q][0] for every following piece that the token reaches. Same grid and block as wte_backward_kernel3.
-extern "C" __global__ void wte_combine_kernel3(floatG* dwte, const float* partials, const int* inp, const int* sorted,
-                                               const u32* seed, int N, int C) {
-    int c = (blockIdx.y * blockDim.x + threadIdx.x) * x128::size;
-    int begin = blockIdx.x * PIECE, next = begin + PIECE;
-    if (c >= C || next >= N) { return; }
-    int token = inp[sorted[next - 1]];
-    if (inp[sorted[next]] != token) { return; }                                     // nothing goes on
-    if (inp[sorted[begin]] == token && !begins_at(sorted, inp, begin)) { return; }  // it began in an earlier piece
-    float sum[x128::size] = {};
-    add_partial(sum, partials + ((i64)blockIdx.x * 2 + 1) * C + c);
-    for (int piece = blockIdx.x + 1; piece * PIECE < N && inp[sorted[piece * PIECE]] == token; piece++) {
-        add_partial(sum, partials + (i64)piece * 2 * C + c);
-    }
-    accumulate128(dwte, (i64)token * C + c, sum, noise(WTE, seed[0]));
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// rung 4: the same sums in the same order, with the waiting taken out
-// ---------------------------------------------------------------------------------------------------------------------
-
-// sort_by_token_kernel with the tokens moved along: both sweeps read neighbouring addresses, and what sums the rows need
-// not look tokens up by position. in_positions NULL: 0, 1, 2, ...  grid mask + 1, block 1024.
-extern "C" __global__ void __launch_bounds__(1024)
-sort_by_token_kernel4(int* tokens, int* positions, const int* in_tokens, const int* in_positions, int N, int shift,
-                      int mask) {
-    __shared__ int run_matches[32];
-    __shared__ int run_before[32];
-    int digit = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    int run = ceil_div(N, warps), begin = min(warp * run, N), end = min(begin + run, N);
-
-    int matches = 0, before = 0;  // of this warp's run: tokens with our digit, and with a smaller one
-#pragma unroll 8
-    for (int i = begin; i < end; i += 32) {
-        int found = i + lane < end ? (in_tokens[i + lane] >> shift) & mask : digit + 1;
-        matches += __popc(__ballot_sync(0xffffffffu, found == digit));
-        before += __popc(__ballot_sync(0xffffffffu, found < digit));
-    }
-    if (lane == 0) {
-        run_matches[warp] = matches;
-        run_before[warp] = before;
-    }
-    __syncthreads();
-    int place = 0;  // where this run's first match goes: after all smaller digits and the matches of earlier runs
-    for (int w = 0; w < warps; w++) { place += run_before[w] + (w < warp ? run_matches[w] : 0); }
-
-#pragma unroll 8
-    for (int i = begin; i < end; i += 32) {
-        int token = i + lane < end ? in_tokens[i + lane] : 0;
-        bool match = i + lane < end && ((token >> shift) & mask) == digit;
-        u32 votes = __ballot_sync(0xffffffffu, match);
-        if (match) {
-            int to = place + __popc(votes & ((1u << lane) - 1));
-            tokens[to] = token;
-            positions[to] = in_positions ? in_positions[i + lane] : i + lane;
-        }
-        place += __popc(votes);
-    }
-}
-
-// wte_backward_kernel3 on sorted tokens and positions, for block (piece, y). The rows of dwte that a batch of loads will
-// finish are read with it: most tokens of a piece occur once, and each would wait for its row otherwise.
+// Walks one piece of the sorted list and sums the rows of each token in it, for the channels of part y of C. A token that
+// lies within the piece is finished here. What continues from the piece before is left in partials[piece][0], what begins
+// here and goes on in the next piece in partials[piece][1]; wte_combine_kernel adds those up.
+// The rows of dwte that a batch of loads will finish are read with it: most tokens of a piece occur once, and each would
+// wait for its row otherwise. partials (pieces, 2, C) f32.
 __device__ inline void add_piece(floatG* dwte, float* partials, const floatX* dout, const int* sorted_tokens,
                                  const int* positions, const u32* seed, int piece, int y, int N, int C) {
     constexpr int size = Packed128<floatG>::size, parts = x128::size / size;
@@ -373,18 +214,35 @@ __device__ inline void add_piece(floatG* dwte, float* partials, const floatX* do
     }
 }
 
-// Same grid and partials as wte_backward_kernel3; block 128.
-extern "C" __global__ void __launch_bounds__(128)
-wte_backward_kernel4(floatG* dwte, float* partials, const floatX* dout, const int* sorted_tokens, const int* positions,
-                     const u32* seed, int N, int C) {
-    add_piece(dwte, partials, dout, sorted_tokens, positions, seed, blockIdx.x, blockIdx.y, N, C);
+// Both tables in one launch: the first `pieces * columns` blocks, which wait a lot, sum pieces for dwte, and the others sum
+// positions for dwpe and fill the memory's idle time. dout comes from memory once more or less, for both.
+// grid pieces * columns + ceil(T*C / x128::size / block), columns = ceil(C / x128::size / block); block up to BLOCK.
+extern "C" __global__ void __launch_bounds__(BLOCK)
+tables_backward_kernel(floatG* dwte, float* partials, floatG* dwpe, const floatX* dout, const int* sorted_tokens,
+                       const int* positions, const u32* seed, int pieces, int columns, int B, int T, int C) {
+    int block = blockIdx.x;
+    if (block < pieces * columns) {
+        add_piece(dwte, partials, dout, sorted_tokens, positions, seed, block / columns, block % columns, B * T, C);
+    } else {
+        i64 pack = (i64)(block - pieces * columns) * blockDim.x + threadIdx.x;
+        add_positions(dwpe, dout, seed, pack * x128::size, B, T, C);
+    }
 }
 
-// wte_combine_kernel3, which finds out first, all threads at once, how many pieces the token reaches: their sums are then
-// loaded AT_ONCE at a time.
-template <int AT_ONCE>
-__device__ inline void combine_pieces(floatG* dwte, const float* partials, const int* tokens, const u32* seed, int N,
-                                      int C) {
+__device__ inline void add_partial(float* sum, const float* address) {
+    for (int k = 0; k < x128::size; k += f128::size) {
+        f128 part = load128(address + k);
+        for (int e = 0; e < f128::size; e++) { sum[k + e] += part[e]; }
+    }
+}
+
+// Block (p, y) finishes the token that begins in piece p and goes on in piece p+1, if there is one: it adds partials[p][1]
+// and then partials[q][0] of every following piece that the token reaches. All threads at once find out first how many
+// pieces these are; their sums are then loaded AT_ONCE at a time. The second launch bound keeps ptxas from sinking those
+// loads to save registers.
+// grid (ceil(N / PIECE), ceil(C / x128::size / block)), block up to BLOCK.
+extern "C" __global__ void __launch_bounds__(BLOCK, 1)
+wte_combine_kernel(floatG* dwte, const float* partials, const int* tokens, const u32* seed, int N, int C) {
     int begin = blockIdx.x * PIECE, next = begin + PIECE;
     if (next >= N) { return; }
     int token = tokens[next - 1];
@@ -417,87 +275,4 @@ __device__ inline void combine_pieces(floatG* dwte, const float* partials, const
         }
     }
     accumulate128(dwte, (i64)token * C + c, sum, noise(WTE, seed[0]));
-}
-
-extern "C" __global__ void __launch_bounds__(128, 1)
-wte_combine_kernel4(floatG* dwte, const float* partials, const int* tokens, const u32* seed, int N, int C) {
-    combine_pieces<AHEAD>(dwte, partials, tokens, seed, N, C);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// rung 5: less to sort, fewer launches in a row
-// ---------------------------------------------------------------------------------------------------------------------
-
-#define BATCH 8  // tokens of a lane that are loaded before any is looked at
-
-// sort_by_token_kernel4 with the loads of a batch before its stores: tokens[] might be in_tokens[] for all the compiler
-// knows, so that otherwise every step waits for the one before. Same grid.
-extern "C" __global__ void __launch_bounds__(1024)
-sort_by_token_kernel5(int* tokens, int* positions, const int* in_tokens, const int* in_positions, int N, int shift,
-                      int mask) {
-    __shared__ int run_matches[32];
-    __shared__ int run_before[32];
-    int digit = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    int run = ceil_div(N, warps), begin = min(warp * run, N), end = min(begin + run, N);
-
-    int matches = 0, before = 0;  // of this warp's run: tokens with our digit, and with a smaller one
-    for (int i = begin + lane; i - lane < end; i += 32 * BATCH) {
-        int token[BATCH];
-#pragma unroll
-        for (int b = 0; b < BATCH; b++) { token[b] = i + 32 * b < end ? in_tokens[i + 32 * b] : 0; }
-#pragma unroll
-        for (int b = 0; b < BATCH; b++) {
-            int found = i + 32 * b < end ? (token[b] >> shift) & mask : digit + 1;
-            matches += __popc(__ballot_sync(0xffffffffu, found == digit));
-            before += __popc(__ballot_sync(0xffffffffu, found < digit));
-        }
-    }
-    if (lane == 0) {
-        run_matches[warp] = matches;
-        run_before[warp] = before;
-    }
-    __syncthreads();
-    int place = 0;  // where this run's first match goes: after all smaller digits and the matches of earlier runs
-    for (int w = 0; w < warps; w++) { place += run_before[w] + (w < warp ? run_matches[w] : 0); }
-
-    for (int i = begin + lane; i - lane < end; i += 32 * BATCH) {
-        int token[BATCH], from[BATCH];  // from: -1 where the digit is another
-#pragma unroll
-        for (int b = 0; b < BATCH; b++) { token[b] = i + 32 * b < end ? in_tokens[i + 32 * b] : 0; }
-#pragma unroll
-        for (int b = 0; b < BATCH; b++) {
-            bool match = i + 32 * b < end && ((token[b] >> shift) & mask) == digit;
-            from[b] = !match ? -1 : in_positions ? in_positions[i + 32 * b] : i + 32 * b;
-        }
-#pragma unroll
-        for (int b = 0; b < BATCH; b++) {
-            u32 votes = __ballot_sync(0xffffffffu, from[b] >= 0);
-            if (from[b] >= 0) {
-                int to = place + __popc(votes & ((1u << lane) - 1));
-                tokens[to] = token[b];
-                positions[to] = from[b];
-            }
-            place += __popc(votes);
-        }
-    }
-}
-
-// wte_backward_kernel4 and wpe_backward_kernel2 in one launch: the first `pieces * columns` blocks, which wait a lot, are
-// the former's, and the others fill the memory's idle time. dout comes from memory once more or less, for both.
-// grid pieces * columns + ceil(T*C / x128::size / block), columns = ceil(C / x128::size / block); block up to 128.
-extern "C" __global__ void __launch_bounds__(128)
-tables_backward_kernel5(floatG* dwte, float* partials, floatG* dwpe, const floatX* dout, const int* sorted_tokens,
-                        const int* positions, const u32* seed, int pieces, int columns, int B, int T, int C) {
-    int block = blockIdx.x;
-    if (block < pieces * columns) {
-        add_piece(dwte, partials, dout, sorted_tokens, positions, seed, block / columns, block % columns, B * T, C);
-    } else {
-        i64 pack = (i64)(block - pieces * columns) * blockDim.x + threadIdx.x;
-        add_positions(dwpe, dout, seed, pack * x128::size, B, T, C);
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(128, 1)
-wte_combine_kernel5(floatG* dwte, const float* partials, const int* tokens, const u32* seed, int N, int C) {
-    combine_pieces<2 * AHEAD>(dwte, partials, tokens, seed, N, C);
 }

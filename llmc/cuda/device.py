@@ -35,12 +35,12 @@ def step_modules(
     C, HS, Vp          channels, head size and padded vocabulary, which some kernels are compiled for
     tensors            how many tensors the parameters have: rows of AdamW's tables
     """
-    from . import adamw, attention, global_norm, matmul
+    from . import adamw, attention, encoder, global_norm, matmul
     from .fused_classifier import DEFINES as CLASSIFIER
 
     heads = () if HS == 64 else (f"HEAD_SIZE={HS}",)
     defines = {
-        "encoder.cu": (),
+        "encoder.cu": encoder.DEFINES,
         "layernorm.cu": (),
         "matmul.cu": (),
         "attention.cu": heads,
