@@ -1,7 +1,9 @@
 """The loaders: llm.c's published order, resuming, every pair once, and data that does not fit."""
 
 import itertools
+import json
 import os
+import random
 import struct
 import tracemalloc
 
@@ -225,6 +227,53 @@ def test_state_of_other_data_is_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=f"{message}.*HINT"):
             loader.load_state(changed)
+
+
+NUMBERS = [-1, 0, 1, 7, 2**31, 2**62, 10**18, 1.5]
+WRONG = [None, True, *NUMBERS, "", "7", "zz", "ab" * 2520, [], [0], [[0], 1], [2**40], {}, {"0": {}}]
+
+
+def damaged(value, rng):
+    """A copy of a state in which one value, at any depth, is another one, or is not there."""
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = rng.choice(sorted(value))
+        if rng.random() < 0.1:
+            return {k: v for k, v in value.items() if k != key}
+        return value | {key: damaged(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.7:
+        at = rng.randrange(len(value))
+        return [*value[:at], damaged(value[at], rng), *value[at + 1 :]]
+    return rng.choice(WRONG)
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(20_000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_damaged_state_is_refused_or_used(shuffle, count, tmp_path):
+    """Whatever JSON a state holds, of a run of two ranks in turns, with streams that no rank has."""
+    pattern, refused = make_shards(tmp_path, [140, 300, 65]), 0
+    loaders = [DataLoader(pattern, 2, 8, rank, 2, shuffle, streams=3, rows=1) for rank in range(2)]
+    for loader in loaders:
+        list(loader.batches(5))
+    states = json.loads(
+        json.dumps(
+            [loader.state() for loader in loaders],
+            default=lambda v: v.tolist() if isinstance(v, np.ndarray) else v.hex(),
+        )
+    )
+    for number in range(count):
+        rng = random.Random(number)
+        changed = [damaged(state, rng) if rank == number % 2 else state for rank, state in enumerate(states)]
+        if not all(isinstance(state, dict) for state in changed):
+            continue  # a state is one
+        loader = DataLoader(pattern, 2, 8, shuffle and 1, 2, shuffle)
+        try:
+            loader.load_states(changed)
+        except UserError as error:
+            refused += 1
+            assert "HINT: " in str(error) and len(str(error)) < 500, number
+        else:
+            assert len(list(loader.batches(40))) == 40
+    assert count // 20 < refused < count, "a stream can be told by several states: not all that is damaged is used"
 
 
 # ----------------------------------------------------------------------------

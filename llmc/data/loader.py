@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from llmc.data.shards import HEADER_BYTES, Dataset, ShardHeader, read_shard_header, shard_paths
 from llmc.data.tokenizer import tokenizer_name
 from llmc.errors import UserError
+from llmc.files import parse
 from llmc.rand import MT19937, random_permutation
 
 Batch = NDArray[np.int32]
+RESUME_HINT = "HINT: resume with the same data, -t and shuffling (-a), after llm.c also the same -b"
 
 
 def source_of(source: str | Dataset, vocab_size: int | None) -> tuple[str, int | None]:
@@ -326,48 +328,75 @@ class DataLoader:
 
         T must be that of the run, and B if llm.c wrote the states; UserError if they cannot be used.
         """
-        hint = "HINT: resume with the same data, -t and shuffling (-a), after llm.c also the same -b"
         about = states[0].get("streams") or dict(count=len(states), rows=self.B, T=self.T, next=0, row=0)
-        if about["T"] != self.T:
-            raise UserError(f"{self.pattern}: the checkpoint was saved with -t {about['T']}, not {self.T}. {hint}")
-        self._make_streams(about["count"], about["rows"], about["next"], about["row"])
+        what = f"{self.pattern}: the checkpoint's data loader"
+        about = parse.dictionary(about, f"{what}: streams")
+        count, rows, T = (
+            parse.integer(about.get(name), f"{what}: {name}", 1, 2**31) for name in ("count", "rows", "T")
+        )
+        turn = parse.integer(about.get("next"), f"{what}: next", 0, count - 1)
+        row = parse.integer(about.get("row"), f"{what}: row", 0, rows - 1)
+        if T != self.T:
+            raise UserError(f"{self.pattern}: the checkpoint was saved with -t {T}, not {self.T}. {RESUME_HINT}")
         found: dict[int, Any] = {}
         for rank, state in enumerate(states):
-            found.setdefault(rank % about["count"], state)
+            found.setdefault(rank % count, state)
         for state in states:
-            found.update({int(s): other for s, other in state.get("streams", {}).get("others", {}).items()})
+            shared = parse.dictionary(state.get("streams") or {}, f"{what}: streams").get("others", {})
+            for name, other in parse.dictionary(shared, f"{what}: others").items():
+                found[int(name) if name.isdecimal() and len(name) < 10 else -1] = other
+        if count > len(found) or set(range(count)) - set(found):
+            raise UserError(f"{what} has {len(found)} states of {count} streams. {RESUME_HINT}")
+        self._make_streams(count, rows, turn, row)
         for s, stream in zip(self._indices, self._streams, strict=True):
-            self._load_stream(stream, found[s], hint)
+            self._load_stream(stream, parse.dictionary(found[s], f"{what}: stream {s}"), f"{what}: stream {s}")
         self._open(self._stream.shards[self._stream.shard])
 
-    def _load_stream(self, stream: Stream, state: dict[str, Any], hint: str) -> None:
-        if bool(state["should_shuffle"]) != self.should_shuffle:
+    def _load_stream(self, stream: Stream, state: dict[str, Any], what: str) -> None:
+        shuffled = bool(state.get("should_shuffle"))
+        if shuffled != self.should_shuffle:
             said = ["without shuffling", "with shuffling"]
             raise UserError(
-                f"{self.pattern}: the checkpoint was saved {said[bool(state['should_shuffle'])]}, this run is "
-                f"{said[self.should_shuffle]}. {hint}"
+                f"{self.pattern}: the checkpoint was saved {said[shuffled]}, this run is {said[self.should_shuffle]}. "
+                f"{RESUME_HINT}"
             )
-        shard, sample = int(state["current_shard_idx"]), int(state["current_sample_idx"])
-        if not 0 <= shard < len(self.paths):
-            raise UserError(f"{self.pattern}: the checkpoint is in shard {shard} of {len(self.paths)}. {hint}")
+        shard, sample = (
+            parse.integer(state.get(f"current_{name}_idx"), f"{what}: {name}") for name in ("shard", "sample")
+        )
+        if shard >= len(self.paths):
+            raise UserError(f"{self.pattern}: the checkpoint is in shard {shard} of {len(self.paths)}. {RESUME_HINT}")
         if self.should_shuffle:
-            order, mt19937 = np.array(state["shard_indices"], np.int32), state["mt19937"]
-            if not np.array_equal(np.sort(order), np.arange(len(self.paths))):
-                raise UserError(
-                    f"{self.pattern}: the checkpoint has {order.size} shards, not {len(self.paths)}. {hint}"
-                )
-            stream.shards = order
-            stream.rng = MT19937.from_bytes(bytes.fromhex(mt19937) if isinstance(mt19937, str) else mt19937)
+            stream.shards = _order(state.get("shard_indices"), len(self.paths), f"{self.pattern}", "shards")
+            stream.rng = _generator(state.get("mt19937"), what)
         path, count = self.paths[stream.shards[shard]], stream.num_samples[stream.shards[shard]]
-        if not 0 <= sample <= count:
-            raise UserError(f"{path}: the checkpoint is at sample {sample} of {count} in this shard. {hint}")
+        if sample > count:
+            raise UserError(f"{path}: the checkpoint is at sample {sample} of {count} in this shard. {RESUME_HINT}")
         stream.shard, stream.sample, stream.samples = shard, sample, range(count)
         if self.should_shuffle:
-            stream.samples = np.array(state["intra_shard_indices"], np.int32)
-            if not np.array_equal(np.sort(stream.samples), np.arange(count)):
-                raise UserError(
-                    f"{path}: the checkpoint has {stream.samples.size} samples in this shard, not {count}. {hint}"
-                )
+            stream.samples = _order(state.get("intra_shard_indices"), count, path, "samples in this shard")
+
+
+def _order(indices: Any, count: int, what: str, of: str) -> NDArray[np.int32]:
+    """The numbers 0 .. count - 1 in the order of a state. Errors: UserError for anything else."""
+    try:
+        order = np.asarray(indices)
+    except ValueError:  # lists within lists of different lengths
+        order = np.empty((0, 0))
+    if order.ndim != 1 or (order.size and order.dtype.kind not in "iu"):
+        raise UserError(f"{what}: the checkpoint's order of {of} is {parse.shown(indices)}. {RESUME_HINT}")
+    if not np.array_equal(np.sort(order), np.arange(count)):
+        raise UserError(f"{what}: the checkpoint has {order.size} {of}, not {count}. {RESUME_HINT}")
+    return order.astype(np.int32)
+
+
+def _generator(state: Any, what: str) -> MT19937:
+    """The random generator of a state: bytes, or their hexadecimal digits. Errors: UserError."""
+    try:
+        return MT19937.from_bytes(bytes.fromhex(state) if isinstance(state, str) else state)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{what}: mt19937 is {parse.shown(state)}. {RESUME_HINT}") from error
 
 
 class EveryPair:
