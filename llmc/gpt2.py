@@ -91,30 +91,31 @@ def parameter_specs(config: GPT2Config) -> list[TensorSpec]:
     """The parameter tensors, in the order of llm.c's checkpoint. Matrices are (out_features, in_features)."""
     Vp, maxT, L, C = config.padded_vocab_size, config.max_seq_len, config.num_layers, config.channels
     return [
-        TensorSpec("wte", (Vp, C), "X", 0, "normal", True),  # rows V..Vp are zero, and stay zero
-        TensorSpec("wpe", (maxT, C), "X", 0, "normal", True, accumulated=True),
-        TensorSpec("ln1w", (C,), "X", L, "ones", accumulated=True),
-        TensorSpec("ln1b", (C,), "X", L, accumulated=True),
-        TensorSpec("qkvw", (3 * C, C), "X", L, "normal", True),
-        TensorSpec("qkvb", (3 * C,), "X", L),
-        TensorSpec("attprojw", (C, C), "X", L, "residual", True),
-        TensorSpec("attprojb", (C,), "X", L),
-        TensorSpec("ln2w", (C,), "X", L, "ones", accumulated=True),
-        TensorSpec("ln2b", (C,), "X", L, accumulated=True),
-        TensorSpec("fcw", (4 * C, C), "X", L, "normal", True),
-        TensorSpec("fcb", (4 * C,), "X", L),
-        TensorSpec("fcprojw", (C, 4 * C), "X", L, "residual", True),
-        TensorSpec("fcprojb", (C,), "X", L),
-        TensorSpec("lnfw", (C,), "X", 0, "ones", accumulated=True),
-        TensorSpec("lnfb", (C,), "X", 0, accumulated=True),
+        TensorSpec("wte", (Vp, C), init="normal", decay=True),  # rows V..Vp are zero, and stay zero
+        TensorSpec("wpe", (maxT, C), init="normal", decay=True, accumulated=True),
+        TensorSpec("ln1w", (C,), layers=L, init="ones", accumulated=True),
+        TensorSpec("ln1b", (C,), layers=L, accumulated=True),
+        TensorSpec("qkvw", (3 * C, C), layers=L, init="normal", decay=True),
+        TensorSpec("qkvb", (3 * C,), layers=L),
+        TensorSpec("attprojw", (C, C), layers=L, init="residual", decay=True),
+        TensorSpec("attprojb", (C,), layers=L),
+        TensorSpec("ln2w", (C,), layers=L, init="ones", accumulated=True),
+        TensorSpec("ln2b", (C,), layers=L, accumulated=True),
+        TensorSpec("fcw", (4 * C, C), layers=L, init="normal", decay=True),
+        TensorSpec("fcb", (4 * C,), layers=L),
+        TensorSpec("fcprojw", (C, 4 * C), layers=L, init="residual", decay=True),
+        TensorSpec("fcprojb", (C,), layers=L),
+        TensorSpec("lnfw", (C,), init="ones", accumulated=True),
+        TensorSpec("lnfb", (C,), accumulated=True),
     ]
 
 
 def activation_specs(
     config: GPT2Config, B: int, T: int, recompute: int, training: bool = True
 ) -> list[TensorSpec]:  # fmt: skip
-    """The activations of a micro-batch. recompute 0 keeps all, 1 recomputes GELU in backward, 2 also the layernorms.
+    """The activations of a micro-batch of B rows of T tokens.
 
+    recompute: 0 keeps all of them for backward, 1 makes GELU again there, 2 also the layernorms.
     Without training there is no backward pass to keep them for: all layers share those of one.
     """
     Vp, NH, C = config.padded_vocab_size, config.num_heads, config.channels
@@ -137,14 +138,14 @@ def activation_specs(
         TensorSpec("ln2_rstd", (B, T), "f32", L),
         TensorSpec("fch", (B, T, 4 * C), "X", L),
         TensorSpec("fch_gelu", (B, T, 4 * C), "X", keep_gelu),
-        TensorSpec("residual3", (B, T, C), "X", L),  # the last layer's becomes scratch (dl_btc) in backward
+        TensorSpec("residual3", (B, T, C), "X", L),  # the last layer's becomes dl_btc in backward
         TensorSpec("lnf", (B, T, C)),
         TensorSpec("lnf_mean", (B, T), "f32"),
         TensorSpec("lnf_rstd", (B, T), "f32"),
         TensorSpec("losses", (B, T), "f32"),
         TensorSpec("output", (*head_shape(B, T), Vp)),  # logits, then dlogits
-        TensorSpec("scratch_btc", (B, T, C)),  # forward: input of a residual add; backward: dresidual
-        TensorSpec("scratch_bt4c", (B, T, 4 * C)),  # backward: dlnf, dfch, dqkvr
+        TensorSpec("scratch_btc", (B, T, C)),  # forward: what is added to the residual stream; backward: dresidual
+        TensorSpec("scratch_bt4c", (B, T, 4 * C)),  # backward: dlnf, dfch, dqkvr, see gradient_views
     ]
 
 
@@ -208,13 +209,15 @@ def forward_pass(model: Model, b: int, t: int) -> None:
 
     ops.encoder_forward(out=residual, inp=acts.inputs, wte=params.wte, wpe=params.wpe)  # (b, t) ids -> (b, t, C)
     w, a = params.h[0], acts.h[0]
-    ops.layernorm_forward(out=a.ln1, mean=a.ln1_mean, rstd=a.ln1_rstd, inp=residual, weight=w.ln1w, bias=w.ln1b)
+    ops.layernorm_forward(  # (b, t, C) -> (b, t, C), mean and rstd (b, t)
+        out=a.ln1, mean=a.ln1_mean, rstd=a.ln1_rstd, inp=residual, weight=w.ln1w, bias=w.ln1b,
+    )
 
     for layer, (w, a) in enumerate(zip(params.h, acts.h, strict=True)):
         ops.matmul_forward(out=a.qkvr, inp=a.ln1, weight=w.qkvw, bias=w.qkvb)  # (b, t, C) -> (b, t, 3C)
         ops.attention_forward(out=a.atty, att=a.att, qkvr=a.qkvr)  # (b, t, 3C) -> (b, t, C), att (b, NH, t)
         ops.matmul_forward(out=branch, inp=a.atty, weight=w.attprojw, bias=w.attprojb)  # (b, t, C) -> (b, t, C)
-        ops.fused_residual_forward(  # two (b, t, C) -> their sum and its layernorm
+        ops.fused_residual_forward(  # two (b, t, C) -> their sum (b, t, C), its layernorm (b, t, C), mean, rstd (b, t)
             residual=a.residual2, normed=a.ln2, mean=a.ln2_mean, rstd=a.ln2_rstd,
             inp1=residual, inp2=branch, weight=w.ln2w, bias=w.ln2b,
         )
@@ -224,12 +227,12 @@ def forward_pass(model: Model, b: int, t: int) -> None:
         ops.matmul_forward(out=branch, inp=a.fch_gelu, weight=w.fcprojw, bias=w.fcprojb)  # (b, t, 4C) -> (b, t, C)
         if layer + 1 < len(params.h):
             next_w, next_a = params.h[layer + 1], acts.h[layer + 1]
-            ops.fused_residual_forward(
+            ops.fused_residual_forward(  # the same shapes
                 residual=a.residual3, normed=next_a.ln1, mean=next_a.ln1_mean, rstd=next_a.ln1_rstd,
                 inp1=a.residual2, inp2=branch, weight=next_w.ln1w, bias=next_w.ln1b,
             )
         else:
-            ops.fused_residual_forward(
+            ops.fused_residual_forward(  # the same shapes
                 residual=a.residual3, normed=acts.lnf, mean=acts.lnf_mean, rstd=acts.lnf_rstd,
                 inp1=a.residual2, inp2=branch, weight=params.lnfw, bias=params.lnfb,
             )
@@ -240,13 +243,13 @@ def forward_pass(model: Model, b: int, t: int) -> None:
 
 
 def gradient_views(acts: Views) -> SimpleNamespace:
-    """Where backward keeps gradients of activations, all of them for one layer at a time."""
+    """Where backward keeps the gradients of activations, those of one layer at a time."""
     b, t, C = acts.encoded.shape
-    wide = acts.scratch_bt4c.reshape(-1)  # dlnf, then of each layer dfch and dqkvr: never two of them at once
+    wide = acts.scratch_bt4c.reshape(-1)  # holds dlnf, then dfch and dqkvr of each layer, one at a time
     return SimpleNamespace(
         dresidual=acts.scratch_btc,  # (b, t, C), of the residual stream, which all ops add to
-        dl_btc=acts.h[-1].residual3,  # (b, t, C), of what is within a layer: the last layernorm alone reads residual3
-        dfch=acts.scratch_bt4c,  # (b, t, 4C)
+        dl_btc=acts.h[-1].residual3,  # (b, t, C), of what a layer computes; only the last layernorm reads residual3
+        dfch=acts.scratch_bt4c,  # (b, t, 4C), of what goes into GELU
         dqkvr=wide[: 3 * b * t * C].reshape(b, t, 3 * C),
         dlnf=wide[: b * t * C].reshape(b, t, C),
     )
@@ -265,17 +268,17 @@ def backward_pass(model: Model, b: int, t: int, dloss: float, accumulate: bool, 
         model.zero_accumulated(acts)
     ops.device.zero(d.dresidual)
 
-    for piece in pieces(b * t):  # n positions at a time, n = b t if there is room for all logits
+    for piece in pieces(b * t):  # (b, t) is (1, n) below where there is room for the logits of n positions only
         logits = model.logits(acts, piece)
-        ops.fused_classifier(  # logits (b, t, Vp) become dlogits, losses (b, t) are added to
+        ops.fused_classifier(  # logits (b, t, Vp) become their gradient; losses (b, t) are added to
             logits=logits, losses=rows(acts.losses, piece), dloss=dloss, targets=rows(acts.targets, piece),
             V=model.config.vocab_size,
         )
-        ops.matmul_backward(  # (b, t, Vp) -> dlnf (b, t, C), wte's gradient (Vp, C)
+        ops.matmul_backward(  # (b, t, Vp) -> (b, t, C), and the gradient (Vp, C) of wte
             dinp=rows(d.dlnf, piece), dweight=grads.wte, dbias=None, scratch=scratch, dout=logits,
             inp=rows(acts.lnf, piece), weight=params.wte, accumulate=accumulate or piece.start > 0,
         )
-    ops.layernorm_backward(  # (b, t, C) -> (b, t, C)
+    ops.layernorm_backward(  # (b, t, C) -> added to (b, t, C)
         dinp=d.dresidual, dweight=grads.lnfw, dbias=grads.lnfb, scratch=scratch, dout=d.dlnf,
         inp=acts.h[-1].residual3, weight=params.lnfw, mean=acts.lnf_mean, rstd=acts.lnf_rstd,
     )
@@ -283,17 +286,17 @@ def backward_pass(model: Model, b: int, t: int, dloss: float, accumulate: bool, 
     for layer in reversed(range(model.config.num_layers)):
         w, g, a = params.h[layer], grads.h[layer], acts.h[layer]
         residual = acts.h[layer - 1].residual3 if layer > 0 else acts.encoded  # (b, t, C), what the layer began with
-        ops.matmul_backward(  # (b, t, C) -> (b, t, 4C), through GELU; fch_gelu is made again where it was not kept
+        ops.matmul_backward(  # (b, t, C) -> (b, t, 4C), through GELU; where fch_gelu was not kept, it is made again
             dinp=d.dfch, dweight=g.fcprojw, dbias=g.fcprojb, scratch=scratch, dout=d.dresidual, inp=a.fch_gelu,
             weight=w.fcprojw, pre_gelu=a.fch, accumulate=accumulate, recompute=model.recompute >= 1,
         )
-        if model.recompute >= 2:
+        if model.recompute >= 2:  # (b, t, C) -> (b, t, C), as in the forward pass
             ops.layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, inp=a.residual2, weight=w.ln2w, bias=w.ln2b)
         ops.matmul_backward(  # (b, t, 4C) -> (b, t, C)
             dinp=d.dl_btc, dweight=g.fcw, dbias=g.fcb, scratch=scratch, dout=d.dfch, inp=a.ln2,
             weight=w.fcw, accumulate=accumulate,
         )
-        ops.layernorm_backward(  # (b, t, C) -> (b, t, C)
+        ops.layernorm_backward(  # (b, t, C) -> added to (b, t, C)
             dinp=d.dresidual, dweight=g.ln2w, dbias=g.ln2b, scratch=scratch, dout=d.dl_btc,
             inp=a.residual2, weight=w.ln2w, mean=a.ln2_mean, rstd=a.ln2_rstd,
         )
@@ -304,20 +307,20 @@ def backward_pass(model: Model, b: int, t: int, dloss: float, accumulate: bool, 
         ops.attention_backward(  # (b, t, C) -> (b, t, 3C)
             dqkvr=d.dqkvr, scratch=scratch, dout=d.dl_btc, out=a.atty, qkvr=a.qkvr, att=a.att,
         )
-        if model.recompute >= 2:
+        if model.recompute >= 2:  # (b, t, C) -> (b, t, C), as in the forward pass
             ops.layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, inp=residual, weight=w.ln1w, bias=w.ln1b)
         ops.matmul_backward(  # (b, t, 3C) -> (b, t, C)
             dinp=d.dl_btc, dweight=g.qkvw, dbias=g.qkvb, scratch=scratch, dout=d.dqkvr, inp=a.ln1,
             weight=w.qkvw, accumulate=accumulate,
         )
-        ops.layernorm_backward(  # (b, t, C) -> (b, t, C)
+        ops.layernorm_backward(  # (b, t, C) -> added to (b, t, C)
             dinp=d.dresidual, dweight=g.ln1w, dbias=g.ln1b, scratch=scratch, dout=d.dl_btc,
             inp=residual, weight=w.ln1w, mean=a.ln1_mean, rstd=a.ln1_rstd,
         )
         if final:
             model.reduce(layer)
 
-    ops.encoder_backward(  # (b, t, C) -> wte's (Vp, C), which has its part from the head already, and wpe's (maxT, C)
+    ops.encoder_backward(  # (b, t, C) -> added to wte's gradient (Vp, C), which has the head's part, and wpe's
         dwte=grads.wte, dwpe=grads.wpe, scratch=model.scratch.i32, dout=d.dresidual, inp=acts.inputs,
         seed=model.scratch.encoder_seed,
     )

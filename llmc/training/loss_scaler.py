@@ -1,7 +1,7 @@
 """Dynamic loss scaling for fp16: by how much the gradients are multiplied so that they neither vanish nor overflow.
 
 fp16 holds magnitudes from 6e-8 to 65504; the gradients of a loss averaged over many tokens lie mostly below. The loss
-is multiplied by a power of two, and AdamW divides by it again in fp32 (llmc/gpt2.py loss_scale): no bit changes but for
+is multiplied by a power of two, and AdamW divides by it again in fp32 (llmc/model.py loss_scale): no bit changes but
 those of gradients that fp16 could not hold. Source: Micikevicius et al. 2018, arXiv:1710.03740, section 3.2; the
 constants are those of torch.amp.GradScaler.
 """
