@@ -3,6 +3,7 @@
 from argparse import Namespace
 from types import SimpleNamespace
 
+import linear_model
 import numpy as np
 import pytest
 
@@ -86,14 +87,17 @@ def test_no_way_to_meet(launcher, flags, environ, text):
 # shares
 
 
-@pytest.mark.parametrize("P", [2, 4])
-def test_update_of_shares_is_the_update_of_the_whole(ops, P):
+GPT2_SPECS = gpt2.parameter_specs(gpt2.GPT2Config(8, 50, 128, 3, 2, 32))
+FIVE_SPECS = linear_model.parameter_specs(linear_model.Config(max_seq_len=8, vocab_size=40, num_layers=3, channels=16))
+
+
+@pytest.mark.parametrize("specs, P, parts", [(GPT2_SPECS, 2, 3), (GPT2_SPECS, 4, 3), (FIVE_SPECS, 2, 2)])
+def test_update_of_shares_is_the_update_of_the_whole(ops, specs, P, parts):
     """Also the noise of bf16 rounding is that of the element, whichever rank updates it: the bits are the same."""
     ml_dtypes = pytest.importorskip("ml_dtypes")
     dtype = np.dtype(np.float32 if ops.__name__ == "llmc.cpu" else ml_dtypes.bfloat16)
-    specs = gpt2.parameter_specs(gpt2.GPT2Config(8, 50, 128, 3, 2, 32))
     N, rng = sum(spec.size for spec in specs), np.random.default_rng(0)
-    assert len(zero.partition(specs, 0, P).parts) == 3 and zero.partition(specs, 0, 3) is None
+    assert len(zero.partition(specs, 0, P).parts) == parts and zero.partition(specs, 0, 3) is None
 
     def device(host):
         array = ops.device.alloc(host.nbytes).view(host.dtype).reshape(host.shape)
@@ -102,7 +106,7 @@ def test_update_of_shares_is_the_update_of_the_whole(ops, P):
 
     host = [rng.standard_normal(N).astype(np.float32) for _ in range(3)]
     master, grads, m, v = host[0], host[1].astype(dtype), 0.1 * host[2], np.abs(0.1 * host[2])
-    seeds = rng.integers(0, 2**32, 16, np.uint32)
+    seeds = rng.integers(0, 2**32, len(specs), np.uint32)
     hyper, norm = device(np.array([0.01, 0.5, 0.5, 1], np.float32)), device(np.array([4, 1], np.float32))
     scalars = (hyper, norm, 0.9, 0.95, 1e-8, 1.0)
     ends = device(np.cumsum([spec.size for spec in specs], dtype=np.int64))
@@ -123,7 +127,7 @@ def test_update_of_shares_is_the_update_of_the_whole(ops, P):
 
 def test_shares_are_laid_out_as_llmc_has_them():
     """Tensor i starts at its place in the whole / P, with [layers][1/P of a layer] behind (llm.c zero.cuh)."""
-    specs, P = gpt2.parameter_specs(gpt2.GPT2Config(8, 50, 128, 3, 2, 32)), 4
+    specs, P = GPT2_SPECS, 4
     flat = np.arange(sum(spec.size for spec in specs), dtype=np.float32)
     start = 0
     for spec in specs:
