@@ -398,6 +398,7 @@ __device__ inline void backward_consume(BackwardShared<KEYS>& shared, int consum
     Ring ring = {0, 0};
     int own_phase = 0;
     auto release = [&](u64* empty) {
+        if (KEYS || !FRAGMENTS) { __syncwarp(); }  // lane 0 arrives for all: other lanes' own reads of it come before
         if (lane == 0) { mbarrier_arrive(empty); }
     };
     // sums = own rows of kind `which` @ tile^T

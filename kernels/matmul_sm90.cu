@@ -534,7 +534,9 @@ __device__ inline void product(const Product& p, const TensorMap& a, const Tenso
         }
         for (int i = 0; i < 2; i++) { mbarrier_init(&shared.turns[i], 4); }
 #if RUNG >= 8
-        for (int i = 0; i < 2 * HALVES * BOXES; i++) { mbarrier_init(&shared.loaded[0][i], 1); }
+        for (int i = 0; i < 2 * HALVES * BOXES; i++) {
+            mbarrier_init(&shared.loaded[i / (HALVES * BOXES)][i % (HALVES * BOXES)], 1);
+        }
 #endif
         mbarrier_init_done();
     }

@@ -278,6 +278,14 @@ HOPPER_FAULTS = [
     ("phase_bad", "deadlock", None),
     ("few_bad", "deadlock", "few_bad"),
     ("outside_bad", "out of bounds, shared", "load"),
+    ("ring_bad", "race", "load"),
+    ("ring_shuffle_bad", "race", "load"),
+    ("ring_wgmma_bad", "race", "load"),
+    ("ring_late_fence_bad", "race", "load"),
+    ("plain_bad", "race", "plain"),
+    ("unwritten_bad", "uninitialised read", "plain"),
+    ("store_bad", "missing fence", "plain store"),
+    ("beyond_bad", "out of bounds, shared", "beyond"),
 ]
 
 
@@ -298,6 +306,30 @@ def test_planted_fault_of_hopper(name, kind, mark):
     assert (out == 7).all()
 
 
+def test_race_with_tma_names_the_reader():
+    """What lets TMA overwrite a tile is one side of the race, the read that nothing orders before it the other."""
+    with pytest.raises(simt.KernelFault) as caught:
+        launch_hopper("ring_bad", np.zeros((128, 64), FP16), np.ones((64, 64), FP16))
+    assert caught.value.other_line == line_of("hopper.cu", "ring"), str(caught.value)
+    assert caught.value.thread == (0, 0, 0) and caught.value.array == "memory"
+
+
+def test_global_memory_of_hopper():
+    """Ordinary accesses of such a kernel stay in the arrays that it was given, and do not write to constant ones."""
+    kernel, out = simt.kernel(HERE / "faults" / "hopper.cu", "global_array", FP16, arch="sm_90a"), floats(64)
+    kernel((1,), (128,), (out[:32], i32(32)))
+    assert (out[:32] == 1).all() and (out[32:] == floats(64)[32:]).all()
+    with pytest.raises(simt.KernelFault) as caught:
+        kernel((1,), (128,), (out[:32], i32(33)))
+    expected = ("out of bounds", "out", 32, line_of("hopper.cu", "global"))
+    assert (caught.value.kind, caught.value.array, caught.value.index, caught.value.line) == expected
+    out.flags.writeable = False
+    with pytest.raises(simt.KernelFault, match="write to const"):
+        kernel((1,), (128,), (out, i32(1)))
+    with pytest.raises(ValueError, match="tensor map"):
+        simt.tensor_map(np.zeros((63, 64), FP16), 64, 64, 64)
+
+
 def test_correct_twins_of_hopper():
     inp, out = np.random.default_rng(0).integers(-2, 3, (64, 64)).astype(FP16), np.full((128, 64), 7, FP16)
     launch_hopper("copy_good", out, inp)
@@ -306,7 +338,11 @@ def test_correct_twins_of_hopper():
     np.testing.assert_array_equal(out, np.r_[2 * inp, 4 * inp])
     launch_hopper("square_good", out, inp)
     np.testing.assert_array_equal(out[:64], inp @ inp.T)
-    launch_hopper("refilled_good", out, inp)
+    for name in ("refilled_good", "ring_good", "ring_all_good", "plain_good"):
+        launch_hopper(name, out, inp)
+    np.testing.assert_array_equal(out[:64], inp @ inp.T)
+    launch_hopper("store_good", out, inp)
+    assert (out[:64] == 2).all()
     with simt.mode(fast=True):
         launch_hopper("copy_good", out, inp)
     np.testing.assert_array_equal(out[:64], 2 * inp)

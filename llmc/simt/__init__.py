@@ -57,13 +57,19 @@ What it catches, with kernel, source line, block, thread, array and element
     endless loop            for 8 seconds of CPU time no thread has ended and no element was touched for the first time
     crash, timeout          without taking the process down
     Floating-point atomics are allowed and reported as FloatAtomicWarning.
-    Of kernels for sm_90a (arch="sm_90a"), with kernel and line or array:
-    timing-dependent result     different bits when TMA copies and wgmma happen as late as the waits allow, or with
-                                other garbage in arrays that are marked by `poison`
-    missing fence               stmatrix, then TMA or wgmma on the same bytes; ldmatrix, then a TMA load into them;
-                                without fence_async between by the thread that wrote, or gave the row's address
+    Of kernels for sm_90a (arch="sm_90a"), with kernel and line or array, and as above: what is outside of arrays, not
+    written (in shared memory), constant or undefined, and
+    race                    in shared memory: of two threads' ordinary accesses, ldmatrix and stmatrix among them, or of
+                            one of them and a TMA copy that another thread asks for. Order comes of __syncthreads, named
+                            barriers, __syncwarp and of arrivals at mbarriers that the other waits for; not of wgmma or
+                            shuffles. So lane 0 arrives for a warp that has read only after __syncwarp, and fence_async
+                            comes before the arrival that it is for
+    timing-dependent result different bits when TMA copies and wgmma happen as late as the waits allow, or with other
+                            garbage in arrays that are marked by `poison`
+    missing fence           a write, then TMA or wgmma on the same bytes; ldmatrix, then a TMA load into them; without
+                            fence_async between by the thread that wrote, or gave the row's address
     TMA load, TMA store, wgmma in flight    at the end of the thread or block
-    deadlock                    mbarriers, named barriers
+    deadlock                mbarriers, named barriers
 
 What it cannot see
     Timing and the hardware's memory model: every access takes effect at once and in program order, so a missing
@@ -71,10 +77,9 @@ What it cannot see
     reported as an endless loop. Of several readers of an element only two are remembered, so a single order may miss a
     write after read. Neighbouring bytes of one 2-byte pair are told apart only for 1-byte accesses. A step past the end
     of a local array of arrays or of classes, taken through a pointer and not by its index. Inline assembly, __device__
-    variables that are written, textures, clusters. Kernels for sm_90a (TMA, mbarriers, wgmma: simt_ptx_sm90.h) run
-    unchecked: layouts, swizzles, the ring's logic and deadlocks show, and what was not waited for (above); races
-    between ordinary accesses and accesses out of bounds do not, nor that a plain load or store in C++ lacks a
-    fence_async before TMA comes to its bytes, or that a fence_async comes after the arrival that it should come before.
+    variables that are written, textures, clusters. In kernels for sm_90a: races in global memory, and of cp.async;
+    races of single bytes; what wgmma reads is checked by the timings alone, and an ordinary read (not ldmatrix) needs
+    no fence_async before a TMA load comes to its bytes, as CUTLASS has none there either.
     Rounding of approximate instructions (__expf, rsqrtf) and the order of sums inside the tensor cores are the CPU's;
     denormals are flushed as with -ftz=true; a * b + c is not contracted. Registers, occupancy and speed.
 

@@ -86,6 +86,7 @@ class Launch(ctypes.Structure):
         ("late", ctypes.c_int),
         ("checked", ctypes.c_int),
         ("hopper", ctypes.c_int),
+        ("followed", ctypes.c_int),
         ("timeout", ctypes.c_double),
         ("patience", ctypes.c_double),
         ("counting", ctypes.c_int),
@@ -124,10 +125,9 @@ class Kernel:
         return fault(self.name, kind, text, **attributes)
 
     def __call__(self, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], shared_mem: int = 0) -> None:
-        unchecked = Mode.fast or self.hopper
-        if unchecked not in self.compiled:
-            self.compiled[unchecked] = Compiled(self.name, *self.source, unchecked)
-        code = self.compiled[unchecked]
+        if Mode.fast not in self.compiled:
+            self.compiled[Mode.fast] = Compiled(self.name, *self.source, Mode.fast)
+        code = self.compiled[Mode.fast]
         grid, block = ([*(max(1, int(n)) for n in dims), 1, 1][:3] for dims in (grid, block))
         self.check_launch(code, grid, block, shared_mem)
         values, arrays = self.pack(code, args)
@@ -143,13 +143,14 @@ class Kernel:
             dynamic_align=code.dynamic_align,
             declared_bytes=self.smem,
             seed=1,
-            checked=not unchecked,
+            checked=not Mode.fast and not self.hopper,
             hopper=self.hopper,
+            followed=not Mode.fast and self.hopper,
             timeout=Mode.timeout,
             patience=Mode.patience,
         )
         with lock:
-            if not unchecked:
+            if launch.checked:
                 self.run_checked(code, launch, values, arrays)
                 return
             for i, _, array, _ in arrays:
@@ -157,7 +158,7 @@ class Kernel:
             if Mode.fast:
                 self.run(code, launch, "forward")
             else:
-                self.run_timings(code, launch, values, [array for _, _, array, _ in arrays])
+                self.run_timings(code, launch, values, arrays)
 
     def check_launch(self, code: Compiled, grid: Sequence[int], block: Sequence[int], shared_mem: int) -> None:
         threads, most = block[0] * block[1] * block[2], min(1024, code.bound)
@@ -246,10 +247,13 @@ class Kernel:
         for group in groups:
             group.written()
 
-    def run_timings(self, code: Compiled, launch: Launch, values: list[np.ndarray], arrays: list[np.ndarray]) -> None:
+    def run_timings(self, code: Compiled, launch: Launch, values: list[np.ndarray], arrays: list) -> None:
         """A kernel of Hopper's units, on the arrays themselves: everything at once in the first thread order, as late
         as the waits allow in the others. The bits must agree; after a fault the arrays are as they were."""
-        spans = {np.lib.array_utils.byte_bounds(a) for a in arrays if a.size}
+        bounds = [(*np.lib.array_utils.byte_bounds(a), n.encode()[:63], a.itemsize, ro) for _, n, a, ro in arrays]
+        regions = (Region * (len(bounds) + 1))(*(Region(*bound) for bound in bounds))
+        launch.regions, launch.region_count = ctypes.addressof(regions), len(bounds)
+        spans = {(begin, end) for begin, end, *_ in bounds if begin < end}
         for address, rows, columns, *_ in (v.view(np.uint64) for v in values if v.dtype.kind == "V"):  # tensor maps
             spans.add((int(address), int(address + rows * columns * 2)))
         views = [memory_at(begin, end - begin) for begin, end in sorted(spans)]
@@ -305,7 +309,9 @@ class Kernel:
             where = describe_lines(source_lines(code.path, [float_atomic.value])[float_atomic.value])
             warnings.warn(f"{self.name}: floating-point atomic at {where}", FloatAtomicWarning, stacklevel=4)
         if failed:
-            other_pc = self.other_side(launch, found, prepare_again) if found.kind.startswith(b"race") else 0
+            other_pc = found.other_pc
+            if prepare_again is not None and found.kind.startswith(b"race"):
+                other_pc = self.other_side(launch, found, prepare_again)
             raise found.explain(self.name, code.path, order, other_pc)
         if Mode.counted is not None:
             size = runtime().simt_traffic(None, 0)
@@ -354,5 +360,7 @@ def loaded(path: Path, changed: int, *rest: Any) -> Kernel:
 
 
 def tensor_map(array: np.ndarray, rows: int, columns: int, box_rows: int) -> np.ndarray:
-    """Mirrors llmc.cuda.module.tensor_map; include/simt_ptx_sm90.h reads it."""
+    """Mirrors llmc.cuda.module.tensor_map; include/simt_ptx_sm90.h reads it. ValueError: the array is too small."""
+    if array.nbytes < 2 * rows * columns:
+        raise ValueError(f"a tensor map of {rows} x {columns} 16-bit numbers, of an array of {array.nbytes} bytes")
     return np.array([array.ctypes.data, rows, columns, box_rows, *[0] * 12], np.uint64).view("V128")

@@ -81,7 +81,8 @@ struct Launch {
     u32 seed;
     int late;  // Hopper's units do their work as late as the waits allow, not at once
     int checked;
-    int hopper;      // a kernel for sm_90a
+    int hopper;       // a kernel for sm_90a
+    int followed;     // its accesses are checked (ordered.h)
     double timeout;   // seconds of CPU time
     double patience;  // the same, without progress
     int counting;    // count traffic
@@ -107,6 +108,7 @@ static char* memory;
 #include "runtime/faults.h"
 #include "runtime/shadow.h"
 #include "runtime/traffic.h"
+#include "runtime/ordered.h"
 #include "runtime/accesses.h"
 #include "runtime/hooks.h"
 #include "runtime/warp.h"

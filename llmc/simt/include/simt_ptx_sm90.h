@@ -1,6 +1,7 @@
 // The executor's definitions of what kernels/ptx_sm90.cuh wraps: mbarriers, TMA, wgmma, named barriers. Kernels that
-// use them run unchecked, but under two timings: everything happens at once, or as late as the waits allow (see
-// runtime.cpp). What is used before it was waited for, or overwritten before it was read, then differs.
+// use them run under two timings: everything happens at once, or as late as the waits allow (runtime/hopper.h). What is
+// used before it was waited for, or overwritten before it was read, then differs. Their ordinary accesses are followed
+// (runtime/ordered.h); those made here, for TMA and wgmma, are not.
 #pragma once
 #include "simt_ptx.h"
 
@@ -16,7 +17,8 @@ void simt_bulk_load(void* shared, const void* global, u32 bytes, u64* barrier, A
 void simt_tma_store(const u64* map, int column, int row, const void* shared, At at);
 void simt_tma_store_commit();
 void simt_tma_store_wait(int pending);
-void simt_generic_write(u32 shared);
+void simt_stmatrix_write(u32 shared, void* caller);
+float simt_f16_value(u32 bits);
 void simt_check_fenced(u32 shared, u32 size, At at);
 void simt_fence_async();
 void simt_named_barrier(int number, int threads, At at);
@@ -26,8 +28,21 @@ void simt_product_wait(int pending);
 }
 
 // f() now, or when this thread waits for its group of products.
-template <class F> inline void product(F f) {
-    simt_product([](const void* closure) { (*(const F*)closure)(); }, &f, sizeof f);
+template <class F> SIMT_UNCHECKED inline void product(F f) {
+    simt_product([](const void* closure) SIMT_UNCHECKED { (*(const F*)closure)(); }, &f, sizeof f);
+}
+
+SIMT_UNCHECKED inline float value_at(const void* p) {
+    unsigned short bits;
+    __builtin_memcpy(&bits, p, 2);
+#ifdef ENABLE_BF16
+    u32 wide = (u32)bits << 16;
+    float value;
+    __builtin_memcpy(&value, &wide, 4);
+    return value;
+#else
+    return simt_f16_value(bits);
+#endif
 }
 }  // namespace simt
 
@@ -60,21 +75,23 @@ template <int N> inline void fewer_registers() {}
 template <int N> inline void more_registers() {}
 
 // Lane 8 i + r has the address of row r of matrix i; lane l holds columns 2 (l % 4), + 1 of row l / 4 of each.
-inline void stmatrix_x4(void* smem, const u32 (&r)[4]) {
+SIMT_UNCHECKED inline void stmatrix_x4(void* smem, const u32 (&r)[4]) {
     int lane = threadIdx.x % 32;
     u32 row = shared_address(smem);
     for (int i = 0; i < 4; i++) {
         u32 at = __shfl_sync(0xffffffffu, row, 8 * i + lane / 4);
-        memcpy(simt::simt_shared_memory() + at + lane % 4 * 4, &r[i], 4);
-        simt::simt_generic_write(at + lane % 4 * 4);
+        __builtin_memcpy(simt::simt_shared_memory() + at + lane % 4 * 4, &r[i], 4);
+        simt::simt_stmatrix_write(at + lane % 4 * 4, __builtin_return_address(0));
     }
 }
 
-inline void wgmma_begin() { __syncwarp(); }  // .sync.aligned: no lane goes on before all have come
+// .sync.aligned: no lane goes on before all have come, which orders no memory.
+inline void wgmma_together(SIMT_AT) { simt::simt_warp(simt::WGMMA, ~0u, 0, 0, 32, SIMT_HERE); }
+inline void wgmma_begin(SIMT_AT) { wgmma_together(file_, line_); }
 inline void wgmma_commit() { simt::simt_product_commit(); }
-template <int N> inline void wgmma_wait() {
+template <int N> inline void wgmma_wait(SIMT_AT) {
     simt::simt_product_wait(N);
-    __syncwarp();
+    wgmma_together(file_, line_);
 }
 template <int SIZE> inline void wgmma_tie(float (&)[SIZE]) {}
 template <int SIZE> inline void wgmma_tie(u32 (&)[SIZE][4]) {}
@@ -86,18 +103,19 @@ inline u64 wgmma_operand(const void* smem, u32 panel_bytes) {
 }
 
 // Element (i, k) of an operand, i its m or n.
-template <bool BY_K> inline float wgmma_element(u64 operand, int i, int k) {
+template <bool BY_K> SIMT_UNCHECKED inline float wgmma_element(u64 operand, int i, int k) {
     u32 begin = (operand & 0x3fff) << 4, panel = (operand >> 16 & 0x3fff) << 4;
     u32 eight_rows = (operand >> 32 & 0x3fff) << 4;
     u32 at = BY_K ? begin + i / 64 * panel + k / 8 * eight_rows + k % 8 * 128 + i % 64 * 2
                   : begin + i / 8 * eight_rows + i % 8 * 128 + k * 2;
     at ^= (at >> 7 & 7) << 4;
     if (simt::simt_unfenced_writes) { simt::simt_check_fenced(at, 2, simt::At{__builtin_FILE(), __builtin_LINE()}); }
-    return (float)*(const floatX*)(simt::simt_shared_memory() + at);
+    return simt::value_at(simt::simt_shared_memory() + at);
 }
 
 // This thread's sums, of two rows of a with b.
-template <bool B_BY_K, int SIZE> inline void wgmma_rows(float (&d)[SIZE], const float (&rows)[2][16], u64 b, bool add) {
+template <bool B_BY_K, int SIZE>
+SIMT_UNCHECKED inline void wgmma_rows(float (&d)[SIZE], const float (&rows)[2][16], u64 b, bool add) {
     for (int j = 0; j < SIZE; j++) {
         if (j % 4 > 1) { continue; }  // with j - 2
         int column = j / 4 * 8 + threadIdx.x % 4 * 2 + j % 2;
@@ -110,9 +128,10 @@ template <bool B_BY_K, int SIZE> inline void wgmma_rows(float (&d)[SIZE], const 
     }
 }
 
-template <bool A_BY_K, bool B_BY_K, int SIZE> inline void wgmma(float (&d)[SIZE], u64 a, u64 b, bool add) {
+template <bool A_BY_K, bool B_BY_K, int SIZE>
+SIMT_UNCHECKED inline void wgmma(float (&d)[SIZE], u64 a, u64 b, bool add) {
     int thread = threadIdx.x % 128, row = thread / 32 * 16 + thread % 32 / 4;
-    simt::product([=, &d] {
+    simt::product([=, &d]() SIMT_UNCHECKED {
         float rows[2][16];
         for (int i = 0; i < 2; i++) {
             for (int k = 0; k < 16; k++) { rows[i][k] = wgmma_element<A_BY_K>(a, row + 8 * i, k); }
@@ -123,15 +142,17 @@ template <bool A_BY_K, bool B_BY_K, int SIZE> inline void wgmma(float (&d)[SIZE]
 
 // a in registers: lane l has k = 2 (l % 4), + 1, + 8, + 9 of two rows, its three neighbours the rest. They are read
 // with the operand in shared memory, so a must be what it was until the wait.
-template <bool B_BY_K, int SIZE> inline void wgmma(float (&d)[SIZE], const u32 (&a)[4], u64 b, bool add) {
+template <bool B_BY_K, int SIZE>
+SIMT_UNCHECKED inline void wgmma(float (&d)[SIZE], const u32 (&a)[4], u64 b, bool add) {
     int lane = threadIdx.x % 32;
-    simt::product([=, &d, &a] {
+    simt::product([=, &d, &a]() SIMT_UNCHECKED {
         float rows[2][16];
         for (int i = 0; i < 4; i++) {
             for (int t = 0; t < 4; t++) {
-                float pair[2];
-                unpack2(pair, __shfl_sync(0xffffffffu, a[i], lane / 4 * 4 + t));
-                rows[i % 2][i / 2 * 8 + 2 * t] = pair[0], rows[i % 2][i / 2 * 8 + 2 * t + 1] = pair[1];
+                u32 pair = __shfl_sync(0xffffffffu, a[i], lane / 4 * 4 + t);
+                for (int j = 0; j < 2; j++) {
+                    rows[i % 2][i / 2 * 8 + 2 * t + j] = simt::value_at((const char*)&pair + 2 * j);
+                }
             }
         }
         wgmma_rows<B_BY_K>(d, rows, b, add);

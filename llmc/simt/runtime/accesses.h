@@ -1,5 +1,5 @@
 // The hook of every load and store: the fast path of what is obviously right, and the whole truth about the rest.
-static const u64 WATCHING = 1, EXPIRED = 2;
+static const u64 WATCHING = 1, EXPIRED = 2, FOLLOWING = 4;
 static u64 watching;  // why every access is to be looked at
 static u64 watched_pc;
 
@@ -108,18 +108,24 @@ template <int SIZE, bool WRITE> static inline __attribute__((always_inline)) voi
     if (WRITE) { unfenced[stamp & TID] |= (unsigned char)(offset >= ARENA); }
 }
 
+extern "C" void simt_generic_write(u32 at);
+
 // The same as `hook`, for accesses that are not obviously right.
 template <int SIZE, bool WRITE> __attribute__((noinline)) static void slow(uintptr_t a, u32 flags, void* pc) {
     size_t offset = a - (uintptr_t)memory;
-    if (offset >= MEMORY) {
-        if (a - stack_begin >= STACK) { outside(a, SIZE, WRITE, pc); }
-        return;
-    }
+    if (a - stack_begin < STACK) { return; }
+    if (watching & EXPIRED) { fail_expired(pc); }
+    if (offset >= MEMORY && !launch.followed) { return outside(a, SIZE, WRITE, pc); }
     if (a & (SIZE - 1)) {
         fail_at("misaligned access", a, pc, size_name(SIZE, WRITE),
                 SIZE == 16 ? ": its address is no multiple of 16" : ": its address is no multiple of its size");
     }
-    if (watching & EXPIRED) { fail_expired(pc); }
+    if (launch.followed) {
+        if (offset >= ARENA) { return follow_global(a, SIZE, WRITE, pc); }
+        follow_shared(offset, SIZE, WRITE, (u32)((uintptr_t)pc - image_begin));
+        for (int i = 0; WRITE && i < SIZE; i += 4) { simt_generic_write((u32)offset + i); }
+        return;
+    }
     if (watching) { watch(offset, SIZE, WRITE, pc); }
     examine(a, SIZE, WRITE, flags, pc);
     if (WRITE || writers[offset / 2] != READ_ONLY) { note<SIZE, WRITE>(offset, now << 12 | flags | me); }

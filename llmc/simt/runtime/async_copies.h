@@ -2,6 +2,9 @@
 
 extern "C" void simt_cp_async(void* shared, const void* global, int pred, At) {
     Copy copy{shared, RETURN_ADDRESS, self->group, {}};
+    if (launch.followed) {
+        follow_shared((char*)shared - memory, 16, true, (u32)((uintptr_t)copy.pc - image_begin));
+    }
     if (!launch.checked) {
         if (pred) { memcpy(copy.bytes, global, 16); }
         memcpy(shared, copy.bytes, 16);

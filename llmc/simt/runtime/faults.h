@@ -106,7 +106,7 @@ static const char* describe_address(uintptr_t a, char* array, long long* index) 
         *index = item;
         snprintf(text, sizeof text, "element %lld of the shared `%s`, which has %zu of %d bytes", item, nearest->name,
                  nearest->size / nearest->item_size, nearest->item_size);
-    } else if (offset < MEMORY && launch.region_count > 0) {
+    } else if ((offset < MEMORY || launch.followed) && launch.region_count > 0) {
         const Region* nearest = nullptr;
         u64 best = ~0ull;
         for (int i = 0; i < launch.region_count; ++i) {

@@ -48,6 +48,7 @@ struct Fiber {
     std::vector<Product> products;
     int store_group, product_group;
     std::vector<u32> unfenced;       // shared addresses written by stmatrix since the last fence_async
+    std::vector<u32> matrix_reads;   // shared addresses, of 2 bytes, that it got by ldmatrix since then
     std::vector<u32> unfenced_rows;  // 16-byte rows of shared memory read by ldmatrix since then, address / 16
 };
 
@@ -152,7 +153,7 @@ static void make_fiber(Fiber& f) {
     makecontext(&f.context, fiber_main, 0);
 #endif
     f.state = READY;
-    f.copies.clear(), f.stores.clear(), f.products.clear(), f.unfenced.clear(), f.unfenced_rows.clear();
+    f.copies.clear(), f.stores.clear(), f.products.clear(), f.unfenced.clear(), f.unfenced_rows.clear(), f.matrix_reads.clear();
     f.group = f.store_group = f.product_group = 0;
 }
 

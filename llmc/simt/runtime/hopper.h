@@ -18,19 +18,27 @@ static u64 vain;                         // waits for mbarriers in a row that fo
 static std::vector<Fiber*> at_named_barrier[16];
 
 extern "C" char* simt_shared_memory() { return memory; }
+extern "C" float simt_f16_value(u32 bits) { return f16_value(bits); }
 extern "C" {
 int simt_unfenced_writes;  // how many of unfenced_by are set
 }
 
 extern "C" void simt_mbarrier_init(u64* address, u32 arrivals) {
     Barrier& b = *(Barrier*)address;
+    announced.erase(address);
     b.bytes = 0, b.pending = b.count = arrivals, b.phase = 0;
 }
 
 extern "C" void simt_mbarrier_arrive(u64* address, int arrivals, int bytes) {
     Barrier& b = *(Barrier*)address;
     b.bytes += bytes, b.pending -= arrivals;
-    if (b.pending == 0 && b.bytes == 0) { b.pending = b.count, b.phase ^= 1, vain = 0; }
+    bool ends = b.pending == 0 && b.bytes == 0;
+    if (arrivals) {
+        announce(address, ends);
+    } else if (ends) {
+        end_phase(address);
+    }
+    if (ends) { b.pending = b.count, b.phase ^= 1, vain = 0; }
 }
 
 // The box in global memory to shared memory, zeros outside of the array; or back, what is inside.
@@ -93,6 +101,7 @@ static void check_overwritten(const Box& box) {
 
 static void start_load(const Box& box) {
     check_overwritten(box);
+    follow_load(box.shared, box.bytes, box.at);
     if (!launch.late) { return finish_load(box); }
     memset(memory + box.shared, 0xff, box.bytes);
     loads.push_back(box);
@@ -124,7 +133,10 @@ extern "C" void simt_yield(At at) {
 }
 
 extern "C" int simt_mbarrier_ended(u64* address, u32 parity, At at) {
-    if (((Barrier*)address)->phase != parity) { return 1; }
+    if (((Barrier*)address)->phase != parity) {
+        hear(address);
+        return 1;
+    }
     simt_yield(at);
     return 0;
 }
@@ -137,6 +149,10 @@ extern "C" void simt_check_fenced(u32 begin, u32 size, At at) {
                  name_of(&fibers[unfenced_by[a / 4] - 1]));
         }
     }
+}
+extern "C" void simt_stmatrix_write(u32 at, void* caller) {
+    if (launch.followed) { follow_shared(at, 4, true, (u32)((uintptr_t)caller - image_begin)); }
+    simt_generic_write(at);
 }
 extern "C" void simt_generic_write(u32 at) {
     simt_unfenced_writes += unfenced_by[at / 4] == 0;
@@ -151,15 +167,19 @@ static void generic_read(const void* row, void* pc) {
 }
 extern "C" void simt_fence_async() {
     for (u32 at : self->unfenced) {
+        follow_fence(at, 4);
         if (unfenced_by[at / 4] == me + 1) { unfenced_by[at / 4] = 0, --simt_unfenced_writes; }
     }
     for (u32 row : self->unfenced_rows) { --unfenced_reads[row], --all_unfenced_reads; }
+    for (u32 at : self->matrix_reads) { follow_fence(at, 2); }
+    self->matrix_reads.clear();
     self->unfenced.clear(), self->unfenced_rows.clear();
 }
 
 extern "C" void simt_tma_store(const u64* map, int column, int row, const void* shared, At at) {
     Box box = make_box(map, column, row, shared, nullptr, at);
     simt_check_fenced(box.shared, box.bytes, at);
+    follow_store(box.shared, box.bytes, at);
     if (!launch.late) { copy_box(box, true), box.done = true; }
     self->stores.push_back(box);
 }
@@ -197,6 +217,7 @@ extern "C" void simt_named_barrier(int number, int threads, At at) {
              name_of(waiting[0]), waiting[0]->operand);
     }
     if ((int)waiting.size() == threads) {
+        share_knowledge(waiting);
         std::sort(waiting.begin(), waiting.end(),
                   [](Fiber* a, Fiber* b) { return launch.order == 1 ? a->tid < b->tid : a->tid > b->tid; });
         for (Fiber* f : waiting) {

@@ -86,6 +86,7 @@ static int find_image(dl_phdr_info* info, size_t, void*) {
 static void run_block() {
     barrier_arrived = 0;
     clear_hopper();
+    start_following();
     for (auto& waiting : gatherings) { waiting.clear(); }
     ready.clear();
     if (launch.checked) {
@@ -161,7 +162,7 @@ extern "C" int simt_launch(const Launch* what, Fault* out, u64* float_atomic) {
     random_state = launch.seed * 2654435761u | 1u;
     faulted = false;
     fault = Fault{};
-    watching = launch.watching || launch.counting ? WATCHING : 0, watched_pc = 0;
+    watching = (launch.watching || launch.counting ? WATCHING : 0) | (launch.followed ? FOLLOWING : 0), watched_pc = 0;
     streams.clear(), traffic.clear();
     float_atomics = 0, float_atomic_pc = 0;
     boxes.clear();
@@ -173,6 +174,9 @@ extern "C" int simt_launch(const Launch* what, Fault* out, u64* float_atomic) {
     dl_iterate_phdr(find_image, nullptr);
 
     if (!launch.checked) { shared_variables.clear(); }
+    if (launch.followed && launch.dynamic_bytes) {
+        shared_variables.push_back({launch.dynamic_align, launch.dynamic_bytes, 1, "dynamic shared memory"});
+    }
     if (launch.checked) {
         launch_record = (TIME_END + 1) << 12;  // all records are old
         if (now > TIME_SWEEP / 2) { sweep(); }
@@ -210,7 +214,7 @@ extern "C" int simt_launch(const Launch* what, Fault* out, u64* float_atomic) {
     if (timed) { timer_delete(timer); }
     for (int i = 0; i < 5; ++i) { sigaction(signals[i], &old[i], nullptr); }
     sigaltstack(&old_stack, nullptr);
-    fault.other_pc = watched_pc;
+    if (watched_pc) { fault.other_pc = watched_pc; }
     *out = fault;
     *float_atomic = float_atomic_pc;
     return faulted;

@@ -26,6 +26,7 @@ extern "C" void* simt_shared(u64* key, size_t size, size_t align, int item_size,
         }
         *key = launch_number << 20 | statics_end;
         shared_variables.push_back({statics_end, size, item_size, name});
+        if (launch.followed) { forget_touches(statics_end, size); }
         if (launch.checked) { fill(statics_end, statics_end + size, NEVER_WRITTEN); }
         statics_end += size + 64;
     }

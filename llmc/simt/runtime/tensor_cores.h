@@ -107,6 +107,22 @@ static void finish_ldmatrix(Fiber* lanes) {
         }
         become(running);
     }
+    if (launch.followed) {  // each lane reads what it gets
+        Fiber* running = self;
+        for (u32 lane = 0; lane < 32; ++lane) {
+            become(&lanes[lane]);
+            u32 g = lane / 4, t = lane % 4, pc = (u32)((uintptr_t)lanes[lane].pc - image_begin);
+            for (int i = 0; i < matrices; ++i) {
+                for (u32 half = 0; half < 2; ++half) {
+                    u32 row = transposed ? 2 * t + half : g, column = transposed ? g : 2 * t + half;
+                    size_t offset = (char*)lanes[8 * i + row].pointers[1] - memory + 2 * column;
+                    follow_shared(offset, 2, false, pc);
+                    self->matrix_reads.push_back((u32)offset);
+                }
+            }
+        }
+        become(running);
+    }
     for (int i = 0; i < matrices; ++i) {
         uint16_t M[8][8];
         for (int row = 0; row < 8; ++row) { memcpy(M[row], lanes[8 * i + row].pointers[1], 16); }

@@ -3,7 +3,7 @@
 // Keep in step with simt_cuda.h and simt_ptx.h.
 enum Op {
     SHFL_IDX, SHFL_UP, SHFL_DOWN, SHFL_XOR, BALLOT, ANY, ALL, MATCH_ANY, MATCH_ALL, REDUCE_ADD, REDUCE_MIN_S,
-    REDUCE_MIN_U, REDUCE_MAX_S, REDUCE_MAX_U, REDUCE_AND, REDUCE_OR, REDUCE_XOR, SYNCWARP, LDMATRIX, MMA
+    REDUCE_MIN_U, REDUCE_MAX_S, REDUCE_MAX_U, REDUCE_AND, REDUCE_OR, REDUCE_XOR, SYNCWARP, WGMMA, LDMATRIX, MMA
 };
 enum Vote { VOTE_NONE, VOTE_OR, VOTE_AND, VOTE_COUNT };
 enum Mma { MMA_16816_BF16, MMA_16816_F16, MMA_1688_F16, MMA_1688_TF32 };
@@ -11,7 +11,7 @@ static const char* const op_names[] = {
     "__shfl_sync",       "__shfl_up_sync",    "__shfl_down_sync",  "__shfl_xor_sync",   "__ballot_sync",
     "__any_sync",        "__all_sync",        "__match_any_sync",  "__match_all_sync",  "__reduce_add_sync",
     "__reduce_min_sync", "__reduce_min_sync", "__reduce_max_sync", "__reduce_max_sync", "__reduce_and_sync",
-    "__reduce_or_sync",  "__reduce_xor_sync", "__syncwarp",        "ldmatrix",          "mma"};
+    "__reduce_or_sync",  "__reduce_xor_sync", "__syncwarp",        "wgmma",             "ldmatrix",          "mma"};
 
 static u32 barrier_arrived;
 
@@ -25,6 +25,9 @@ static void finish_barrier() {
     u64 result = vote == VOTE_OR ? any : vote == VOTE_AND ? all : vote == VOTE_COUNT ? count : 0;
     for (u32 i = 0; i < thread_count; ++i) { fibers[i].value = result; }
     barrier_arrived = 0;
+    std::vector<const Fiber*> block;
+    for (u32 i = 0; i < thread_count && launch.followed; ++i) { block.push_back(&fibers[i]); }
+    share_knowledge(block);
     if (launch.checked) {
         limit_record = now << 12 | 0xfff;
         tick();
@@ -77,6 +80,11 @@ static void finish_mma(Fiber* lanes);
 
 // What each lane of the mask did, or knew to have happened, now happened before what the others do next.
 static void finish_syncwarp(Fiber* lanes, u32 mask) {
+    std::vector<const Fiber*> group;
+    for (u32 i = 0; i < 32 && launch.followed; ++i) {
+        if (mask >> i & 1u) { group.push_back(lanes + i); }
+    }
+    share_knowledge(group);
     if (!launch.checked) { return; }
     u32(*rows)[32] = known + lanes[0].tid;
     u32 merged[32] = {};
@@ -94,6 +102,7 @@ static void finish_syncwarp(Fiber* lanes, u32 mask) {
 
 static void finish_warp(Fiber* lanes, const Gathering& g) {
     if (g.op == SYNCWARP) { return finish_syncwarp(lanes, g.mask); }
+    if (g.op == WGMMA) { return; }
     if (g.op == LDMATRIX) { return finish_ldmatrix(lanes); }
     if (g.op == MMA) { return finish_mma(lanes); }
     u64 results[32], any = 0;

@@ -178,3 +178,87 @@ extern "C" __global__ void endless_bad(const __grid_constant__ TensorMap out, co
         named_barrier(1, 128);
     }
 }
+
+// A ring of one stage: thread 0 brings the tile twice, and before the second time waits for an arrival from every reading
+// warp, which lane 0 makes for all lanes. ORDER: what stands before that arrival.
+enum Order { NOTHING, SYNCWARP, SHUFFLE, WGMMA, ALL_ARRIVE, LATE_FENCE };
+
+template <int ORDER> __device__ inline void ring(const TensorMap& inp) {
+    Shared& s = shared();
+    int lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) {
+        mbarrier_init(&s.other, ORDER == ALL_ARRIVE ? 96 : 3);
+        mbarrier_init_done();
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        for (int round = 0; round < 2; round++) {
+            mbarrier_wait(&s.other, round ^ 1);
+            load(s.tile, inp, &s.full);
+        }
+        mbarrier_wait(&s.full, 1);
+    } else if (threadIdx.x >= 32) {
+        mbarrier_wait(&s.full, 0);
+        float sum = 0;
+        for (int i = 0; i < 4; i++) { sum += ((const float*)s.tile)[lane * 4 + i]; }  // ring
+        u32 r[4];
+        if (ORDER == LATE_FENCE) { ldmatrix_x4(r, s.tile + 4096 + lane % 16 * 16); }
+        if (ORDER == SYNCWARP || ORDER == LATE_FENCE) { __syncwarp(); }
+        if (ORDER == SHUFFLE) { sum = __shfl_sync(~0u, sum, 0); }
+        if (ORDER == WGMMA) { wgmma_begin(); }
+        if (lane == 0 || ORDER == ALL_ARRIVE) { mbarrier_arrive(&s.other); }
+        if (ORDER == LATE_FENCE) { fence_async(); }
+        if (sum == 12345.0f) { s.staging[lane] = 1; }
+    }
+}
+#define RING(name, order)                                                                                         \
+    extern "C" __global__ void name(const __grid_constant__ TensorMap out, const __grid_constant__ TensorMap inp) { \
+        ring<order>(inp);                                                                                         \
+    }
+RING(ring_good, SYNCWARP)
+RING(ring_all_good, ALL_ARRIVE)
+RING(ring_bad, NOTHING)
+RING(ring_shuffle_bad, SHUFFLE)
+RING(ring_wgmma_bad, WGMMA)
+RING(ring_late_fence_bad, LATE_FENCE)
+
+// Ordinary accesses.
+template <bool BARRIER> __device__ inline void plain(int shift) {
+    short *staging = (short*)shared().staging, *tile = (short*)shared().tile;
+    staging[threadIdx.x] = threadIdx.x;
+    if (BARRIER) { named_barrier(1, 128); }
+    tile[threadIdx.x] = staging[max((int)threadIdx.x - 1, 0) + shift];  // plain
+}
+extern "C" __global__ void plain_good(const __grid_constant__ TensorMap out, const __grid_constant__ TensorMap inp) {
+    plain<true>(0);
+}
+extern "C" __global__ void plain_bad(const __grid_constant__ TensorMap out, const __grid_constant__ TensorMap inp) {
+    plain<false>(0);
+}
+extern "C" __global__ void unwritten_bad(const __grid_constant__ TensorMap out, const __grid_constant__ TensorMap inp) {
+    plain<true>(2);
+}
+template <bool FENCE> __device__ inline void store(const TensorMap& out) {
+    Shared& s = shared();
+    for (int i = threadIdx.x; i < 4096; i += 128) { ((floatX*)s.staging)[i] = (floatX)2.0f; }
+    if (FENCE) { fence_async(); }
+    named_barrier(1, 128);
+    if (threadIdx.x == 0) {
+        tma_store(out, 0, 0, s.staging);  // plain store
+        tma_store_commit();
+        tma_store_wait<0>();
+    }
+}
+extern "C" __global__ void store_good(const __grid_constant__ TensorMap out, const __grid_constant__ TensorMap inp) {
+    store<true>(out);
+}
+extern "C" __global__ void store_bad(const __grid_constant__ TensorMap out, const __grid_constant__ TensorMap inp) {
+    store<false>(out);
+}
+extern "C" __global__ void beyond_bad(const __grid_constant__ TensorMap out, const __grid_constant__ TensorMap inp) {
+    Shared& s = shared();
+    (&s.staging[0])[8192 + 16 + 1024 + threadIdx.x] = 1;  // beyond
+}
+extern "C" __global__ void global_array(float* out, int n) {
+    if ((int)threadIdx.x < n) { out[threadIdx.x] = 1.0f; }  // global
+}
