@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -162,6 +163,36 @@ def test_strangers_are_dropped(said, capfd):
     assert answer == b"" or json.loads(answer)["welcome"] is None  # the latter: who knows the token may ask
     bye(at, process)
     assert capfd.readouterr().err == ""
+
+
+def mutated(line, draw):
+    """The line with some bytes replaced, taken out, doubled or cut off."""
+    data = bytearray(line)
+    for _ in range(draw.randrange(1, 6)):
+        at = draw.randrange(len(data) or 1)
+        piece = draw.choice([b"", b"[", b"}", b'"', b"1e999", b"null", b"-1", b"\\ud800", bytes([draw.randrange(256)])])
+        data[at : at + draw.choice([0, 1, 1, 8])] = piece + data[at : at + draw.choice([0, 0, 0, 40])]
+    return bytes(data[: draw.choice([len(data), len(data), draw.randrange(len(data) + 1)])]) + b"\n"
+
+
+def test_mutated_hellos_do_not_end_the_hub(capfd):
+    (at, process), draw = started(), random.Random(0)
+    for _ in range(400):
+        line = mutated(hello(0, 1, "guess"), draw)
+        with socket.create_connection(at, timeout=30) as stranger, contextlib.suppress(ConnectionError):
+            stranger.sendall(line)
+            stranger.shutdown(socket.SHUT_WR)
+            assert stranger.recv(100) == b"", line
+    bye(at, process)
+    assert capfd.readouterr().err == ""
+
+
+def test_mutated_places_are_read_or_not(tmp_path):
+    path, draw = tmp_path / "llmc-run-2.json", random.Random(0)
+    for _ in range(400):
+        path.write_bytes(mutated(hub.pack({"llmc": ["t" * 32, [["127.0.0.1", 4711], ["node", 4712]]]}), draw))
+        token, places = ranks.read_place(str(path))
+        assert type(token) is str and all(type(h) is str and type(p) is int and 0 < p < 65536 for h, p in places)
 
 
 @pytest.mark.parametrize("rank, longest", [(None, hub.LONGEST_HELLO), (0, hub.LONGEST)])

@@ -11,9 +11,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from llmc.buffers import Array
 from llmc.errors import UserError
-
-Array = Any  # NumPy's, or CuPy's; neither is imported here
 
 NCCL_TYPES = {"float16": 6, "float32": 7, "float64": 8, "bfloat16": 9}  # ncclDataType_t
 NCCL_SUM = 0  # ncclRedOp_t
