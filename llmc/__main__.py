@@ -4,6 +4,8 @@ import importlib
 import sys
 
 from llmc import __version__
+from llmc.command import command, did_you_mean
+from llmc.errors import UserError
 
 COMMANDS = {
     "train": "train GPT-2; with no flags: on Tiny Shakespeare",
@@ -16,6 +18,7 @@ COMMANDS = {
 }
 
 
+@command("llmc")
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
@@ -28,8 +31,8 @@ def main(argv=None):
     if argv in ([], ["-h"], ["--help"]):
         print("\n".join([usage, "", *(f"  {name:<11}{what}" for name, what in COMMANDS.items())]))
         return 0
-    print(f"llmc: error: unknown command {argv[0]}. HINT: one of {', '.join(COMMANDS)}.", file=sys.stderr)
-    return 2
+    like = did_you_mean(argv[0], COMMANDS)
+    raise UserError(f"unknown command {argv[0]}.{like} HINT: one of {', '.join(COMMANDS)}.")
 
 
 if __name__ == "__main__":

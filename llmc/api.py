@@ -143,7 +143,7 @@ def load(
             raise MemoryError
         model = GPT2(config, ops, B, T, dtype=dtype, seed=None, **options)
     except MemoryError as error:
-        need = f"{B} x {T} tokens at once need {needed / 2**30:,.1f} GiB on {ops.device.describe()}"
+        need = f"{B} x {T} tokens at once need {needed / 2**20:,.1f} MiB on {ops.device.describe()}"
         raise UserError(f"{path}: {need}. HINT: lower B or T (-b, -t), or take the CPU.") from error
     loading.read_weights(model, found)
     return model

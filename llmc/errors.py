@@ -9,8 +9,10 @@ def printable(text: str) -> str:
 class UserError(ValueError):
     """Something the user gave cannot be used. The message is one line: what, value, limit, HINT.
 
-    Every command turns it into that line on stderr and exit code 2, without a traceback.
+    Every command turns it into that line on stderr and an exit code, 2 for most, without a traceback.
     """
+
+    code = 2
 
     def __init__(self, message: str = ""):
         super().__init__(printable(message))

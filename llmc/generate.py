@@ -3,7 +3,7 @@
 import sys
 
 from llmc import loading
-from llmc.command import Parser, add_device_flags, command, natural, number, positive
+from llmc.command import Parser, add_device_flags, command, natural, number, positive, random_state
 
 
 def parser():
@@ -13,7 +13,7 @@ def parser():
     p.add_argument("-g", "--tokens", type=positive, default=256, help="tokens to generate (256)")
     p.add_argument("--temperature", type=number, default=0.8, help="0 is greedy, 1 the model's own distribution (0.8)")
     p.add_argument("--top-k", type=natural, default=0, help="draw from the k most likely tokens only (0 = off)")
-    p.add_argument("--seed", type=natural, default=1337, help="the same seed gives the same text (1337)")
+    p.add_argument("--seed", type=random_state, default=1337, help="the same seed gives the same text (1337)")
     p.add_argument("--tokenizer", choices=("gpt2", "bytes"), help="default: by the size of the model's vocabulary")
     add_device_flags(p.add_argument)
     return p
@@ -22,8 +22,6 @@ def parser():
 @command("llmc.generate")
 def main(argv=None):
     args = parser().parse_args(argv)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding does not have
     import llmc
 
     model = llmc.load(args.model, llmc.device(args.device, args.threads), dtype=args.dtype)

@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import asdict
 
-from llmc.command import command
+from llmc.command import command, say
 from llmc.training import flags
 
 
@@ -35,20 +35,19 @@ def main(argv=None):
         ops, device, line, sums = launch.pick_device(args.device, args.threads, ranks)
         settings, notices = settings_from(args, device, who.size)
         launch.same_flags(ranks, asdict(settings))
-        train(settings, Machine(ops, line, ranks, sums), notices, start_time)
-    return 0
+        return train(settings, Machine(ops, line, ranks, sums), notices, start_time)
 
 
 def train(settings, machine, notices, start_time):
-    """The run of these settings, on this process or on this one of several ranks. Errors: UserError."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding does not have
+    """The run of these settings, on this process or on this one of several ranks: its exit code. Errors: UserError."""
     from llmc import devices
     from llmc.gpt2 import parameter_specs
     from llmc.training import report, run_folder, setup
     from llmc.training.loop import Loop
+    from llmc.training.signals import Signals
 
-    with run_folder.opened(settings.output_dir, settings.resume, settings.default_job, machine.ranks) as folder:
+    place = (settings.output_dir, settings.resume, settings.default_job, machine.ranks)
+    with Signals(patience=1.0 if machine.ranks else 0.0) as signals, run_folder.opened(*place) as folder:
         run = setup.prepare(settings, machine, folder, notices)
         report.print_start(run)
         limits = setup.check_memory(run)
@@ -58,8 +57,13 @@ def train(settings, machine, notices, start_time):
             tensors = len(parameter_specs(run.config))
             print(devices.prepare_kernels(run.config, run.dtype, settings.check, run.precision["grad_dtype"], tensors))
         loop = Loop(run, *setup.build(run, limits), start_time)
-        loop.train()
+        interrupted = loop.train(signals)
+        if interrupted:  # on all ranks after the same step
+            if machine.rank == 0:
+                say(f"llmc.train: error: {interrupted}")
+            return interrupted.code
         report.print_end(run, loop.speed, loop.val_loss, baseline)
+    return 0
 
 
 def plan(args, num_processes):

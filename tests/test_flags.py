@@ -4,6 +4,7 @@ import shlex
 import pytest
 
 from llmc import command
+from llmc.__main__ import main as llmc_command
 from llmc.errors import UserError
 from llmc.training import flags
 from llmc.training.settings import settings_from
@@ -34,10 +35,66 @@ def test_values(kind, good, bad):
 
 
 def test_numbers_too_large_for_a_float():
-    assert command.positive("9" * 30) == 10**30 - 1
     for kind in (command.positive, command.number):
         with pytest.raises(argparse.ArgumentTypeError):
             kind("9" * 400)
+
+
+@pytest.mark.parametrize("kind", (command.positive, command.natural, command.count, command.period))
+def test_counts_have_31_bits(kind):
+    """As in llm.c's files: what is larger would wrap there."""
+    assert kind("2147483647") == 2**31 - 1
+    for text in ("2147483648", "9" * 30):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{text} is not .* and at most 2147483647$"):
+            kind(text)
+
+
+@pytest.mark.parametrize(
+    "kind, good, bad",
+    [
+        (command.number, ("3.4e38", "1e-50"), ("3.5e38", "1e39", "1e308")),  # infinite in float32
+        (command.above_zero, ("1.2e-38",), ("1e-38", "1e-46", "1e39")),  # 0 there, or flushed to it
+        (command.below_one, ("0.9999999",), ("0.99999999", "0.9999999999999")),  # 1 there
+        (command.seed, ("0", "4294967295"), ("4294967296", "-1")),  # MT19937's is 32 bits
+        (command.random_state, ("1", "18446744073709551615"), ("0", "18446744073709551616")),  # 0 gives only zeros
+        (command.positive, ("10",), ("1_0", "１０")),
+    ],
+)
+def test_what_wraps_is_refused(kind, good, bad):
+    for text in good:
+        assert kind(text) == type(kind(text))(text)
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match=f"^{text} is not "):
+            kind(text)
+
+
+def parse_many(*argv):
+    p = command.Parser(prog="llmc.prog", allow_abbrev=False)
+    p.add_argument("files", nargs="+")
+    p.add_argument("-n", "--number", type=command.number)
+    return p.parse_args(argv)
+
+
+def test_flags_between_positional_arguments():
+    for argv in (["-n", "3", "a", "b"], ["a", "-n", "3", "b"], ["a", "b", "-n", "3"]):
+        assert vars(parse_many(*argv)) == dict(files=["a", "b"], number=3.0), argv
+
+
+@pytest.mark.parametrize(
+    "argv, meant",
+    [(["--nubmer", "3"], "--number"), (["--Number=3"], "--number"), (["--numbers", "1"], "--number"), (["--zz"], None)],
+)
+def test_did_you_mean(argv, meant, capsys):
+    with pytest.raises(SystemExit):
+        parse_many("a", *argv)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and (f". Did you mean {meant}? HINT: " in err if meant else "mean" not in err), err
+
+
+def test_commands_that_do_not_exist(capsys):
+    assert llmc_command(["trian", "-x", "1"]) == 2
+    assert capsys.readouterr().err.startswith("llmc: error: unknown command trian. Did you mean train? HINT: one of ")
+    assert llmc_command(["xyz"]) == 2 and "mean" not in capsys.readouterr().err
 
 
 def parser():

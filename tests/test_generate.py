@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from llmc import cpu, generate, generation, gpt2, train
+from llmc import api, cpu, generate, generation, gpt2, train
 from llmc.data import tokenizer
 from llmc.data.shards import write_shard
 from llmc.files import model_file
@@ -203,10 +203,8 @@ def write_model(path, vocab_size):
 @pytest.mark.skipif(not os.environ.get("TIKTOKEN_CACHE_DIR"), reason="needs GPT-2's vocabulary: set TIKTOKEN_CACHE_DIR")
 def test_gpt2_tokens(capsys, monkeypatch):
     """A model of GPT-2's vocabulary writes with GPT-2's tokens, and starts from end-of-text."""
-    starts, loop = [], generation.generate
-    monkeypatch.setattr(
-        generation, "generate", lambda model, prompt, *a: starts.append(prompt) or loop(model, prompt, *a)
-    )
+    starts, loop = [], api.generate
+    monkeypatch.setattr(api, "generate", lambda model, prompt, *a: starts.append(prompt) or loop(model, prompt, *a))
     text = run(capsys, write_model("gpt2.bin", 50257), "-p", "Hello world", "-g", 20)
     assert text.startswith("Hello world") and len(text) > 12 and starts == [[50256, 15496, 995]]
     encoded = tokenizer.get("gpt2").encode("Hello world")
@@ -236,8 +234,8 @@ def test_a_reader_sees_text_as_it_comes(trained, capsys, monkeypatch):
         yield from b"abc"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generation, "generate", interrupted)
-    assert generate.main([str(trained[0]), "-p", "x"]) == 2
+    monkeypatch.setattr(api, "generate", interrupted)
+    assert generate.main([str(trained[0]), "-p", "x"]) == 130
     assert capsys.readouterr() == ("xabc", "llmc.generate: interrupted\n")
 
 

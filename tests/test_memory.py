@@ -285,9 +285,7 @@ def test_generate_and_evaluate_say_so_too(memory, fail_at, folder, capsys, monke
         capsys.readouterr()
         assert command.main(["out", "--device", "cpu", *argv]) == 2
         out, err = capsys.readouterr()
-        assert not out and re.search(
-            r"error: out/model_00000001.bin: [12] x 32 tokens at once need [\d.]+ MiB on cpu", err
-        )
+        assert not out and re.search(r"error: out\S*: [12] x 32 tokens at once need [\d.]+ MiB on ", err)
         assert "HINT: " in err and err.count("\n") == 1
 
 

@@ -359,13 +359,13 @@ def test_skipping_ends(monkeypatch, folder, capsys):
 
 
 def test_weights_that_have_gone_bad_stop_a_run_that_skips(folder, capsys):
-    """An update of 1e30, which is finite, is followed by a step that is not; 1e39 by weights that are not."""
+    """After an update of 1e30, which is finite, a step is not; 3e38 and decay make weights that are not."""
     code, out, err = run(capsys, "--on-nonfinite", "skip", "-l", 1e30, "-o", "large")
     assert code == 0 and out.count("h[0].qkvr, written by matmul_forward") == 5 and err == ""
     assert [path.name for path in Path("large").glob("*.npz")] == ["nonfinite_00000002_00000.npz"]
     assert run(capsys, "--replay", *Path("large").glob("*.npz"))[0] == 1
     with np.errstate(all="ignore"):
-        code, _, err = run(capsys, "--on-nonfinite", "skip", "-l", 1e39, "-o", "larger")
+        code, _, err = run(capsys, "--on-nonfinite", "skip", "-l", 3e38, "-c", 1e38, "-o", "larger")
     assert code == 2 and err.count("\n") == 1
     assert "step 2: " in err and "the weights were not finite before the step: params.wte: " in err
 

@@ -578,7 +578,7 @@ KINDS = (("model", ".bin"), ("state", "_00000.bin"), ("DONE", ""))
 
 def test_retention_without_n_keeps_the_checkpoint_of_ctrl_c(monkeypatch):
     interrupt_in_step(2, monkeypatch)
-    assert run("-x", 5, "-nk", 1, "-o", "out") == 2
+    assert run("-x", 5, "-nk", 1, "-o", "out") == 130
     assert checkpoints.checkpoint_steps("out") == [3]
     monkeypatch.undo()
     assert run("-x", 5, "-nk", 1, "-o", "out", "-y", 1) == 0
@@ -1318,8 +1318,8 @@ def test_ctrl_c_saves_and_resumes(step, monkeypatch, capsys):
     if step == 6:  # the last: nothing is left to interrupt
         assert code == 0 and not err
     else:
-        assert code == 2 and checkpoints.latest_checkpoint("out") == step + 1
-        assert_one_line(err, f"after step {step + 1} of 7", "-o out -y 1", "HINT: ")
+        assert code == 130 and checkpoints.latest_checkpoint("out") == step + 1
+        assert_one_line(err, f"interrupted by SIGINT after step {step + 1} of 7", "-o out -y 1", "HINT: ")
         assert f"wrote checkpoint of step {step + 1} to out" in out
         assert run(*flags, "-o", "out", "-y", 1) == 0
     assert_same_run("out", "full", 7)
@@ -1328,7 +1328,7 @@ def test_ctrl_c_saves_and_resumes(step, monkeypatch, capsys):
 def test_ctrl_c_without_output_folder(monkeypatch, capsys):
     before = files()
     interrupt_in_step(2, monkeypatch)
-    assert run("-x", 5) == 2
+    assert run("-x", 5) == 130
     out, err = capsys.readouterr()
     assert_one_line(err, "after step 3 of 5", "HINT: ")
     assert len(lines_of(out, "step ")) == 3 and files() == before
@@ -1337,7 +1337,7 @@ def test_ctrl_c_without_output_folder(monkeypatch, capsys):
 def test_second_ctrl_c_ends_at_once(monkeypatch, capsys):
     handler = signal.getsignal(signal.SIGINT)
     interrupt_in_step(2, monkeypatch, times=2)
-    assert run("-x", 5, "-o", "out") == 2
+    assert run("-x", 5, "-o", "out") == 130
     out, err = capsys.readouterr()
     assert err == "llmc.train: interrupted\n" and len(lines_of(out, "step ")) == 2
     assert signal.getsignal(signal.SIGINT) is handler and not checkpoints.checkpoint_steps("out")
@@ -1350,8 +1350,8 @@ def test_ctrl_c_of_a_real_process():
     read_steps(process, 3)
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
-    assert code == 2
-    assert_one_line(err, "interrupted after step", "of 60", "-o out -y 1")
+    assert code == 130
+    assert_one_line(err, "interrupted by SIGINT after step", "of 60", "-o out -y 1")
     step = checkpoints.latest_checkpoint("out")
     assert 3 <= step < 60
     assert run(*argv, "-o", "out", "-y", 1) == 0
@@ -1376,5 +1376,5 @@ def test_second_ctrl_c_of_a_real_process():
         code, out, err = finish(process)
         if "after step 0" not in err:  # else the first came before the step began: rightly, that was enough
             break
-    assert code == 2 and not lines_of(out, "step ") and signals >= 2, err
+    assert code == 130 and not lines_of(out, "step ") and signals >= 2, err
     assert err == "llmc.train: interrupted\n"

@@ -79,9 +79,9 @@ def launched(who: World, place: Place | None, device: str = "auto") -> "Iterator
         yield ranks
         ranks.close()
     except UserError as error:
-        ranks.fail(str(error), 2)
+        ranks.fail(str(error), error.code)
     except KeyboardInterrupt:
-        ranks.fail("interrupted", 2)
+        ranks.fail("interrupted", 130)
     except BaseException as error:
         print(f"rank {who.rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         ranks.fail(f"{type(error).__name__}: {error}", 1)

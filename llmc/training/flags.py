@@ -14,6 +14,7 @@ from llmc.command import (
     number,
     period,
     positive,
+    seed,
     thread_count,
 )
 from llmc.errors import UserError
@@ -91,7 +92,7 @@ def add_optimization(add):
     add("--beta2", type=below_one, help="AdamW's (0.95)")
     add("--eps", type=above_zero, help="AdamW's (1e-8)")
     add("--grad-clip", type=number, metavar="NORM", help="largest gradient norm (1.0; 0 = off)")
-    add("--seed", type=natural, help="of fresh weights (42, as llm.c)")
+    add("--seed", type=seed, help="of fresh weights (42, as llm.c)")
 
 
 def add_evaluation(add):

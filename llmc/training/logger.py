@@ -3,6 +3,7 @@
 Source: llm.c llmc/logger.h (main.log), train_gpt2.cu main (step line).
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -10,6 +11,7 @@ import os
 import re
 import sys
 
+from llmc.command import say, silence
 from llmc.errors import UserError
 from llmc.files.io import atomic_write
 
@@ -128,10 +130,12 @@ class Display:
 
     live: sys.stdout.isatty(). Then step() moves the bar and write() prints above it; else step() prints its line,
     and no escape code is ever written. first_step: steps done before this run (resume).
+    folder: where the run has its files. With one, a stdout that can take no more, its reader or terminal gone or its
+    disk full, is no reason to stop: stderr says so once. Without, the first such write raises OSError.
     """
 
-    def __init__(self, total_steps, live, first_step=0):
-        self.bar = None
+    def __init__(self, total_steps, live, first_step=0, folder=None):
+        self.bar, self.folder = None, folder
         if live:
             from tqdm import tqdm  # only here: its import takes longer than the rest of the start
 
@@ -152,20 +156,37 @@ class Display:
 
     def step(self, line, loss, lr, tokens_per_second):
         """One training step is done. line: step_line()'s, printed where there is no bar."""
-        if self.bar is None:
-            print(line, flush=True)
-        else:
-            self.bar.set_postfix_str(f"loss {loss:.4f} | lr {lr:.2e} | {tokens_per_second:.0f} tok/s", refresh=False)
-            self.bar.update()
+        with self.going_on():
+            if self.bar is None:
+                print(line, flush=True)
+            else:
+                shown = f"loss {loss:.4f} | lr {lr:.2e} | {tokens_per_second:.0f} tok/s"
+                self.bar.set_postfix_str(shown, refresh=False)
+                self.bar.update()
 
     def write(self, text):
         """Print lines that stay: validation loss, samples, checkpoints."""
-        if self.bar is None:
-            print(text, flush=True)
-        else:
-            self.bar.write(text, file=sys.stdout)
+        with self.going_on():
+            if self.bar is None:
+                print(text, flush=True)
+            else:
+                self.bar.write(text, file=sys.stdout)
 
     def close(self):
         """Leave the bar as it is and end its line."""
-        if self.bar is not None:
-            self.bar.close()
+        with self.going_on():
+            if self.bar is not None:
+                self.bar.close()
+
+    @contextlib.contextmanager
+    def going_on(self):
+        """A write to stdout that may fail, see the class."""
+        try:
+            yield
+        except OSError as error:
+            if self.folder is None:
+                raise
+            silence(sys.stdout)
+            self.bar = None
+            gone = f"stdout: {error.strerror or error}; the run goes on, its lines are in {self.folder}"
+            say(f"llmc.train: {gone}. HINT: Ctrl-C or kill end it after a checkpoint.")

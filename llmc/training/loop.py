@@ -11,17 +11,14 @@ from llmc import gpt2
 from llmc.errors import UserError
 from llmc.files import checkpoints
 from llmc.generation import sample_text
-from llmc.parallel.communicators import total
 from llmc.training import checkpointing, mfu
 from llmc.training.logger import Display, Logger, step_line
 from llmc.training.multiple_choice import score_line, score_over_ranks
-from llmc.training.signals import Interrupt
+from llmc.training.signals import Interrupted, agreed
 from llmc.training.step import Speed, train_step
 from llmc.training.validation import validate
 
-MOST_SKIPPED = (
-    100  # steps in a row that --on-nonfinite skip leaves out: what goes on for so long will not end by itself
-)
+MOST_SKIPPED = 100  # steps in a row that --on-nonfinite skip leaves out: what lasts as long does not end by itself
 
 
 def due(every, step, last):
@@ -39,25 +36,30 @@ class Loop:
         self.settings, self.first, self.val_loss = run.settings, run.folder.resume_step or 0, None
         self.inputs, self.targets = np.empty((2, run.micro_steps, B, T), np.int32)
         self.logger = Logger(run.folder.path if model.rank == 0 else None, run.folder.resume_step)
-        self.display = Display(run.steps, sys.stdout.isatty(), self.first)
+        self.display = Display(run.steps, sys.stdout.isatty(), self.first, run.folder.path)
         self.speed, self.skipped = Speed(run.total_batch), 0
         self.flops = gpt2.flops_per_token(run.config, T) * B * T * run.micro_steps
 
-    def train(self):
-        """Do all steps. Errors: UserError where the run was interrupted, or a step is not finite."""
-        with contextlib.closing(self.display), contextlib.closing(Interrupt()) as interrupt:
+    def train(self, signals):
+        """Do all steps, or those until a signal comes: then a checkpoint is written, and Interrupted returned.
+
+        signals: a Signals, whose handlers are set. Errors: UserError where a step is not finite.
+        """
+        signals.finishing = True
+        with contextlib.closing(self.display):
             for step in range(self.first, self.run.steps + 1):
                 last = step == self.run.steps
-                stop = total(self.run.machine.sums, interrupt.seen) > 0
-                self.evaluate(step, last)
+                stop = agreed(signals.seen, self.run.machine.sums)
+                if last or not stop:
+                    self.evaluate(step, last)
                 self.checkpoint(step, last, interrupted=stop and step > self.first)
                 if last:
-                    break
+                    return None
                 if stop:
                     folder = self.run.folder.path
                     again = f"-o {folder} -y 1 continues" if folder else "-o DIR would have kept its work"
-                    ended = f"interrupted after step {step} of {self.run.steps}"
-                    raise UserError(f"{ended}. HINT: the same command with {again}.")
+                    done = f"after step {step} of {self.run.steps}"
+                    return Interrupted(stop, f"{done}. HINT: the same command with {again}.")
                 self.step(step)
 
     def evaluate(self, step, last):

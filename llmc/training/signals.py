@@ -1,18 +1,67 @@
-"""Ctrl-C in the training loop: the step is finished, and then the run stops."""
+"""What ends a run early: Ctrl-C, and what schedulers, containers and closed terminals send. The step is finished first.
+
+SIGTERM comes from kill, Slurm, Kubernetes and docker stop, SIGHUP from a terminal that goes away, SIGUSR1 from Slurm's
+--signal. They all do what Ctrl-C does. The exit code tells which one it was: 128 + its number, as a shell has it.
+"""
 
 import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+from llmc.errors import UserError
+
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # not all systems have all of them
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
 
-class Interrupt:
-    """Ctrl-C sets a flag that the loop looks at between steps; a second one ends the program at once."""
+class Interrupted(UserError):
+    """A signal has ended the run; code is the exit code that tells which one."""
 
-    def __init__(self):
-        self.seen = False
-        self.previous = signal.signal(signal.SIGINT, self.handle)
+    def __init__(self, signum: int, message: str):
+        super().__init__(f"interrupted by {signal.Signals(signum).name} {message}")
+        self.code = 128 + signum
 
-    def handle(self, signum, frame):
-        self.seen = True
-        self.close()
 
-    def close(self):
-        signal.signal(signal.SIGINT, self.previous)
+class Signals:
+    """Signals while a run lives: `with Signals(...) as signals`.
+
+    Until `finishing` is set a signal raises Interrupted where the program is. After that it is kept in `seen`, for the
+    loop to look at between steps. Then another Ctrl-C ends the program at once; of what launchers and schedulers
+    send again, nothing comes of it. A signal that was ignored at the start stays ignored, and a thread other than the
+    main one, in which Python has no handlers, leaves them all alone. At the end everything is as it was.
+    """
+
+    def __init__(self, patience: float = 0.0):
+        """patience: seconds after a signal in which Ctrl-C is taken for the same one, passed on by a launcher."""
+        self.patience, self.seen, self.at, self.finishing = patience, None, 0.0, False
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        if threading.current_thread() is threading.main_thread():
+            for signum in SIGNALS:
+                if signal.getsignal(signum) not in (signal.SIG_IGN, None):  # None: not Python's
+                    self.previous[signum] = signal.signal(signum, self.handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+
+    def handle(self, signum: int, frame: FrameType | None) -> None:
+        """What a signal does; see the class."""
+        if not self.finishing:
+            raise Interrupted(signum, "before the first step. HINT: the same command starts again.")
+        if self.seen is None:
+            self.seen, self.at = signum, time.monotonic()
+        elif signum == signal.SIGINT and time.monotonic() - self.at >= self.patience:
+            raise KeyboardInterrupt
+
+
+def agreed(seen: int | None, communicator: Any) -> int | None:
+    """The signal to stop for, the same on all ranks: the first of SIGNALS that any of them has seen, or None."""
+    if communicator is None:
+        return seen
+    counts = communicator.sums([float(seen == signum) for signum in SIGNALS])
+    return next((signum for signum, count in zip(SIGNALS, counts, strict=True) if count), None)
