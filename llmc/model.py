@@ -10,6 +10,7 @@ llmc/gpt2.py, where the forward and backward passes stand, is the file to read f
     head(params)                                                the weight of the last matmul, which makes the logits
     forward_pass(model, b, t)                                   every forward call
     backward_pass(model, b, t, dloss, accumulate, final)        every backward call
+    gradient_views(acts)                                        where it keeps gradients of activations, by name
 
 and its config has max_seq_len, vocab_size and num_layers.
 """

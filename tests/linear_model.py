@@ -3,6 +3,7 @@
 Nothing in it has GPT-2's number of tensors, its names within a layer, or its tied head.
 """
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -69,6 +70,10 @@ def forward_pass(model, b, t):
         x = out
     if len(pieces(b * t)) == 1:
         ops.matmul_forward(acts.output, acts.lnf, params.headw)
+
+
+def gradient_views(acts):
+    return SimpleNamespace(dlin=acts.scratch[0], dinp=acts.scratch[1])
 
 
 def backward_pass(model, b, t, dloss, accumulate, final=False):

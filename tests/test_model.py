@@ -4,6 +4,8 @@ The passes of GPT-2 are in test_gpt2.py, sums over ranks in test_distributed.py.
 """
 
 import dataclasses
+import inspect
+import re
 
 import linear_model
 import numpy as np
@@ -56,6 +58,16 @@ def gradients(dtype, params, x, y):
     )
     loss.backward()
     return {name: tensor.grad.numpy() for name, tensor in p.items()} | {"loss": loss.detach().numpy()}
+
+
+def test_architectures_are_modules_with_the_same_functions():
+    """Those that the top of llmc/model.py lists, with the same arguments."""
+    listed = re.findall(r"^    (\w+)\(([\w, ]+)\)(?: {2,}|$)", llmc.model.__doc__, re.M)
+    assert len(listed) == 8
+    for name, arguments in listed:
+        for arch in (gpt2, linear_model):
+            found = list(inspect.signature(getattr(arch, name)).parameters)
+            assert found == arguments.split(", "), (arch.__name__, name)
 
 
 @pytest.mark.parametrize("head_rows", (100, 8))

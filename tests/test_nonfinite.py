@@ -10,6 +10,7 @@ import json
 import re
 from pathlib import Path
 
+import linear_model
 import numpy as np
 import pytest
 from conftest import op_set, to_host
@@ -22,6 +23,7 @@ from llmc import cpu, simt, train
 from llmc.data.loader import DataLoader
 from llmc.data.shards import write_shard
 from llmc.files import checkpoints, model_file
+from llmc.model import Model
 from llmc.training import loop, nonfinite
 
 PLACE = 37  # element that is poisoned, of arrays that have as many
@@ -174,6 +176,28 @@ def test_weights_that_were_bad_before(ops):
     assert traced(build(ops, dtype, params=params)) == text
     params["wpe"][2, 1] = np.nan
     assert "params.wpe: 1 NaN, 0 Inf" in traced(build(ops, dtype, params=params))
+
+
+def test_an_architecture_of_another_shape(monkeypatch):
+    config = linear_model.Config(max_seq_len=12, vocab_size=40, num_layers=3, channels=16)
+    model = Model(linear_model, cpu, config, 2, 9)
+    model.init_weights(1)
+    tokens = np.random.default_rng(0).integers(0, 40, (2, 1, 2, 9), dtype=np.int32)
+    cases = [  # the nth call of an op: the head's is the first in backward, then the layers from the last on
+        ("matmul_forward", 1, "out", "h[1].lin, written by matmul_forward as out (forward, layer 1, micro-step 0)"),
+        ("matmul_backward", 0, "dinp", "dlin, written by matmul_backward as dinp (backward, micro-step 0)"),
+        ("matmul_backward", 1, "dinp", "dinp, written by matmul_backward as dinp (backward, layer 2, micro-step 0)"),
+        ("matmul_backward", 3, "dbias", "grads.h[0].linb, written by matmul_backward as dbias (backward, layer 0, "),
+    ]
+    for op, nth, argument, text in cases:
+        with np.errstate(all="ignore"), monkeypatch.context() as patch:
+            poison(patch, cpu, op, argument, nth)
+            assert text in nonfinite.trace(model, *tokens, rng_state=1)
+    assert nonfinite.trace(model, *tokens, rng_state=1) is None
+    model.params.headw[3, 2] = np.nan
+    assert "params.headw: 1 NaN" in nonfinite.trace(model, *tokens, rng_state=1)
+    model.params.h[2].linb[1] = np.inf
+    assert "params.h[2].linb: 0 NaN, 1 Inf" in nonfinite.trace(model, *tokens, rng_state=1)
 
 
 @pytest.mark.gpu
