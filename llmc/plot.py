@@ -9,16 +9,23 @@ from llmc.errors import UserError
 
 
 def parse_log(path):
-    """{stream: {step: value}} of a main.log; streams are trl, tel and eval. Later lines of a step win (restarts)."""
+    """{stream: {step: value}} of a main.log; streams are trl, tel and eval. Later lines of a step win (restarts).
+
+    Errors: UserError for a file that cannot be read, has no such line, or has one whose value is no finite number.
+    """
+    from llmc.files import io, parse
+
     streams = {"trl": {}, "tel": {}, "eval": {}}
     try:
-        with open(path) as file:
-            for line in file:
-                match = re.match(r"s:(\d+) (trl|tel|eval):(\S+)", line)
+        with io.open_regular(path) as file:
+            for number, line in enumerate(file, 1):
+                match = re.match(rb"s:(\d{1,18}) (trl|tel|eval):(\S+)", line)
                 if match:
-                    streams[match[2]][int(match[1])] = float(match[3])
+                    what = f"{path}, line {number}: {match[2].decode()}"
+                    value = parse.decimal(match[3].decode(errors="replace"), what, "HINT: remove the line")
+                    streams[match[2].decode()][int(match[1])] = value
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}. HINT: name the output folder (-o) of a run.") from error
+        raise UserError(f"{path}: {error.strerror or error}. HINT: name the output folder (-o) of a run.") from error
     if not any(streams.values()):
         raise UserError(f"{path}: no line of a main.log in it. HINT: name the output folder (-o) of a run.")
     return streams

@@ -80,12 +80,13 @@ def plan(args, num_processes):
 def replay(path, device, dtype, threads):
     """--replay: the step that a run saved because it was not finite, op by op. Exit code 1 if it still is not."""
     from llmc import devices
+    from llmc.errors import printable
     from llmc.training import nonfinite
 
     ops, _, line = devices.pick_device(device, threads)
     print(line)
     about, found = nonfinite.replay(path, ops, devices.model_dtype(dtype) if dtype else None)
-    print(f"as it was saved: {about['found']}")
+    print(f"as it was saved: {printable(about['found'])}")
     print(f"done again:      {found or 'every tensor is finite'}")
     return 1 if found else 0
 

@@ -510,7 +510,7 @@ def test_state_refused(tmp_path, shuffle):
         refuses(state_bytes(values(1), values(2), loader=loader | dict(mt19937=bytes(2520))), "damaged")
     save_state(path, loader_state=loader, extra=dict(a=1))
     path.write_bytes(path.read_bytes()[:-1] + b"!")
-    refuses(None, "damaged")
+    refuses(None, "extra is not JSON")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

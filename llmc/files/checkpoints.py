@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from llmc.errors import UserError
-from llmc.files import io
+from llmc.files import io, parse
 from llmc.files.done_file import check_file, read_done, write_done
 from llmc.files.io import HEADER_BYTES, STATE_MAGIC, fsync_folder
 from llmc.files.model_file import as_file_dtype, fingerprint, num_parameters, read_model_header, write_model
@@ -207,8 +207,11 @@ def check_checkpoint(folder: io.Path, step: int, states: bool = True) -> None:
     check_bits(folder, step, states)
     path = model_path(folder, step)
     first = read_state_headers(folder, step, num_parameters(read_model_header(path)))[0]
-    stated, found = (first.extra or {}).get("model"), fingerprint(path)
-    if stated is not None and stated[0] == found[0] and stated != found:  # it may have been converted since
+    found, stated = fingerprint(path), (first.extra or {}).get("model")
+    if stated is not None:
+        what = f"{state_path(folder, step, 0)}: extra.model"
+        stated = [parse.integer(number, what) for number in parse.array(stated, what, 2)]
+    if stated and stated[0] == found[0] and stated != found:  # it may have been converted since
         raise UserError(
             f"{path} and {state_path(folder, step, 0)} are of different runs. HINT: copy both from the same checkpoint"
         )

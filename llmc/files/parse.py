@@ -33,10 +33,10 @@ def read_json(path: io.Path, hint: str = COPY) -> dict[str, Any]:
     return dictionary(json_of(text, str(path)), str(path))
 
 
-def json_of(text: bytes | str, what: str, hint: str = COPY) -> Any:
+def json_of(text: bytes | str, what: str, hint: str = COPY, longest: int = LONGEST) -> Any:
     """The value of a JSON text. what: where it is from, which starts the message. Errors: UserError with the hint."""
-    if len(text) > LONGEST:
-        raise UserError(f"{what} has more than {LONGEST >> 20} MiB of JSON. {hint}")
+    if len(text) > longest:
+        raise UserError(f"{what} has more than {longest >> 20} MiB of JSON. {hint}")
     try:
         value = json.loads(text, parse_int=_integer, parse_float=_number, parse_constant=_constant)
         _check_depth(value)
@@ -116,3 +116,14 @@ def number(value: Any, what: str, least: float = -math.inf, most: float = math.i
         limits = "" if least == -math.inf and most == math.inf else f" from {least:g} to {most:g}"
         raise UserError(f"{what} is {shown(value)}, not a number{limits}. {COPY}")
     return float(value)
+
+
+def decimal(text: str, what: str, hint: str = COPY) -> float:
+    """The finite number that a text says, as in 3.1 or 6e-4. Errors: UserError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"{what} is {shown(text)}, not a number. {hint}")
+    return value

@@ -21,11 +21,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from llmc.errors import UserError
-from llmc.files import io
+from llmc.files import io, parse
 from llmc.files.io import HEADER_BYTES, STATE_MAGIC
 from llmc.rand import MT19937
 
 MT19937_BYTES = 2520
+LONGEST_EXTRA = 1 << 30  # bytes; the shuffled samples of several streams are some MiB
 AT_THE_START = dict(should_shuffle=False, current_shard_idx=0, current_sample_idx=0)
 
 
@@ -125,6 +126,12 @@ def loader_of(block: tuple[np.ndarray, np.ndarray, bytes]) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def read_extra(file: BinaryIO, path: io.Path) -> dict[str, Any]:
+    """The JSON object at the end of a state file, from where the file is. Errors: UserError."""
+    value = parse.json_of(file.read(), f"{path}: extra", longest=LONGEST_EXTRA)
+    return parse.dictionary(value, f"{path}: extra")
+
+
 def find_block(
     file: BinaryIO, end: int, counts: Sequence[int], arrays: int, shuffles: bool
 ) -> tuple[int, tuple[np.ndarray, np.ndarray, bytes] | None] | None:
@@ -185,12 +192,12 @@ def read_state_header(
                 and loader["current_sample_idx"] <= loader["shard_num_samples"]
             ):
                 raise damaged
-            file.seek(end)
-            extra = json.loads(file.read()) if extra_bytes else None
-            if extra and "loader" in extra:
-                loader["streams"] = extra.pop("loader")
         except ValueError:
             raise damaged from None
+        file.seek(end)
+        extra = read_extra(file, path) if extra_bytes else None
+        if extra and "loader" in extra:
+            loader["streams"] = parse.dictionary(extra.pop("loader"), f"{path}: extra.loader")
     return TrainState(
         **found, step=int(words[10]), rng_state=io.get_u64(words, 20), rng_state_last_update=io.get_u64(words, 22),
         use_master_weights=bool(words[4]), num_parameters=count, loader_state=loader, extra=extra,

@@ -87,4 +87,5 @@ def load(folder, step, model, loader, detectors, use_master_weights):
         model.round_master()
     loader.load_states([state.loader_state for state in states])
     for name, detector in detectors.items():
-        detector.load_state((states[0].extra or {}).get(name))
+        what = f"{checkpoints.state_path(folder, step, 0)}: extra.{name}"
+        detector.load_state((states[0].extra or {}).get(name), what)

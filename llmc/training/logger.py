@@ -13,6 +13,7 @@ import sys
 
 from llmc.command import say, silence
 from llmc.errors import UserError
+from llmc.files import parse
 from llmc.files.io import atomic_write
 
 
@@ -78,17 +79,16 @@ def to_json(**values):
 
 def main_log_step(line):
     """Step of a main.log line, None where it is not one."""
-    match = re.match(rb"s:(\d+) ", line)
+    match = re.match(rb"s:(\d{1,18}) ", line)
     return int(match[1]) if match else None
 
 
 def metrics_step(line):
     """Step of a metrics.jsonl line, None where it is not one."""
     try:
-        step = json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
+        return parse.integer(parse.dictionary(parse.json_of(line, "a line"), "a line").get("step"), "step")
+    except UserError:
         return None
-    return step if isinstance(step, int) else None
 
 
 def set_aside(paths):

@@ -6,6 +6,8 @@ those of gradients that fp16 could not hold. Source: Micikevicius et al. 2018, a
 constants are those of torch.amp.GradScaler.
 """
 
+from llmc.files import parse
+
 INITIAL_SCALE = 2.0**16
 GROWTH_INTERVAL = 2000
 
@@ -37,7 +39,10 @@ class LossScaler:
         """Everything as a dict that JSON can hold exactly."""
         return dict(scale=self.scale, good_steps=self.good_steps)
 
-    def load_state(self, state):
-        """Continue from state(); None, as of a checkpoint of another precision, starts afresh."""
-        if state is not None:
-            self.scale, self.good_steps = state["scale"], state["good_steps"]
+    def load_state(self, state, what="the state"):
+        """Continue from state(); None, as of a checkpoint of another precision, starts afresh. Errors: UserError."""
+        if state is None:
+            return
+        found = parse.dictionary(state, what)
+        self.scale = parse.number(found.get("scale"), f"{what}.scale", 1.0, 2.0**127)
+        self.good_steps = parse.integer(found.get("good_steps"), f"{what}.good_steps", 0, GROWTH_INTERVAL - 1)

@@ -24,7 +24,9 @@ from numpy.typing import DTypeLike
 from llmc import gpt2
 from llmc.buffers import Array, carve
 from llmc.errors import UserError
-from llmc.files.io import atomic_write
+from llmc.files import parse
+from llmc.files.io import atomic_write, bf16_to_fp32, open_regular
+from llmc.files.model_file import MODEL_WORDS
 from llmc.model import Model, pieces, rows
 
 WRITES = {  # op -> its arguments that it writes; scratch may hold anything
@@ -43,6 +45,7 @@ WRITES = {  # op -> its arguments that it writes; scratch may hold anything
     "fused_classifier": ("losses", "logits"),
     "global_norm_squared": ("out",),
 }
+DTYPES = ("float32", "float16", "bfloat16")  # of parameters and gradients
 SMALL = 1 << 16  # elements below which an array is downloaded at once
 
 
@@ -219,27 +222,50 @@ def save(path: str | os.PathLike, model: Model, inputs: np.ndarray, targets: np.
 
 def load(path: str | os.PathLike) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
     """(about, params (N,) f32, inputs, targets) of save()'s file. UserError where it is none."""
+    hint = "HINT: give the nonfinite_*.npz that a stopped run wrote"
     try:
-        if os.path.isfile(path) and not zipfile.is_zipfile(path):
-            raise ValueError("it is no .npz file, or not all of one")
-        with np.load(path, allow_pickle=False) as file:
-            about = json.loads(str(file["about"]))
-            config = gpt2.config_from_header(about["config"])
-            params, inputs, targets = file["params"], file["inputs"], file["targets"]
-        about["config"] = config
-        if about["dtype"] == "bfloat16":
-            params = (params.astype(np.uint32) << 16).view(np.float32)
-        N, V = sum(spec.size for spec in gpt2.parameter_specs(config)), config.vocab_size
+        with open_regular(path) as file:
+            with zipfile.ZipFile(file) as archive:
+                if any(item.file_size != item.compress_size for item in archive.infolist()):
+                    raise ValueError("it is compressed, which no run writes")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                text, params, inputs, targets = (arrays[n] for n in ("about", "params", "inputs", "targets"))
+        about = about_of(str(text), f"--replay {path}")
+        N, V = sum(spec.size for spec in gpt2.parameter_specs(about["config"])), about["config"].vocab_size
+        kind = np.uint16 if about["dtype"] == "bfloat16" else np.dtype(about["dtype"])
         tokens = inputs.shape == targets.shape and inputs.ndim == 3 and inputs.dtype == targets.dtype == np.int32
-        if params.shape != (N,) or not tokens or min(inputs.min(), targets.min()) < 0 or inputs.max() >= V:
+        if params.shape != (N,) or params.dtype != kind or not tokens or inputs.size == 0:
             raise ValueError("its arrays do not fit its model")
-        if missing := {"rng_state", "found", "loss_scale", "recompute", "grad_dtype"} - set(about):
-            raise ValueError(f"it has no {min(missing)}")
-        return about, params.astype(np.float32), inputs, targets
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        if min(inputs.min(), targets.min()) < 0 or max(inputs.max(), targets.max()) >= V:
+            raise ValueError(f"it has tokens that are not below {V}")
+        if inputs.shape[2] > about["config"].max_seq_len:
+            raise ValueError(f"its rows of {inputs.shape[2]} tokens are longer than the model's")
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, OverflowError) as error:
         why = (getattr(error, "strerror", None) or str(error) or "damaged").splitlines()[0]
-        hint = "HINT: give the nonfinite_*.npz that a stopped run wrote"
         raise UserError(f"--replay {path}: cannot be read ({why}). {hint}.") from error
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"--replay {path}: cannot be read (it is no .npz file, or not all of one). {hint}.") from error
+    params = bf16_to_fp32(params) if about["dtype"] == "bfloat16" else params.astype(np.float32)
+    return about, params, inputs, targets
+
+
+def about_of(text: str, what: str) -> dict[str, Any]:
+    """What the JSON of a saved step says, with its config as a GPT2Config. Errors: UserError about `what`."""
+    about = parse.dictionary(parse.json_of(text, what), what)
+    sizes = parse.dictionary(about.get("config"), f"{what}: config")
+    config = {name: parse.integer(sizes.get(name), f"{what}: config.{name}", 1, 1 << 24) for name in MODEL_WORDS}
+    if config["vocab_size"] > config["padded_vocab_size"]:
+        raise UserError(f"{what}: config has vocab_size above padded_vocab_size. HINT: the file is damaged")
+    for name, allowed in (("dtype", DTYPES), ("grad_dtype", DTYPES), ("recompute", (0, 1, 2))):
+        if about.get(name) not in allowed:
+            raise UserError(f"{what}: {name} is {parse.shown(about.get(name))}, not of {allowed}. HINT: it is damaged")
+    parse.integer(about.get("rng_state"), f"{what}: rng_state")
+    parse.number(about.get("loss_scale"), f"{what}: loss_scale", 2.0**-64, 2.0**127)
+    parse.string(about.get("found"), f"{what}: found")
+    return about | dict(config=gpt2.config_from_header(config))
 
 
 def replay(

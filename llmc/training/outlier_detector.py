@@ -2,6 +2,8 @@
 
 import math
 
+from llmc.files import parse
+
 WINDOW = 128
 
 
@@ -30,8 +32,13 @@ class OutlierDetector:
         """Everything as a dict that JSON can hold exactly; llm.c does not keep this in its checkpoints."""
         return dict(values=self.values, at=self.at, sum=self.sum, sum_squares=self.sum_squares)
 
-    def load_state(self, state):
-        """Continue from state(); None, as of a checkpoint by llm.c, starts afresh."""
-        if state is not None:
-            self.values, self.at = list(state["values"]), state["at"]
-            self.sum, self.sum_squares = state["sum"], state["sum_squares"]
+    def load_state(self, state, what="the state"):
+        """Continue from state(); None, as of a checkpoint by llm.c, starts afresh. Errors: UserError about `what`."""
+        if state is None:
+            return
+        found = parse.dictionary(state, what)
+        values = parse.array(found.get("values"), f"{what}.values", WINDOW)
+        self.values = [parse.number(value, f"{what}.values[{i}]") for i, value in enumerate(values)]
+        self.at = parse.integer(found.get("at"), f"{what}.at", 0, WINDOW - 1)
+        self.sum = parse.number(found.get("sum"), f"{what}.sum")
+        self.sum_squares = parse.number(found.get("sum_squares"), f"{what}.sum_squares")
