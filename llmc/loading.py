@@ -4,11 +4,19 @@ What a user may name is in MODEL_HELP. Nothing heavy is imported before a functi
 """
 
 import os
+import re
 from typing import Any
 
 from llmc.errors import UserError
 
 MODEL_HELP = "a .bin file, the output folder of a run (its newest checkpoint), or Hugging Face's: hf:DIR or hf:NAME"
+
+
+def names_a_file(model: str) -> bool:
+    """Whether -e means a file or a folder, not the descriptor of a model with fresh weights (d12, tiny:d4)."""
+    if model.startswith("hf:") or model.endswith(".bin"):
+        return True
+    return os.path.isdir(model) and not re.fullmatch(r"(gpt2:|gpt3:|tiny:)?[a-z]\d+", model)
 
 
 def model_file(path: str) -> str:

@@ -519,6 +519,27 @@ def trained_model(path="model.bin", version=3, steps=2, **changes):
     return path, params
 
 
+def test_a_model_brings_its_own_tokenizer(tmp_path, monkeypatch, capsys):
+    """A byte-level model that is named trains on bytes where no data is named: its file, its run's folder, a resume."""
+    trained_model()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    quick = ["-x", "1", "-b", str(B), "-t", str(T), "-v", "0", "-s", "0", "--device", "cpu"]
+    on = ["-o", "out", "-n", "1"]
+    for argv in (["-e", "model.bin"], ["-e", "trained", *on], [*on, "-y", "1", "-x", "2"]):
+        capsys.readouterr()
+        assert run(*argv, base=quick) == 0, capsys.readouterr()
+        out = capsys.readouterr().out
+        assert "tinyshakespeare-bytes" in out and rows_of(out)["vocab_size V         "].strip() == "257"
+    os.mkdir("tiny:d1")  # a folder called like a descriptor
+    assert run("-e", "tiny:d1", base=quick) == 0
+    os.mkdir("empty")
+    assert run("-e", "empty", base=quick) == 2
+    assert_one_line(capsys.readouterr().err, "empty holds no finished checkpoint", "HINT: ")
+    trained_model("other.bin", vocab_size=300)
+    assert run("-e", "other.bin", base=quick) == 2
+    assert_one_line(capsys.readouterr().err, "other.bin: no tokenizer has 300 tokens", "HINT: give it -i and -j")
+
+
 @pytest.mark.parametrize("version", [3, 5])
 def test_start_from_a_model_file(version, capsys):
     """-e file.bin: its weights and sizes, bf16 ones exactly as fp32; Adam's moments start from zero."""

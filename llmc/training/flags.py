@@ -59,7 +59,12 @@ def parser():
 def add_files(add):
     add("-i", "--input-bin", metavar="GLOB", help="training shards (default: Tiny Shakespeare, prepared as needed)")
     add("-j", "--input-val-bin", metavar="GLOB", help="validation shards (default: Tiny Shakespeare's)")
-    add("-e", "--model", metavar="MODEL", help="a .bin file, hf:DIR, hf:NAME, or a descriptor: d12, gpt3:c768, tiny:d4")
+    add(
+        "-e",
+        "--model",
+        metavar="MODEL",
+        help="a .bin file, a run's folder, hf:DIR, hf:NAME, or a descriptor: d12, tiny:d4",
+    )
     add("-o", "--output-dir", metavar="DIR", help="logs and checkpoints (default: none, or runs/...)")
     add("-n", "--checkpoint-every", type=natural, metavar="N", help="checkpoint every N steps and at the end (0)")
     add("-nk", "--checkpoints-keep", type=natural, metavar="N", help="keep the newest N (0 = all)")

@@ -12,7 +12,7 @@ from llmc.data.shards import vocabulary_of
 from llmc.errors import UserError
 from llmc.model import memory_plan
 from llmc.training import memory
-from llmc.training.setup import model_config, partition_of, precision_of, total_batch_of
+from llmc.training.setup import model_config, model_source, partition_of, precision_of, total_batch_of
 
 
 def print_plan(settings, ops, line, memory_size=None):
@@ -52,7 +52,7 @@ def plan_config(settings):
     """The GPT2Config of a run whose data need not be there: the vocabulary is then the tokenizer's."""
     name = settings.model_name
     if not re.match(r"(gpt2:)?d\d|gpt3:|tiny:", name):
-        return model_config(settings, settings.input_bin)[0]
+        return model_config(settings, model_source(settings), settings.input_bin)
     vocab_size = tokenizer.vocabulary(settings.data_tokenizer)
     with contextlib.suppress(UserError):  # no such file
         vocab_size = vocabulary_of(settings.input_bin) if settings.input_bin else vocab_size

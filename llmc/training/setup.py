@@ -12,9 +12,9 @@ from llmc.cuda import ladder
 from llmc.data.loader import DataLoader, EveryPair
 from llmc.data.prepare import prepare_default
 from llmc.data.shards import check_apart, vocabulary_of
-from llmc.data.tokenizer import tokenizer_for
+from llmc.data.tokenizer import tokenizer_for, tokenizer_name
 from llmc.errors import UserError
-from llmc.files import checkpoints, model_file
+from llmc.files import checkpoints
 from llmc.model import Model
 from llmc.parallel import launch, zero
 from llmc.training import checkpointing, memory, mfu, multiple_choice, schedulers
@@ -84,8 +84,9 @@ def prepare(settings, machine, folder, notices=()):
     gpu = mfu.current_gpu() if s.device == "cuda" else None
     gpu_stats = open_gpu_stats(s.log_gpu_every, gpu)
     dtype = devices.model_dtype(s.dtype)
-    train_data, val_data, data_line = launch.rank0_first(ranks, lambda: prepare_data(s))
-    config, model_path = model_config(s, train_data, folder)
+    model_path = model_source(s, folder)
+    train_data, val_data, data_line = launch.rank0_first(ranks, lambda: prepare_data(s, model_path))
+    config = model_config(s, model_path, train_data, folder)
     if folder.resume_step is not None:
         checkpointing.check_resume(folder.path, folder.resume_step, config, dtype, s.use_master_weights)
     for text in s.kernel:
@@ -142,7 +143,17 @@ def build(run, limits):
 # files
 
 
-def prepare_data(settings):
+def data_tokenizer(settings, model_path):
+    """The tokenizer of data that this run prepares: the one named, else that of the model."""
+    if settings.tokenizer or model_path is None:
+        return settings.data_tokenizer
+    vocab_size = loading.model_header(model_path)["vocab_size"]
+    if tokenizer_name(vocab_size) is None:
+        raise UserError(f"{model_path}: no tokenizer has {vocab_size} tokens, as this model. HINT: give it -i and -j.")
+    return tokenizer_name(vocab_size)
+
+
+def prepare_data(settings, model_path):
     """(training pattern, validation pattern, a line about the default data or None), the data prepared where needed.
 
     What the user named is never substituted. Errors: UserError.
@@ -152,7 +163,7 @@ def prepare_data(settings):
         if s.input_val_bin is None:
             raise UserError("-i needs -j, the validation shards. HINT: python -m llmc.data prepare makes both.")
         return s.input_bin, s.input_val_bin, None
-    name = s.data_tokenizer
+    name = data_tokenizer(s, model_path)
     try:
         train, val, text = prepare_default(name, allow_fallback=s.default_job and name == "bytes")
     except UserError as error:
@@ -210,23 +221,27 @@ def open_gpu_stats(every, gpu):
 # the model and its sizes
 
 
-def model_config(settings, train_data, folder=NOWHERE):
-    """(GPT2Config, the file with the weights or None): of the checkpoint to resume, a file, or a descriptor."""
-    path = settings.model_name
+def model_source(settings, folder=NOWHERE):
+    """Where the weights come from: the checkpoint to resume, or the file that -e means; None for fresh weights."""
     if folder.resume_step is not None:
-        resumed = checkpoints.model_path(folder.path, folder.resume_step)
-        config = gpt2.config_from_header(model_file.read_model_header(resumed))
-        if settings.model and (os.path.exists(path) or not path.endswith(".bin")):
-            asked, _ = model_config(settings, train_data)
-            for name in ("num_layers", "num_heads", "channels"):
-                if getattr(asked, name) != getattr(config, name):
-                    found = f"has {name} {getattr(asked, name)}, {resumed} {getattr(config, name)}"
-                    raise UserError(f"-e {path} {found}. HINT: leave -e out, or give a new run another -o.")
-        return config, resumed
-    if path.endswith(".bin") or path.startswith("hf:"):
-        path = loading.model_file(path)
-        return gpt2.config_from_header(loading.model_header(path)), path
-    return gpt2.config_from_descriptor(path, vocabulary_of(train_data), settings.sequence_length), None
+        return checkpoints.model_path(folder.path, folder.resume_step)
+    name = settings.model_name
+    return loading.model_file(name) if loading.names_a_file(name) else None
+
+
+def model_config(settings, model_path, train_data, folder=NOWHERE):
+    """The GPT2Config of what model_source() found, or of a descriptor, whose vocabulary is that of the data."""
+    name = settings.model_name
+    if model_path is None:
+        return gpt2.config_from_descriptor(name, vocabulary_of(train_data), settings.sequence_length)
+    config = gpt2.config_from_header(loading.model_header(model_path))
+    if folder.resume_step is not None and settings.model and (os.path.exists(name) or not name.endswith(".bin")):
+        asked = model_config(settings, model_source(settings), train_data)
+        for field in ("num_layers", "num_heads", "channels"):
+            if getattr(asked, field) != getattr(config, field):
+                found = f"has {field} {getattr(asked, field)}, {model_path} {getattr(config, field)}"
+                raise UserError(f"-e {name} {found}. HINT: leave -e out, or give a new run another -o.")
+    return config
 
 
 def total_batch_of(settings, T):
