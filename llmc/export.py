@@ -180,7 +180,8 @@ def parser() -> Parser:
     p = Parser(prog="llmc.export", description="Write a model for other programs.", allow_abbrev=False)
     p.add_argument("model", metavar="MODEL", help=loading.MODEL_HELP)
     p.add_argument("out", metavar="OUT", nargs="?", help="folder, or .bin file, to write (default: beside MODEL)")
-    p.add_argument("--format", choices=("hf", "bin"), default="hf", help="Hugging Face's folder, or llm.c's file (hf)")
+    text = "Hugging Face's folder, or llm.c's file (hf, but bin for an OUT that ends in .bin)"
+    p.add_argument("--format", choices=("hf", "bin"), help=text)
     p.add_argument("--dtype", choices=tuple(KINDS), help="of the weights (default: as they are; fp16 for hf only)")
     p.add_argument("--tokenizer", choices=("gpt2", "bytes", "none"), help="default: by the size of the vocabulary")
     p.add_argument("--overwrite", action="store_true", help="replace an OUT that is there")
@@ -195,15 +196,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = loading.model_file(args.model)
     config = config_from_header(loading.model_header(path))
     dtype = args.dtype or file_dtype(path)
-    if args.format == "bin" and dtype == "fp16":
+    named = (args.out or "").endswith(".bin")
+    kind = args.format or ("bin" if named else "hf")
+    if kind == "hf" and named:
+        raise UserError(
+            f"{args.out} with --format hf: that is a folder. HINT: leave --format out for llm.c's .bin file."
+        )
+    if kind == "bin" and dtype == "fp16":
         raise UserError("--dtype fp16: llm.c's model files are fp32 or bf16. HINT: --dtype fp32 loses nothing.")
     base = args.model.removeprefix("hf:").rstrip("/").removesuffix(".bin")
     base = base if os.path.exists(args.model.removeprefix("hf:")) else os.path.basename(base)  # a name at the hub
-    out = args.out or base + ("-hf" if args.format == "hf" else f"-{dtype}.bin")
-    there = os.path.join(out, "config.json") if args.format == "hf" else out
+    out = args.out or base + ("-hf" if kind == "hf" else f"-{dtype}.bin")
+    there = os.path.join(out, "config.json") if kind == "hf" else out
     if os.path.exists(there) and not args.overwrite:
         raise UserError(f"{there} exists. HINT: give another OUT, or --overwrite.")
-    if args.format == "bin":
+    if kind == "bin":
         export_bin(path, out, dtype)
         print(f"wrote {out}: llm.c's model file, {dtype}")
         return 0

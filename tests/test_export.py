@@ -145,7 +145,7 @@ def test_there_and_back_is_the_same_file(files, tmp_path, capsys):
             == 0
         )
         assert (tmp_path / "back.bin").read_bytes() == start.read_bytes()
-    assert export.main([path, str(tmp_path / "b.bin"), "--format", "bin", "--dtype", "bf16"]) == 0
+    assert export.main([path, str(tmp_path / "b.bin"), "--dtype", "bf16"]) == 0  # what ends in .bin is a .bin file
     assert (tmp_path / "b.bin").read_bytes() == (tmp_path / "bf16.bin").read_bytes()
     assert (
         f"wrote {tmp_path}/fp32-hf: config.json, model.safetensors (fp32) and the tokenizer" in capsys.readouterr().out
@@ -191,6 +191,8 @@ def test_bad_input_is_one_line(files, tmp_path, capsys):
     for args, message in (
         ([path, str(tmp_path / "hf")], "config.json exists"),
         ([path, str(tmp_path / "x.bin"), "--format", "bin", "--dtype", "fp16"], "fp32 or bf16"),
+        ([path, str(tmp_path / "x.bin"), "--dtype", "fp16"], "fp32 or bf16"),
+        ([path, str(tmp_path / "x.bin"), "--format", "hf"], "x.bin with --format hf: that is a folder"),
         ([path, str(tmp_path / "x"), "--tokenizer", "gpt2"], "50257 tokens, the model 300"),
         ([path, str(tmp_path / "file" / "x")], "cannot make the folder"),
         ([path, str(tmp_path / "no" / "x.bin"), "--format", "bin"], "cannot write"),
