@@ -1,10 +1,14 @@
 """Runs of several real processes under mpirun, on the CPU op set."""
 
+import contextlib
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -182,3 +186,88 @@ def test_a_batch_that_three_processes_cannot_share():
     settings = Settings(batch_size=2, total_batch_size=512, num_processes=3)
     with pytest.raises(UserError, match="-d 512 is not a multiple of -b 2 x -t 32 x 3 processes = 192. HINT: -d 192."):
         setup.total_batch_of(settings, 32)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# signals
+
+SIGNALLED = """
+import os, sys
+from pathlib import Path
+from llmc import train
+rank = os.environ.get("PMI_RANK", "0")
+Path(sys.argv[1], "pid_" + rank).write_text(str(os.getpid()))
+sys.exit(train.main(sys.argv[2:]))
+"""
+
+
+def signalled(P, out, flags, signum=None, target=None, steps=1, wait=0.0):
+    """Start llmc.train on P processes, send one of them (a rank, or "mpirun") a signal; (exit code, stdout, stderr).
+
+    The signal comes `wait` seconds after so many steps; after the start for 0.
+    """
+    command = [sys.executable, "-c", SIGNALLED, str(out.parent), *map(str, flags), "-o", str(out), "-y", "1"]
+    mpirun = [MPIRUN, "-n", str(P)] if P > 1 else []
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pids = {rank: out.parent / f"pid_{rank}" for rank in range(P)}
+    for path in pids.values():
+        path.unlink(missing_ok=True)
+    with subprocess.Popen([*mpirun, *command], env=environ, stdout=-1, stderr=-1, text=True, bufsize=1) as process:
+        said = []
+        if signum is not None:
+            while sum(line.startswith("step ") for line in said) < steps and (line := process.stdout.readline()):
+                said.append(line)
+            time.sleep(wait)
+            there = target in pids and pids[target].exists()  # a rank that has not started cannot get one
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pids[target].read_text() or 0) or process.pid if there else process.pid, signum)
+        stdout, stderr = process.communicate(timeout=300)
+    return process.returncode, "".join(said) + stdout, stderr
+
+
+def signal_and_resume(P, shards, tmp_path, instants, steps):
+    """A run that is interrupted again and again loses no step, and ends with the bits of one that was not."""
+    files = ("-i", shards / "train.bin", "-j", shards / "val.bin", "--device", "cpu", "--threads", "1")
+    size = ("-e", "tiny:d1", "-b", "2", "-t", "16", "-d", "64", "-x", steps)
+    flags = (*files, *size, "-v", "0", "-s", "0", "-n", "100000")  # at the end there is a checkpoint in any case
+    whole, parts, interrupted = tmp_path / "whole", tmp_path / "parts", 0
+    code, _, stderr = signalled(P, whole, flags)
+    assert code == 0, stderr
+    for signum, target, after, wait in instants:
+        before = checkpoints.latest_checkpoint(parts) if parts.exists() else None
+        code, stdout, stderr = signalled(P, parts, flags, signum, target, after, wait)
+        about = (signum, target, after, wait, stdout[-2000:], stderr)
+        done = [int(line[5:].partition("/")[0]) for line in stdout.splitlines() if line.startswith("step ")]
+        if done and code:
+            assert code == 128 + signum, about
+            assert f"interrupted by {signal.Signals(signum).name} after step {done[-1]} of {steps}. HINT: " in stderr, (
+                about
+            )
+            assert checkpoints.latest_checkpoint(parts) == done[-1], about
+            interrupted += 1
+        assert done or checkpoints.latest_checkpoint(parts) == before, about
+    code, _, stderr = signalled(P, parts, flags)
+    assert code == 0, stderr
+    names = [f"model_{steps:08d}.bin", *(f"state_{steps:08d}_{rank:05d}.bin" for rank in range(P))]
+    for name in names:
+        assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
+    return interrupted
+
+
+def test_a_signal_at_any_rank_or_the_launcher_stops_all_together(shards, tmp_path):
+    pytest.importorskip("mpi4py")
+    instants = [(signal.SIGTERM, "mpirun", 3, 0.0), (signal.SIGUSR1, 1, 1, 0.01)]
+    assert signal_and_resume(2, shards, tmp_path, instants, 200) == 2
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("P", [1, 2])
+def test_signals_at_random_instants(shards, tmp_path, P):
+    pytest.importorskip("mpi4py")
+    draw = random.Random(P)
+    targets = ["mpirun", 0, 1] if P > 1 else [0]
+    signums = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
+    instants = [(signal.SIGTERM, draw.choice(targets), draw.randrange(1, 20), draw.uniform(0, 0.02)) for _ in range(15)]
+    instants += [(signal.SIGTERM, draw.choice(targets), 0, draw.uniform(0.0, 2.0)) for _ in range(5)]
+    instants += [(signum, rank, 2, 0.0) for signum in signums for rank in range(P)]
+    assert signal_and_resume(P, shards, tmp_path, instants, 1200) >= 15
