@@ -110,7 +110,13 @@ def read_model(path: str, dtype: str) -> "tuple[dict[str, int], np.ndarray]":
     from llmc.files import huggingface, model_file
 
     header = loading.model_header(path)
-    params = np.empty(model_file.num_parameters(header), np.uint16 if dtype == "bf16" else np.float32)
+    N = model_file.num_parameters(header)
+    try:
+        params = np.empty(N, np.uint16 if dtype == "bf16" else np.float32)
+    except MemoryError as error:
+        raise UserError(
+            f"{path}: no memory for its {N:,} parameters. HINT: --dtype bf16, or a larger machine"
+        ) from error
     if path.startswith("hf:"):
         huggingface.read_hf(path[3:], params)
     else:

@@ -1,5 +1,6 @@
 """Loss curves of runs as a PNG: `python -m llmc.plot runs/a runs/b -o loss.png` (pip install matplotlib)."""
 
+import math
 import os
 import re
 import sys
@@ -11,7 +12,8 @@ from llmc.errors import UserError
 def parse_log(path):
     """{stream: {step: value}} of a main.log; streams are trl, tel and eval. Later lines of a step win (restarts).
 
-    Errors: UserError for a file that cannot be read, has no such line, or has one whose value is no finite number.
+    What C and Python write for NaN and infinities is NaN here, which makes a gap in a curve.
+    Errors: UserError for a file that cannot be read, has no such line, or has one whose value is no number.
     """
     from llmc.files import io, parse
 
@@ -21,9 +23,11 @@ def parse_log(path):
             for number, line in enumerate(file, 1):
                 match = re.match(rb"s:(\d{1,18}) (trl|tel|eval):(\S+)", line)
                 if match:
-                    what = f"{path}, line {number}: {match[2].decode()}"
-                    value = parse.decimal(match[3].decode(errors="replace"), what, "HINT: remove the line")
-                    streams[match[2].decode()][int(match[1])] = value
+                    stream, text = match[2].decode(), match[3].decode(errors="replace")
+                    finite = not re.fullmatch(r"[-+]?(nan|inf)", text)
+                    what = f"{path}, line {number}: {stream}"
+                    value = parse.decimal(text, what, "HINT: remove the line") if finite else math.nan
+                    streams[stream][int(match[1])] = value
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}. HINT: name the output folder (-o) of a run.") from error
     if not any(streams.values()):
@@ -56,7 +60,8 @@ def main(argv=None):
             axes.plot(*zip(*sorted(streams["trl"].items()), strict=True), color=f"C{i}", alpha=0.35, lw=1)
         if streams["tel"]:
             steps, losses = zip(*sorted(streams["tel"].items()), strict=True)
-            label = f"{name}: validation {losses[-1]:.4f}"
+            last = f"{losses[-1]:.4f}" if math.isfinite(losses[-1]) else "was not finite at the end"
+            label = f"{name}: validation {last}"
             axes.plot(steps, losses, color=f"C{i}", marker="o", ms=4, lw=1.8, label=label)
         elif streams["trl"]:
             axes.plot([], [], color=f"C{i}", label=f"{name}: training")
@@ -67,6 +72,10 @@ def main(argv=None):
         figure.savefig(args.output, dpi=130)
     except (OSError, ValueError) as error:
         raise UserError(f"-o {args.output}: {error}. HINT: name a .png in a folder you can write to.") from error
+    for run, streams in logs.items():
+        gaps = sum(not math.isfinite(value) for values in streams.values() for value in values.values())
+        if gaps:
+            print(f"{run}: {gaps} values are not finite; its curves have gaps there")
     print(f"wrote {args.output}")
     return 0
 

@@ -1,5 +1,7 @@
 """python -m llmc.plot: parses main.log as llm.c's tools do, and writes a picture."""
 
+import math
+
 import pytest
 
 from llmc import __main__, __version__, plot
@@ -22,7 +24,17 @@ def test_writes_a_png_for_two_runs(tmp_path, capsys):
     assert out.read_bytes().startswith(b"\x89PNG") and str(out) in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", [None, "", "some text\n"])
+def test_what_is_not_finite_is_a_gap(tmp_path, capsys):
+    """It is said, and no curve goes through it."""
+    log = tmp_path / "main.log"
+    log.write_text(LOG + "s:3 trl:nan lr:0.000200 norm:inf\ns:4 tel:-inf\ns:5 trl:5.0 lr:0.000200 norm:1.0\n")
+    streams = plot.parse_log(log)
+    assert math.isnan(streams["trl"][3]) and math.isnan(streams["tel"][4]) and streams["trl"][5] == 5.0
+    assert plot.main([str(tmp_path), "-o", str(tmp_path / "x.png")]) == 0
+    assert f"{tmp_path}: 2 values are not finite; its curves have gaps there\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [None, "", "some text\n", "s:3 trl:3.1-oops\n", "s:3 trl:1e999\n"])
 def test_no_log_is_one_clear_line(tmp_path, capsys, content):
     log = tmp_path / "main.log"
     if content is not None:

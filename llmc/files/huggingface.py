@@ -47,6 +47,7 @@ DTYPES: dict[str, Any] = {
 }  # bf16 as its 16 bits
 LEGACY = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # their organisation, openai-community, may be left out
 SAVE = "HINT: save the model with transformers: model.save_pretrained(DIR)"
+WHOLE = "HINT: it is not a whole GPT-2; save the model with transformers: model.save_pretrained(DIR)"
 COPY = "HINT: copy or download it again"
 
 
@@ -124,7 +125,8 @@ def why_not(error: BaseException) -> tuple[str, str]:
 def read_hf_header(folder: io.Path) -> dict[str, int]:
     """The MODEL_WORDS of a folder's config.json, as model_file.read_model_header has them.
 
-    Errors: UserError for another architecture, or GPT-2 with an activation, scale or size that llm.c's has not.
+    Errors: UserError for another architecture, GPT-2 with an activation, scale or size that llm.c's has not, and for
+    weights that are not of these sizes: whoever makes room for the model can rely on them.
     """
     path = os.path.join(folder, "config.json")
     config = parse.read_json(path, SAVE)
@@ -152,6 +154,14 @@ def read_hf_header(folder: io.Path) -> dict[str, int]:
             wanted = " or ".join(json.dumps(value) for value in allowed)
             found = parse.shown(config[key])
             raise UserError(f"{path}: {key} is {found}, the kernels have {wanted}. HINT: use another model")
+    shapes = dict(wte=(V, C), wpe=(maxT, C))
+    tensors = {name.removeprefix("transformer."): t for name, t in open_tensors(folder).items()}
+    for name, shape in shapes.items():
+        _check(tensors, MODEL_NAMES[name], shape, folder)
+    for layer in range(L):
+        for theirs, _ in BLOCK_NAMES.values():
+            if f"h.{layer}.{theirs}" not in tensors:
+                raise UserError(f"{folder}: the weights lack h.{layer}.{theirs}. {WHOLE}")
     return dict(zip(MODEL_WORDS, (maxT, V, L, NH, C, -(-V // 128) * 128), strict=True))
 
 
@@ -225,18 +235,23 @@ def read_safetensors(path: io.Path) -> Tensors:
     return tensors
 
 
-def _fill(view: np.ndarray, tensors: Tensors, name: str, transposed: bool, folder: io.Path) -> None:
-    """view = the tensor, in the view's dtype."""
+def _check(tensors: Tensors, name: str, shape: tuple[int, ...], folder: io.Path) -> tuple[str, np.ndarray]:
+    """(dtype name, values) of a tensor, which must have this shape. Errors: UserError."""
     if name not in tensors:
-        raise UserError(f"{folder}: the weights lack {name}. HINT: it is not a whole GPT-2; {SAVE[6:]}")
+        raise UserError(f"{folder}: the weights lack {name}. {WHOLE}")
     kind, array = tensors[name]
     if array is None:
         raise UserError(
             f"{folder}: {name} is of type {kind}, known are {', '.join(DTYPES)}. HINT: save it in one of them"
         )
-    shape = view.shape[::-1] if transposed else view.shape
     if array.shape != shape:
         raise UserError(f"{folder}: {name} is {array.shape}, config.json asks for {shape}. HINT: they do not match")
+    return kind, array
+
+
+def _fill(view: np.ndarray, tensors: Tensors, name: str, transposed: bool, folder: io.Path) -> None:
+    """view = the tensor, in the view's dtype."""
+    kind, array = _check(tensors, name, view.shape[::-1] if transposed else view.shape, folder)
     array = array.T if transposed else array
     if not (kind == "BF16" and view.dtype == np.uint16):
         array = io.bf16_to_fp32(array) if kind == "BF16" else array.astype(np.float32, copy=False)

@@ -41,10 +41,11 @@ Path = str | os.PathLike
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make renames and removals in `folder` survive a power cut, where the system can: Windows opens no folder."""
-    if os.name == "nt":
+    """Make renames and removals in `folder` survive a power cut, where the system opens folders: Windows does not."""
+    try:
+        fd = os.open(folder or ".", os.O_RDONLY)
+    except PermissionError:
         return
-    fd = os.open(folder or ".", os.O_RDONLY)
     try:
         os.fsync(fd)
     except OSError as error:
