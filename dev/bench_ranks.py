@@ -98,8 +98,11 @@ def steps_of(model, batches, steps, start=0):
     return ms, losses
 
 
-def model_of(case, ops, ranks, communicator, folder):
-    """The case's model. Fresh weights are made once, by the first rank that needs them, and kept as a file."""
+def model_of(case, ops, ranks, communicator, folder, weights):
+    """The case's model. Fresh weights are made once, by the first rank that needs them, and kept as a file.
+
+    weights: {(model, dtype): what this process has read of them}.
+    """
     import numpy as np
 
     from llmc import devices, gpt2
@@ -108,32 +111,35 @@ def model_of(case, ops, ranks, communicator, folder):
 
     rank, P = (ranks.rank, ranks.size) if ranks else (0, 1)
     config, dtype = gpt2.config_from_descriptor(case["model"], case["vocab_size"], case["T"]), case["dtype"]
+    specs, dtype = gpt2.parameter_specs(config), np.dtype(devices.model_dtype(case["dtype"]))
     if case["device"] == "cuda":
-        devices.prepare_kernels(config, devices.model_dtype(dtype))
-    partition = zero.partition(gpt2.parameter_specs(config), rank, P) if case["zero_stage"] and P > 1 else None
+        devices.prepare_kernels(config, dtype, tensors=len(specs))
+    partition = zero.partition(specs, rank, P) if case["zero_stage"] and P > 1 else None
     if case["zero_stage"] and partition is None:
         raise UserError(f"-z 1: {config.channels} channels cannot be cut into {P} shares. HINT: -z 0.")
     model = Model(
-        gpt2, ops, config, case["B"], case["T"], dtype=devices.model_dtype(dtype), graphs=case["device"] == "cuda",
-        ranks=communicator, partition=partition,
+        gpt2, ops, config, case["B"], case["T"], dtype=dtype, graphs=case["device"] == "cuda", ranks=communicator,
+        partition=partition,
     )  # fmt: skip
-    path = folder / f"{case['model'].replace(':', '_')}.npy"
+    path, key = folder / f"{case['model'].replace(':', '_')}.npy", (case["model"], dtype.name)
 
-    def load():
-        if path.exists():
-            model.load_parameters(np.load(path, mmap_mode="r"))
-        else:
+    def make():
+        if not path.exists():
             model.init_weights()
             np.save(path, ops.device.download(model.params_flat).astype(np.float32))
 
-    launch.rank0_first(ranks, load)
+    launch.rank0_first(ranks, make)
+    if key not in weights:
+        weights.clear()
+        weights[key] = np.load(path, mmap_mode="r").astype(dtype)
+    model.load_parameters(weights[key])
     return model
 
 
-def measure(case, ops, ranks, communicator, folder):
+def measure(case, ops, ranks, communicator, folder, weights):
     """One case -> {ms, losses, ...}; all ranks call it."""
     rank, P = (ranks.rank, ranks.size) if ranks else (0, 1)
-    model, batches = model_of(case, ops, ranks, communicator, folder), batches_of(case, rank, P)
+    model, batches = model_of(case, ops, ranks, communicator, folder, weights), batches_of(case, rank, P)
     count = case["warm_up"] + case["steps"]
     ms, losses = steps_of(model, batches, count)
     found = dict(ms=ms[case["warm_up"] :], losses=losses)
@@ -168,7 +174,8 @@ def rank_main(path, argv):
     with launch.launched(who, place, args.device) as ranks:
         ops, device, line, communicator = launch.pick_device(args.device, args.threads, ranks)
         cases = json.loads(Path(path).read_text())
-        found = [measure(case, ops, ranks, communicator, Path(path).parent) for case in cases]
+        weights = {}
+        found = [measure(case, ops, ranks, communicator, Path(path).parent, weights) for case in cases]
         if who.rank == 0:
             Path(path + ".found").write_text(json.dumps(dict(line=line, found=found)))
 
