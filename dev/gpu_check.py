@@ -4,6 +4,7 @@
     python dev/gpu_check.py tests parity             some of them: tests, parity, speed, ops, start, rungs, run
     python dev/gpu_check.py ranks --ranks 2,4,8 --price 2.5         several GPUs, see bench_ranks.py; not among "all"
     python dev/gpu_check.py ranks --device cpu -e tiny:d1 --ranks 2,4       the same on CPUs, over MPI
+    python dev/gpu_check.py sanitize                 NVIDIA's compute-sanitizer, see sanitize.py; not among "all"
     python dev/gpu_check.py --csv results.csv        where the rows go (dev/results/<device>.csv)
 
 tests   every test marked gpu, on several workers; the other op sets need no GPU and run in CI
@@ -17,8 +18,11 @@ run     GPT-2 124M end to end with the commands: trained, killed by SIGKILL half
 ranks   124M and 1558M on several GPUs against one: speed, what of the communication shows, weights and losses, the
         death of a rank, the pace of llm.c's 1558M run
 
+sanitize    memcheck, initcheck, synccheck and racecheck over every production kernel at small shapes
+
 Exit code 1 when a test or a rung fails, a loss is off by more than 0.5 % (fp32: 0.05 %), a resumed run has other bits,
-its evaluation another loss than its training had, its export other logits, or ranks other losses or weights than one.
+its evaluation another loss than its training had, its export other logits, ranks other losses or weights than one, or
+compute-sanitizer a finding that is not explained.
 """
 
 import argparse
@@ -40,7 +44,7 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 import llmc
-from dev import bench, bench_all, bench_ranks, bench_step
+from dev import bench, bench_all, bench_ranks, bench_step, sanitize
 from llmc import cpu, gpt2
 from llmc.data.prepare import prepare_default
 from llmc.data.shards import write_shard
@@ -287,16 +291,21 @@ def run(args, rows, model="d12", B=16, T=1024, steps=20, every=5, device="cuda",
 
 
 SECTIONS = dict(
-    tests=tests, parity=parity, speed=speed, ops=ops, start=start, rungs=rungs, run=run, ranks=bench_ranks.compare
-)
+    tests=tests, parity=parity, speed=speed, ops=ops, start=start, rungs=rungs, run=run, ranks=bench_ranks.compare,
+    sanitize=sanitize.sanitize,
+)  # fmt: skip
+ASKED_FOR = ("ranks", "sanitize")  # sections that run only when they are named
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (all but ranks)")
+    p.add_argument(
+        "sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (all but {' and '.join(ASKED_FOR)})"
+    )
     p.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1), help="test processes (12)")
     p.add_argument("--csv", metavar="FILE", help="append the rows (dev/results/<device>.csv)")
     bench_ranks.add_flags(p.add_argument_group("ranks"))
+    sanitize.add_flags(p.add_argument_group("sanitize"))
     args = p.parse_args(argv)
     wrong = set(args.sections) - set(SECTIONS)
     if wrong:
@@ -312,7 +321,7 @@ def main(argv=None):
         print(f"{device} | commit {bench.commit()}\n")
         csv = args.csv or ROOT / "dev" / "results" / (re.sub(r"\W+", "_", device.split(",")[0].lower()) + ".csv")
         ok = True
-        for name in args.sections or [section for section in SECTIONS if section != "ranks"]:
+        for name in args.sections or [section for section in SECTIONS if section not in ASKED_FOR]:
             rows, begun = [], time.perf_counter()
             print(f"-- {name}")
             ok &= SECTIONS[name](args, rows) is not False

@@ -38,7 +38,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = "encoder", "layernorm", "fused_classifier", "adamw", "gelu"  # ops whose tests judge common.cuh
 TOKEN = re.compile(
-    r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\])*\"|^[ \t]*#[^\n]*|0x[0-9a-fA-F]+u?|\d+\.\d*(?:e[-+]?\d+)?f?|\d+u?"
+    r"//[^\n]*|/\*.*?\*/|static_assert\([^;]*;"
+    r"|\"(?:\\.|[^\"\\])*\"|^[ \t]*#[^\n]*|0x[0-9a-fA-F]+u?|\d+\.\d*(?:e[-+]?\d+)?f?|\d+u?"
     r"|[A-Za-z_]\w*"
     r"|<<=|>>=|<<|>>|<=|>=|==|!=|&&|\|\||\+\+|--|\+=|-=|\*=|\|=|\^=|->|::|[-+*/%<>=!&|^~?:;,.(){}\[\]]",
     re.M | re.S,
@@ -57,9 +58,6 @@ DROPPED = re.compile(  # whole statements
 )
 
 
-DEFINES = "", "-DGRADS_FP32", "-DHEAD_SIZE=128", "-DTALL"  # that tests compile kernels with
-
-
 class Mutation(NamedTuple):
     file: str
     start: int
@@ -72,7 +70,7 @@ def candidates(file: str, text: str) -> list[Mutation]:
     found, skip = [], []
     for match in TOKEN.finditer(text):
         token, start, end = match[0], match.start(), match.end()
-        if token.startswith(("//", "/*", '"')) or token.lstrip().startswith("#"):
+        if token.startswith(("//", "/*", '"', "static_assert")) or token.lstrip().startswith("#"):
             skip.append((start, end))
         elif token in SWAPS:
             found.append(Mutation(file, start, end, SWAPS[token]))
@@ -128,7 +126,8 @@ class Judge:
 
 
 def run_tests(folder: Path, file: str, seconds: dict[str, float], limit: float) -> dict[str, Any]:
-    """The tests that judge a file, in a process of their own -> {"failure", "took", "libraries"}."""
+    """The tests that judge a file, in a process of their own -> what failed, {test: its seconds}, and what was compiled
+    for them: (file, dtype, defines)."""
     result = folder / "result.json"
     result.unlink(missing_ok=True)
     child = os.fork()
@@ -139,11 +138,20 @@ def run_tests(folder: Path, file: str, seconds: dict[str, float], limit: float) 
             os.chdir(folder)
             import pytest
 
+            from llmc.simt import launch
+
+            libraries, load = [], launch.load
+
+            def noting(path: Path, changed: int, dtype: str, defines: tuple[str, ...], fast: bool) -> Any:
+                libraries.append((path.name, dtype, defines))
+                return load(path, changed, dtype, defines, fast)
+
+            launch.load = noting
             judge = Judge("sm90" in file, seconds)
             files = [f"tests/test_{op}.py" for op in ops_of(file)]
             options = ["-o", "addopts=", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--full", *files]
             pytest.main(options, plugins=[judge])
-            result.write_text(json.dumps({"failure": judge.failure, "took": judge.took}))
+            result.write_text(json.dumps({"failure": judge.failure, "took": judge.took, "libraries": libraries}))
             log.flush()
             os._exit(0)
     end = time.monotonic() + limit
@@ -158,27 +166,21 @@ def run_tests(folder: Path, file: str, seconds: dict[str, float], limit: float) 
     return json.loads(result.read_text())
 
 
-def compiled(folder: Path, file: str, dtype: str, more: str) -> str | None:
-    """The assembly of a file, or of one that includes the header; None: it does not compile."""
+def compiled(folder: Path, file: str, dtype: str, defines: tuple[str, ...]) -> str | None:
+    """The assembly of a kernel file; None: it does not compile."""
+    from llmc.cuda.module import DTYPE_DEFINE
     from llmc.simt import build
     from llmc.simt.translate import translate
 
     kernels = folder / "kernels"
-    source = kernels / (file if file.endswith(".cu") else f"{SHARED[1]}.cu")
     include = [f"-I{kernels}", f"-I{build.HERE / 'include'}"]
-    options = ["-std=c++17", f"-DENABLE_{dtype}", "-DLLMC_SIMT", *more.split()]
+    options = ["-std=c++17", f"-D{DTYPE_DEFINE[dtype]}", "-DLLMC_SIMT", *(f"-D{define}" for define in defines)]
     flags = [flag for flag in build.COMMON_FLAGS if flag != "-g1"]
     try:
-        text = build.gxx("-E", "-P", "-x", "c++", *include, *options, "-include", "simt_cuda.h", source)
+        text = build.gxx("-E", "-P", "-x", "c++", *include, *options, "-include", "simt_cuda.h", kernels / file)
         return build.gxx("-S", *flags, "-o", "-", "-x", "c++-cpp-output", "-", text=translate(text, []).text)
     except (RuntimeError, ValueError):
         return None
-
-
-def all_compiled(folder: Path, file: str) -> list[str | None]:
-    """The same for every dtype and set of defines that tests use."""
-    dtypes = ("BF16", "FP16") + (() if "sm90" in file else ("FP32",))
-    return [compiled(folder, file, dtype, more) for dtype in dtypes for more in DEFINES]
 
 
 def prepare(folder: Path) -> None:
@@ -200,23 +202,24 @@ def prepare(folder: Path) -> None:
         torch.set_num_threads(1)
 
 
-def judge(folder: Path, mutation: Mutation, seconds: dict[str, float]) -> dict[str, Any] | None:
-    """What becomes of a mutation: a row of the results; None if it does not compile."""
+def judge(folder: Path, mutation: Mutation, tested: dict[str, Any]) -> dict[str, Any] | None:
+    """What becomes of a mutation: a row of the results; None if it does not compile. tested: the file's own result."""
     file, path = mutation.file, folder / "kernels" / mutation.file
     text = (ROOT / "kernels" / file).read_text()
     mutated, before, begun = apply(text, mutation), set((folder / "tmp").rglob("*")), time.monotonic()
-    plain = compiled(folder, file, "BF16", "")
+    libraries, seconds = sorted({(f, d, tuple(o)) for f, d, o in tested["libraries"]}), tested["took"]
     try:
-        path.write_text(mutated)
-        code, failure = compiled(folder, file, "BF16", ""), ""
-        if code is None:
-            return None
-        same = code == plain
-        if same:
-            codes = all_compiled(folder, file)
+        same, failure = True, ""
+        for library in libraries:  # up to the first that is another
             path.write_text(text)
-            same = codes == all_compiled(folder, file)
+            plain = compiled(folder, *library)
             path.write_text(mutated)
+            code = compiled(folder, *library)
+            if code is None:
+                return None
+            same = same and code == plain
+            if not same:
+                break
         if not same:
             failure = run_tests(folder, file, seconds, 120 + 4 * sum(seconds.values()))["failure"]
     finally:
@@ -269,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="llmc-mutate-") as name:
         folder = Path(name)
         prepare(folder)
-        seconds: dict[str, dict[str, float]] = {}
+        tested: dict[str, dict[str, Any]] = {}
         judged = 0
         for mutation in pool:
             if judged == args.count:
@@ -277,13 +280,13 @@ def main(argv: list[str] | None = None) -> None:
             if mutation in done:
                 judged += 1
                 continue
-            if mutation.file not in seconds:
+            if mutation.file not in tested:
                 first = run_tests(folder, mutation.file, {}, 3600)
                 if first["failure"] or not first["took"]:
                     sys.exit(f"mutate: the tests fail without a mutation: {first['failure'] or 'there are none'}")
-                seconds[mutation.file] = first["took"]
+                tested[mutation.file] = first
                 print(f"{mutation.file}: {len(first['took'])} tests, {sum(first['took'].values()):.0f} s", flush=True)
-            row = judge(folder, mutation, seconds[mutation.file])
+            row = judge(folder, mutation, tested[mutation.file])
             if row is None:
                 continue
             judged += 1

@@ -7,6 +7,9 @@ import inspect
 import itertools
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +17,8 @@ import torch
 from conftest import ROOT, op_set
 from reference import OPS, file_of
 
-from dev import bench, bench_all, bench_ranks, bench_step, compare_sass, gpu_check, roofline
-from llmc import cpu, cuda, gpt2
+from dev import bench, bench_all, bench_ranks, bench_step, compare_sass, gpu_check, mutate, roofline, sanitize
+from llmc import cpu, cuda, gpt2, simt
 from llmc.cuda import ladder
 from llmc.errors import UserError
 from llmc.model import AdamW, Model
@@ -367,3 +370,114 @@ def test_gpu_check_runs_all_of_it_once(capsys, monkeypatch):
     monkeypatch.setattr(gpu_check, "logit_difference", lambda *args: None)
     assert not gpu_check.run(None, rows, **size)
     assert rows[1]["bit_equal"] == "no" and rows[1]["difference"] == "absent"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sanitize.py
+
+
+def test_sanitize_launches_every_production_kernel(monkeypatch):
+    """All kernels of kernels/*.cu, on a GPU of capability 9.0. Nothing is computed here."""
+    ops = simt.install(capability=90, patch=monkeypatch.setattr)
+    monkeypatch.setattr(ops.module, "kernel", lambda *args, **kwargs: lambda *launch, **shared: None)
+    monkeypatch.setattr(ops.module, "no_hopper", None)
+    launched, names = sanitize.launch_all(ops, gpt2.GPT2Config(512, 300, 384, 1, 2, 128)), sanitize.kernel_names()
+    assert {"gelu_forward_kernel", "attention_forward_sm90", "adamw_update_kernel"} <= names
+    assert not names - launched, f"never launched: {names - launched}"
+
+
+SANITIZER = """\
+========= COMPUTE-SANITIZER
+========= Invalid __global__ read of size 4 bytes
+=========     at gelu_forward_kernel+0x60 in gelu.cu:12
+=========     by thread (1,0,0) in block (0,0,0)
+=========     Address 0x7f0000 is out of bounds
+=========     Host Frame: [0x2c] in libcuda.so
+=========
+========= Invalid __global__ read of size 4 bytes
+=========     at gelu_forward_kernel+0x60 in gelu.cu:12
+=========     by thread (2,0,0) in block (0,0,0)
+=========
+========= Error: Race reported between Write access at attention_backward_dkv_sm90+0x90 in ptx_sm90.cuh:110
+=========     and Read access at attention_backward_dkv_sm90+0xa0 in attention_sm90.cu:480 [1024 hazards]
+=========
+========= ERROR SUMMARY: 3 errors
+"""
+
+
+def test_sanitize_sums_findings_by_place():
+    found = sanitize.findings(SANITIZER)
+    assert sorted(found.values()) == [1, 2]
+    (race,) = (text for text in found if "Race" in text)
+    assert "ptx_sm90.cuh:110" in race and "attention_sm90.cu:480" in race and "hazards" not in race
+    assert not sanitize.findings("========= COMPUTE-SANITIZER\nstep 1\n========= ERROR SUMMARY: 0 errors\n")
+    assert sanitize.explanation("racecheck", race, {"syncwarp_good"})
+    assert not sanitize.explanation("racecheck", race, set())
+    assert not sanitize.explanation("memcheck", race, {"syncwarp_good"})
+
+
+def test_sanitize_finds_the_tool(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sanitize.sys, "path", [str(tmp_path)])
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    if not Path("/usr/local/cuda/bin/compute-sanitizer").exists():
+        with pytest.raises(UserError, match="not installed. HINT: pip install nvidia-cuda-sanitizer-api"):
+            sanitize.find()
+    tool = tmp_path / "nvidia" / "cu13" / "bin" / "compute-sanitizer"
+    for path in (tool, tmp_path / "cuda" / "bin" / "compute-sanitizer"):
+        path.parent.mkdir(parents=True)
+        path.touch(mode=0o644)
+        if path == tool and Path("/usr/local/cuda/bin/compute-sanitizer").exists():
+            continue
+        with pytest.raises(UserError, match="not executable. HINT: chmod"):
+            sanitize.find()
+        path.chmod(0o755)
+        assert sanitize.find() == str(path)
+
+
+def fake_tool(tmp_path, monkeypatch, output, code=0):
+    """A compute-sanitizer that prints, after what the pattern prints, and notes which kernels were launched."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        f"#!{sys.executable}\nimport json, pathlib, sys\n"
+        "if '--kernel' in sys.argv: print(sys.argv[-1] + ': right')\n"
+        f"else:\n    pathlib.Path(sys.argv[-1]).write_text(json.dumps({sorted(sanitize.kernel_names())}))\n"
+        f"    print({output!r})\n    sys.exit({code})\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setattr(sanitize, "find", lambda: str(tool))
+
+
+def test_sanitize_fails_on_what_is_not_explained(tmp_path, monkeypatch, capsys):
+    args, rows = argparse.Namespace(pattern=False, tool=["memcheck", "racecheck"]), []
+    fake_tool(tmp_path, monkeypatch, "")
+    assert sanitize.sanitize(args, rows) and [row["findings"] for row in rows] == [0, 0]
+    fake_tool(tmp_path, monkeypatch, SANITIZER)
+    assert not sanitize.sanitize(args, rows) and "gelu.cu:12" in capsys.readouterr().out
+    fake_tool(tmp_path, monkeypatch, "", code=1)
+    assert not sanitize.sanitize(args, rows) and "the process failed" in capsys.readouterr().out
+    fake_tool(tmp_path, monkeypatch, "")
+    monkeypatch.setattr(sanitize, "kernel_names", lambda: {"new_kernel"})
+    assert not sanitize.sanitize(args, rows) and "not launched, so not judged: new_kernel" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# mutate.py
+
+
+def test_mutate_judges(tmp_path):
+    """One mutation that no code shows, and one that a test catches."""
+    text = (mutate.ROOT / "kernels" / "gelu.cu").read_text()
+    pool = mutate.candidates("gelu.cu", text)
+    assert len(pool) > 30 and all(text[m.start : m.end] != m.new for m in pool)
+    start = text.index("store128(out + i, pack)") + len("store128(out ")
+    assert text[start] == "+" and mutate.Mutation("gelu.cu", start, start + 1, "-") in pool
+    command = [sys.executable, str(mutate.ROOT / "dev" / "mutate.py"), "--op", "gelu", "--count", "2", "--seed", "1"]
+    out = tmp_path / "mutants.jsonl"
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=600)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 2 and {row["result"] for row in rows} <= {"caught", "harmless", "survived"}, done.stderr
+    assert any(row["result"] == "caught" for row in rows) and "gelu.cu" in done.stdout
+    again = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=600)
+    assert len(out.read_text().splitlines()) == 2 and "gelu.cu" in again.stdout  # nothing is judged twice

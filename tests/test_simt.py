@@ -314,6 +314,21 @@ def test_race_with_tma_names_the_reader():
     assert caught.value.thread == (0, 0, 0) and caught.value.array == "memory"
 
 
+@pytest.mark.parametrize("name", ["nothing_bad", "syncwarp_good", "fence_good", "all_arrive_good", "block_good"])
+def test_pattern_of_the_ring(name):
+    """The smallest kernels with it, which compute-sanitizer is asked about too (dev/sanitize.py)."""
+    inp, out = np.random.default_rng(0).integers(-8, 9, (8, 128)).astype(np.float32), np.zeros((8, 32), np.float32)
+    kernel = simt.kernel(HERE / "faults" / "ring.cu", name, FP16, arch="sm_90a")
+    if name.endswith("bad"):
+        with pytest.raises(simt.KernelFault) as caught:
+            kernel((1,), (64,), (out, inp, i32(8)))
+        lines = caught.value.kind, caught.value.line, caught.value.other_line
+        assert lines == ("race", line_of("ring.cu", "load"), line_of("ring.cu", "read")), str(caught.value)
+    else:
+        kernel((1,), (64,), (out, inp, i32(8)))
+        np.testing.assert_array_equal(out, np.roll(inp.reshape(8, 4, 32).sum(1), -1, axis=1))
+
+
 def test_global_memory_of_hopper():
     """Ordinary accesses of such a kernel stay in the arrays that it was given, and do not write to constant ones."""
     kernel, out = simt.kernel(HERE / "faults" / "hopper.cu", "global_array", FP16, arch="sm_90a"), floats(64)

@@ -62,7 +62,8 @@ static void copy_box(const Box& box, bool out) {
 static void check_box(const Box& box, const void* shared) {
     progress += boxes.insert({(long long)box.array, box.row, box.column}).second;
     size_t begin = (const char*)shared - memory, end = launch.dynamic_align + launch.dynamic_bytes;
-    if (begin + box.bytes > end) {
+    const SharedVariable* variable = variable_at(begin);  // a static one
+    if (begin + box.bytes > (variable ? variable->offset + variable->size : end)) {
         fail("out of bounds, shared", box.at, "TMA copy of %d bytes at byte %zu of %zu of dynamic shared memory",
              box.bytes, begin - (size_t)launch.dynamic_align, (size_t)launch.dynamic_bytes);
     }
