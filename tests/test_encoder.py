@@ -84,6 +84,12 @@ def test_encoder_backward_one_token_everywhere(op, shape):
 
 
 @pytest.mark.op("encoder_backward")
+def test_encoder_backward_token_that_begins_with_a_piece(op):
+    """Of the sorted list's pieces of 32 entries, the second and third are one token's, from the first entry on."""
+    check_backward(op, (1, 100, 8, 10, 16, 100), np.repeat([2, 5, 7], (32, 64, 4)).astype(np.int32)[None])
+
+
+@pytest.mark.op("encoder_backward")
 def test_encoder_backward_every_token_once(op):
     shape = (1, 96, 24, 96, 96, 96)
     check_backward(op, shape, np.random.default_rng(0).permutation(96).astype(np.int32)[None])
