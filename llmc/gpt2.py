@@ -23,6 +23,7 @@ import numpy as np
 
 from . import rand
 from .buffers import Array, TensorSpec, Views
+from .command import did_you_mean
 from .errors import UserError
 from .model import Model, head_shape, pieces, rows
 
@@ -54,6 +55,12 @@ DESCRIPTORS = (
 )
 
 
+def every_descriptor() -> list[str]:
+    """All names that config_from_descriptor knows."""
+    names = [f"{prefix}d{n}" for prefix in ("", "gpt2:") for n in GPT2_CHANNELS]
+    return names + [f"gpt3:c{n}" for n in GPT3_LAYERS] + [f"tiny:d{n}" for n in TINY]
+
+
 def config_from_descriptor(
     descriptor: str, vocab_size: int = 50257, tiny_seq_len: int | None = None
 ) -> GPT2Config:  # fmt: skip
@@ -74,7 +81,8 @@ def config_from_descriptor(
         L, (C, NH) = n, TINY[n]
         maxT = tiny_seq_len or 256
     else:
-        raise UserError(f"-e {descriptor}: no such model descriptor, nor a .bin file. HINT: known are {DESCRIPTORS}.")
+        like = did_you_mean(descriptor, every_descriptor())
+        raise UserError(f"-e {descriptor}: no such model descriptor, nor a file.{like} HINT: known are {DESCRIPTORS}.")
     return GPT2Config(maxT, vocab_size, -(-vocab_size // 128) * 128, L, NH, C)
 
 

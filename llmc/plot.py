@@ -4,12 +4,15 @@ import math
 import os
 import re
 import sys
+from typing import Any
 
 from llmc.command import Parser, command
 from llmc.errors import UserError
 
+Streams = dict[str, dict[int, float]]
 
-def parse_log(path):
+
+def parse_log(path: str | os.PathLike[str]) -> Streams:
     """{stream: {step: value}} of a main.log; streams are trl, tel and eval. Later lines of a step win (restarts).
 
     What C and Python write for NaN and infinities is NaN here, which makes a gap in a curve.
@@ -17,7 +20,7 @@ def parse_log(path):
     """
     from llmc.files import io, parse
 
-    streams = {"trl": {}, "tel": {}, "eval": {}}
+    streams: Streams = {"trl": {}, "tel": {}, "eval": {}}
     try:
         with io.open_regular(path) as file:
             for number, line in enumerate(file, 1):
@@ -35,27 +38,19 @@ def parse_log(path):
     return streams
 
 
-def parser():
-    p = Parser(prog="llmc.plot", description="Draw the loss curves of runs.", allow_abbrev=False)
-    p.add_argument("runs", nargs="+", metavar="RUN", help="output folders of runs, or main.log files of llm.c")
-    p.add_argument("-o", "--output", default="loss.png", help="the picture to write (loss.png)")
-    return p
-
-
-@command("llmc.plot")
-def main(argv=None):
-    args = parser().parse_args(argv)
-    logs = {run: parse_log(os.path.join(run, "main.log") if os.path.isdir(run) else run) for run in args.runs}
+def draw(logs: dict[str, Streams]) -> Any:
+    """A matplotlib figure of {run: its streams}, whatever backend the environment asks for."""
+    os.environ.pop("MPLBACKEND", None)  # a notebook's is unknown outside of it, and then matplotlib's import fails
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("llmc.plot draws with matplotlib. HINT: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
     for i, (run, streams) in enumerate(logs.items()):
         name = os.path.basename(os.path.normpath(run)) or run
+        name = name.replace("$", r"\$")  # which would begin a formula
         if streams["trl"]:
             axes.plot(*zip(*sorted(streams["trl"].items()), strict=True), color=f"C{i}", alpha=0.35, lw=1)
         if streams["tel"]:
@@ -68,6 +63,21 @@ def main(argv=None):
     axes.set(xlabel="step", ylabel="loss (nats per token)", title="training (thin) and validation (dots) loss")
     axes.grid(alpha=0.3)
     axes.legend()
+    return figure
+
+
+def parser() -> Parser:
+    p = Parser(prog="llmc.plot", description="Draw the loss curves of runs.", allow_abbrev=False)
+    p.add_argument("runs", nargs="+", metavar="RUN", help="output folders of runs, or main.log files of llm.c")
+    p.add_argument("-o", "--output", default="loss.png", help="the picture to write (loss.png)")
+    return p
+
+
+@command("llmc.plot")
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    logs = {run: parse_log(os.path.join(run, "main.log") if os.path.isdir(run) else run) for run in args.runs}
+    figure = draw(logs)
     try:
         figure.savefig(args.output, dpi=130)
     except (OSError, ValueError) as error:

@@ -3,7 +3,7 @@ import shlex
 
 import pytest
 
-from llmc import command
+from llmc import command, gpt2
 from llmc.__main__ import main as llmc_command
 from llmc.errors import UserError
 from llmc.training import flags
@@ -89,6 +89,16 @@ def test_did_you_mean(argv, meant, capsys):
         parse_many("a", *argv)
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and (f". Did you mean {meant}? HINT: " in err if meant else "mean" not in err), err
+
+
+@pytest.mark.parametrize(
+    "name, meant", [("tinyd4", "tiny:d4"), ("gpt2d12", "gpt2:d12"), ("gpt3:768", "gpt3:c768"), ("resnet", None)]
+)
+def test_models_that_do_not_exist(name, meant):
+    with pytest.raises(UserError) as error:
+        gpt2.config_from_descriptor(name)
+    assert (f"Did you mean {meant}?" in str(error.value)) if meant else "mean" not in str(error.value)
+    assert all(gpt2.config_from_descriptor(known) for known in gpt2.every_descriptor())
 
 
 def test_commands_that_do_not_exist(capsys):

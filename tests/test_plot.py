@@ -1,11 +1,16 @@
 """python -m llmc.plot: parses main.log as llm.c's tools do, and writes a picture."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from llmc import __main__, __version__, plot
 
+ROOT = Path(__file__).resolve().parents[1]
 LOG = "s:0 tel:5.5000\ns:0 trl:5.4900 lr:0.000100 norm:1.00\ns:1 trl:5.3000 lr:0.000200 norm:1.10\ns:2 tel:5.1000\n"
 
 
@@ -32,6 +37,22 @@ def test_what_is_not_finite_is_a_gap(tmp_path, capsys):
     assert math.isnan(streams["trl"][3]) and math.isnan(streams["tel"][4]) and streams["trl"][5] == 5.0
     assert plot.main([str(tmp_path), "-o", str(tmp_path / "x.png")]) == 0
     assert f"{tmp_path}: 2 values are not finite; its curves have gaps there\n" in capsys.readouterr().out
+
+
+def test_backend_of_a_notebook(tmp_path):
+    """A child of a notebook inherits its backend, whose module the child may not have."""
+    (tmp_path / "main.log").write_text(LOG)
+    env = {**os.environ, "MPLBACKEND": "module://no_such_module.backend", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "llmc.plot", str(tmp_path), "-o", str(tmp_path / "x.png")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def test_names_that_look_like_formulas(tmp_path):
+    for name in ("$x_{$", "a$b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "main.log").write_text(LOG)
+    assert plot.main([str(tmp_path / "$x_{$"), str(tmp_path / "a$b"), "-o", str(tmp_path / "x.png")]) == 0
 
 
 @pytest.mark.parametrize("content", [None, "", "some text\n", "s:3 trl:3.1-oops\n", "s:3 trl:1e999\n"])

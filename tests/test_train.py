@@ -558,6 +558,21 @@ def test_start_from_a_model_file(version, capsys):
     assert header["version"] == 3 and header["vocab_size"] == V
 
 
+def test_start_from_the_folder_of_a_run(capsys):
+    """-e DIR is its newest checkpoint, as for the other commands; data that the run prepares has the model's tokens."""
+    _, params = trained_model()
+    capsys.readouterr()
+    assert run("-e", "trained", "-x", 1, "-v", 1, "-m", 2, "-o", "out") == 0
+    assert rows_of(capsys.readouterr().out)["weight init method   "].strip() == checkpoints.model_path("trained", 2)
+    assert metrics("out")[0]["val_loss"] == pytest.approx(val_loss_by_hand(2, params), rel=1e-12)
+    assert run("-e", "trained", "-x", 1, "-v", 0, "-s", 0, "-b", 1, base=DEFAULT) == 0  # bytes, as the model
+    assert rows_of(capsys.readouterr().out)["vocab_size V         "].split() == [str(V)]
+    trained_model("other.bin", vocab_size=300)
+    capsys.readouterr()
+    assert run("-e", "other.bin", "-x", 1, base=DEFAULT) == 2
+    assert_one_line(capsys.readouterr().err, "no tokenizer has 300 tokens", "HINT: ", "-i and -j")
+
+
 def test_llama3_shards_train_where_the_vocabulary_fits(capsys):
     """uint32 tokens give the same run as uint16 ones; without a stated vocabulary they are Llama-3's 128,256."""
     for name in ("train_0", "train_1", "train_2", "val"):

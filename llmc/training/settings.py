@@ -16,7 +16,7 @@ class Settings:
     # data and files
     input_bin: str | None = None  # glob of the training shards; None: Tiny Shakespeare, prepared as needed
     input_val_bin: str | None = None  # glob of the validation shards; None: those of Tiny Shakespeare
-    model: str | None = None  # a .bin file, hf:NAME or a descriptor; None: the one to resume, else DEFAULT_MODEL
+    model: str | None = None  # a descriptor, file, folder or hf:NAME; None: the one to resume, else DEFAULT_MODEL
     output_dir: str | None = None  # where logs and checkpoints go; None: nowhere, of the default job a new one in runs/
     checkpoint_every: int = 0  # steps from checkpoint to checkpoint, and one at the end; 0: none
     checkpoints_keep: int = 0  # how many of the newest stay; 0: all

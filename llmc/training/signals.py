@@ -35,7 +35,8 @@ class Signals:
 
     def __init__(self, patience: float = 0.0):
         """patience: seconds after a signal in which Ctrl-C is taken for the same one, passed on by a launcher."""
-        self.patience, self.seen, self.at, self.finishing = patience, None, 0.0, False
+        self.patience, self.at, self.finishing = patience, 0.0, False
+        self.seen: int | None = None
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
