@@ -287,7 +287,8 @@ def test_json_lines_are_a_document_each(folder):
 def test_a_folder_is_its_text_files_in_order(folder, capsys):
     for name, content in {
         "texts/b.txt": b"bbb", "texts/a/z.md": b"zzz", "texts/a/.hidden.txt": b"no", "texts/.git/x.txt": b"no",
-        "texts/a/noise.bin": bytes(99), "texts/c": "ccç".encode(), "texts/d.jsonl": b'{"text": "ddd"}\n',
+        "texts/a/1.bin": bytes(99), "texts/a/2.bin": b"\x7fELF\0", "texts/a/3.bin": b"%PDF-1.7\n",
+        "texts/c": "ccç".encode(), "texts/d.jsonl": b'{"text": "ddd"}\n',
         "texts/p.gz": gzip.compress(b"ppp"), "texts/empty": b"", "more.txt": b"more",
     }.items():  # fmt: skip
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -295,11 +296,25 @@ def test_a_folder_is_its_text_files_in_order(folder, capsys):
     command = ["prepare", "texts", "more.txt", "--tokenizer", "bytes", "--val-fraction", "0"]
     assert main(command) == 0
     out = capsys.readouterr().out
-    assert f"passed over, as they hold no text: {os.path.join('texts', 'a', 'noise.bin')}, " in out
+    passed = [os.path.join("texts", *name) for name in (("a", "1.bin"), ("a", "2.bin"), ("a", "3.bin"))]
+    assert f"passed over, as they hold no text: {', '.join(passed)} and 1 more\n" in out
     expected = [i for text in ("bbb", "ccç", "ddd", "ppp", "zzz", "more") for i in (256, *text.encode())]
     assert read_shard("texts-bytes/texts_train.bin").tolist() == expected
     assert main(["prepare", ".", *command[3:], "--out", "texts/here"]) == 0, "of what is made itself nothing is read"
     assert main(["prepare", ".", *command[3:], "--out", "texts/here"]) == 0
+
+
+def test_names_do_not_steer_the_terminal(folder, capsys):
+    (folder / "a\x1b[2Jb.txt").write_text("some text " * 100)
+    (folder / "texts").mkdir()
+    (folder / "texts" / "\x07.bin").write_bytes(bytes(9))
+    (folder / "texts" / "\x1bc.txt").write_text("more")
+    assert main(["prepare", "a\x1b[2Jb.txt", "texts", "--tokenizer", "bytes"]) == 0
+    out = capsys.readouterr().out
+    assert out.replace("\n", "").isprintable() and "a\\x1b[2Jb_train.bin" in out and "\\x07.bin" in out
+    (folder / "texts" / "\x1bc.txt").write_bytes(b"\xff")
+    assert main(["prepare", "texts", "--tokenizer", "bytes"]) == 2
+    assert "\\x1bc.txt is not UTF-8" in capsys.readouterr().err
 
 
 def test_standard_input(folder):

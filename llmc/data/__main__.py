@@ -7,7 +7,7 @@ import sys
 
 from llmc import command as flags
 from llmc.command import command
-from llmc.errors import UserError
+from llmc.errors import UserError, printable
 
 
 def parser() -> flags.Parser:
@@ -46,8 +46,8 @@ def prepare_eval_set(args: argparse.Namespace) -> None:
     if len(args.names) != 2 or args.val_fraction is not None or args.split != "files" or args.field:
         raise UserError("hellaswag takes one jsonl file and has no splits. HINT: prepare hellaswag FILE.jsonl")
     path, examples = prepare_hellaswag(args.names[1], args.tokenizer, args.out, args.overwrite)
-    print(f"{path}: {len(examples)} examples, {os.path.getsize(path)} bytes")
-    print(f"next: python -m llmc.evaluate MODEL --hellaswag {shlex.quote(path)}")
+    print(printable(f"{path}: {len(examples)} examples, {os.path.getsize(path)} bytes"))
+    print(printable(f"next: python -m llmc.evaluate MODEL --hellaswag {shlex.quote(path)}"))
 
 
 def prepare_dataset(args: argparse.Namespace) -> None:
@@ -59,15 +59,15 @@ def prepare_dataset(args: argparse.Namespace) -> None:
     )
     for file in files:
         done = "wrote" if file.written else "unchanged:"
-        print(f"{done} {file.path}: {file.num_tokens} tokens, {file.num_bytes} bytes")
+        print(printable(f"{done} {file.path}: {file.num_tokens} tokens, {file.num_bytes} bytes"))
     for notice in notices:
-        print(notice)
+        print(printable(notice))
     train_flags = ["-i", train]
     if val:
         train_flags += ["-j", val]
     if args.tokenizer != "gpt2":
         train_flags += ["--tokenizer", args.tokenizer]
-    print(f"next: python -m llmc.train {shlex.join(train_flags)}")
+    print(printable(f"next: python -m llmc.train {shlex.join(train_flags)}"))
 
 
 @command("llmc.data")

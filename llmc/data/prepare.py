@@ -215,7 +215,8 @@ def prepare(
         where = error.filename or target.folder
         raise UserError(f"cannot write to {where}: {error.strerror}. HINT: choose another folder with --out") from error
     if passed_over:
-        prepared.notices.insert(0, f"passed over, as they hold no text: {', '.join(passed_over)}")
+        more = f" and {len(passed_over) - 3} more" if len(passed_over) > 3 else ""
+        prepared.notices.insert(0, f"passed over, as they hold no text: {', '.join(passed_over[:3])}{more}")
     return prepared
 
 
