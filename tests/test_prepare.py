@@ -30,7 +30,7 @@ from llmc.data.cache import cache_dir, writable_cache_dir
 from llmc.data.loader import DataLoader
 from llmc.data.prepare import dataset, prepare
 from llmc.data.shards import read_shard, read_shard_header, write_shard
-from llmc.data.texts import EOT_TEXT, SPLITS, pieces
+from llmc.data.texts import EOT_TEXT, SPLITS, find_texts, pieces
 from llmc.data.tokenizer import get
 from llmc.errors import UserError
 
@@ -300,8 +300,10 @@ def test_a_folder_is_its_text_files_in_order(folder, capsys):
     assert f"passed over, as they hold no text: {', '.join(passed)} and 1 more\n" in out
     expected = [i for text in ("bbb", "ccç", "ddd", "ppp", "zzz", "more") for i in (256, *text.encode())]
     assert read_shard("texts-bytes/texts_train.bin").tolist() == expected
-    assert main(["prepare", ".", *command[3:], "--out", "texts/here"]) == 0, "of what is made itself nothing is read"
     assert main(["prepare", ".", *command[3:], "--out", "texts/here"]) == 0
+    assert os.listdir("texts/here") and not [path for path in find_texts(["texts"], "x")[0] if "here" in path]
+    below = [path for paths in find_texts(["texts"], "texts/here") for path in paths]
+    assert len(below) == 9 and not [path for path in below if "here" in path], "what is made itself is not looked at"
 
 
 def test_names_do_not_steer_the_terminal(folder, capsys):
