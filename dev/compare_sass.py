@@ -7,9 +7,9 @@ In each checkout a process of its own calls every public op of llmc.cuda with sh
 and writes down what would have been launched: file, kernel, dtype and defines. NVRTC compiles that with the checkout's
 own options, and nvdisasm (pip install nvidia-cuda-nvdisasm) reads the result. Two kernels are identical if all their
 instructions have the same bits, scheduling included, and if they take as many registers and as much static shared
-memory. Addresses, line tables and names do not count: a kernel that one side alone has is matched with one of the same
-code ("renamed from"), else with one whose name differs in numbers alone. The exit code is 1 where a kernel differs or
-has nothing to be compared with, else 0.
+memory. Addresses, line tables and names do not count: a kernel is compared with the one of its name if their code is
+the same, else with one of the same code ("renamed from"), else with the one of its name, or of a name that differs in
+numbers alone. The exit code is 1 where a kernel differs, has nothing to be compared with, or is gone, else 0.
 """
 
 import argparse
@@ -235,16 +235,25 @@ def code(row):
     return tuple(bits for _, bits in row["code"]), row["resources"]
 
 
-def partner(row, others, taken):
-    """The row of the other checkout that this one is to be compared with, or None."""
+def partner(row, others):
+    """The row of the other checkout that this one is to be compared with, or None: one of the same name and code, else
+    one of the same code, of the same name, of a name that differs in numbers alone."""
     same_job = [o for o in others if (o["dtype"], o["arch"], variant(o)) == (row["dtype"], row["arch"], variant(row))]
-    plain = re.sub(r"_?\d+|_kernel", "", row["kernel"])
-    tests = (
-        lambda o: (o["file"], o["kernel"]) == (row["file"], row["kernel"]),
-        lambda o: id(o) not in taken and code(o) == code(row),
-        lambda o: id(o) not in taken and re.sub(r"_?\d+|_kernel", "", o["kernel"]) == plain,
-    )
-    return next((o for test in tests for o in same_job if test(o)), None)
+    same_code = [o for o in same_job if code(o) == code(row)]
+    name, plain = (row["file"], row["kernel"]), without_numbers(row["kernel"])
+    for candidates, fits in (
+        (same_code, lambda o: (o["file"], o["kernel"]) == name),
+        (same_code, lambda o: True),
+        (same_job, lambda o: (o["file"], o["kernel"]) == name),
+        (same_job, lambda o: without_numbers(o["kernel"]) == plain),
+    ):
+        for other in filter(fits, candidates):
+            return other
+    return None
+
+
+def without_numbers(name):
+    return re.sub(r"_?\d+|_kernel", "", name)
 
 
 def difference(old, new):
@@ -263,11 +272,10 @@ def compare(old, new):
     """Prints the table; True if every kernel of `new` has the code that it had and none is gone."""
     width = max(len(row["kernel"]) for row in new) + 2
     print(f"{'kernel':<{width}}{'file':<22}{'dtype':<10}{'arch':<8}{'defines':<24}{'instructions':>12}  result")
-    names = {(row["file"], row["kernel"], row["dtype"], row["arch"], variant(row)) for row in new}
-    taken = {id(o) for o in old if (o["file"], o["kernel"], o["dtype"], o["arch"], variant(o)) in names}
+    taken = set()
     counts = dict.fromkeys(("identical", "differ", "new", "gone"), 0)
     for row in new:
-        found = partner(row, old, taken)
+        found = partner(row, old)
         if found is None:
             result, key = "NEW: nothing to compare it with", "new"
         else:

@@ -257,7 +257,7 @@ def test_set_a_constant(monkeypatch):
     ops, layernorm = op_set("executor", monkeypatch), importlib.import_module("llmc.cuda.layernorm")
     monkeypatch.setattr(layernorm, "ROW_THREADS", layernorm.ROW_THREADS)  # and back
     bench.set_constant(ops, "layernorm.ROW_THREADS=128")
-    assert layernorm.rows_grid(32, 768, 2) == ((8,), (32, 4))
+    assert layernorm.rows_grid(32, 768, 2, 3) == ((8,), (32, 4))
     for text in ("layernorm.NONE=1", "layernorm.ROW_THREADS=x", "nothing.ROW_THREADS=1", "layernorm.np=1"):
         with pytest.raises(SystemExit, match="no such constant.*HINT"):
             bench.set_constant(ops, text)

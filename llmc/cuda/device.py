@@ -35,18 +35,18 @@ def step_modules(
     C, HS, Vp          channels, head size and padded vocabulary, which some kernels are compiled for
     tensors            how many tensors the parameters have: rows of AdamW's tables
     """
-    from . import adamw, attention, encoder, global_norm, matmul
-    from .fused_classifier import DEFINES as CLASSIFIER
+    from . import adamw, attention, encoder, global_norm, layernorm, matmul
+    from .fused_classifier import defines as classifier_defines
 
     heads = () if HS == 64 else (f"HEAD_SIZE={HS}",)
     defines = {
-        "encoder.cu": encoder.DEFINES,
-        "layernorm.cu": (),
+        "encoder.cu": encoder.defines(),
+        "layernorm.cu": layernorm.defines(C, np.dtype(dtype).itemsize),
         "matmul.cu": (),
         "attention.cu": heads,
         "gelu.cu": (),
-        "fused_classifier.cu": CLASSIFIER,
-        "global_norm.cu": global_norm.DEFINES,
+        "fused_classifier.cu": classifier_defines(),
+        "global_norm.cu": global_norm.defines(),
     }
     if tensors is not None:
         defines["adamw.cu"] = adamw.defines(tensors)

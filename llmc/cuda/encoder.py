@@ -9,7 +9,11 @@ from . import module
 
 PIECE = 32  # entries of the list of sorted tokens that one block sums
 BLOCK, SORT_BLOCK = 128, 1024  # most threads of a block
-DEFINES = (f"PIECE={PIECE}", f"BLOCK={BLOCK}", f"SORT_BLOCK={SORT_BLOCK}")
+
+
+def defines() -> tuple[str, ...]:
+    """The -D options of kernels/encoder.cu."""
+    return f"PIECE={PIECE}", f"BLOCK={BLOCK}", f"SORT_BLOCK={SORT_BLOCK}"
 
 
 def encoder_scratch_size(B: int, T: int, C: int, Vp: int) -> int:
@@ -31,7 +35,7 @@ def encoder_forward(out: Array, inp: Array, wte: Array, wpe: Array) -> None:
     B, T, C = check_forward(out, inp, wte, wpe)
     packs = out.size // (16 // out.itemsize)
     assert packs < 2**31, packs
-    kernel = module.kernel("encoder.cu", "encoder_forward_kernel", out.dtype, DEFINES)
+    kernel = module.kernel("encoder.cu", "encoder_forward_kernel", out.dtype, defines())
     kernel((-(-packs // 256),), (256,), (out, inp, wte, wpe, i32(T), i32(C), i32(packs)))
 
 
@@ -55,11 +59,11 @@ def encoder_backward(dwte: Array, dwpe: Array, scratch: Array, dout: Array, inp:
     partials = scratch[4 * list_size(N) :].view(np.float32)
     block = min(BLOCK, -(-packs // 32) * 32)
     columns = -(-packs // block)
-    defines = (*DEFINES, *module.grad_defines(dout.dtype, (dwte, dwpe)))
-    tables = module.kernel("encoder.cu", "tables_backward_kernel", dout.dtype, defines)
+    options = (*defines(), *module.grad_defines(dout.dtype, (dwte, dwpe)))
+    tables = module.kernel("encoder.cu", "tables_backward_kernel", dout.dtype, options)
     args = (dwte, partials, dwpe, dout, tokens, positions, seed, *(i32(n) for n in (pieces, columns, B, T, C)))
     tables((pieces * columns + -(-T * packs // block),), (block,), args)
-    combine = module.kernel("encoder.cu", "wte_combine_kernel", dout.dtype, defines)
+    combine = module.kernel("encoder.cu", "wte_combine_kernel", dout.dtype, options)
     combine((pieces, columns), (block,), (dwte, partials, tokens, seed, i32(N), i32(C)))
 
 
@@ -70,7 +74,7 @@ def sort_by_token(scratch: Array, inp: Array, Vp: int, dtype: np.dtype) -> tuple
     first, second = ((scratch[i * size :][:N], scratch[(i + 1) * size :][:N]) for i in (0, 2))
     bits, shift, tokens, positions = max(3, (Vp - 1).bit_length()), 0, inp, None
     block = min(SORT_BLOCK, -(-N // 64) * 32)  # a warp for every 64 positions
-    sort = module.kernel("encoder.cu", "sort_by_token_kernel", dtype, DEFINES)
+    sort = module.kernel("encoder.cu", "sort_by_token_kernel", dtype, defines())
     for digit, to in (((bits + 2) // 3, first), ((bits + 1) // 3, second), (bits // 3, first)):
         args = (*to, tokens, positions, i32(N), i32(shift), i32((1 << digit) - 1))
         sort((1 << digit,), (block,), args)

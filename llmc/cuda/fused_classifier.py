@@ -7,7 +7,11 @@ from llmc.buffers import Array
 from . import module
 
 REGISTERS_BLOCK, SHARED_BLOCK = 768, 1024  # most threads of a block
-DEFINES = (f"REGISTERS_BLOCK={REGISTERS_BLOCK}", f"SHARED_BLOCK={SHARED_BLOCK}")
+
+
+def defines() -> tuple[str, ...]:
+    """The -D options of kernels/fused_classifier.cu."""
+    return f"REGISTERS_BLOCK={REGISTERS_BLOCK}", f"SHARED_BLOCK={SHARED_BLOCK}"
 
 
 def fused_classifier(
@@ -34,7 +38,7 @@ def in_registers(
 ) -> None:
     """fused_classifier with the row kept in registers: read once up to V = 55296 (fp32: 27648)."""
     args = (logits, losses, dloss, targets, V, write_dlogits)
-    launch_rows("fused_classifier.cu", "fused_classifier_registers_kernel", REGISTERS_BLOCK, *args, defines=DEFINES)
+    launch_rows("fused_classifier.cu", "fused_classifier_registers_kernel", REGISTERS_BLOCK, *args, options=defines())
 
 
 def in_shared_memory(
@@ -42,7 +46,7 @@ def in_shared_memory(
 ) -> None:
     """fused_classifier with the row kept in shared memory: two blocks take turns at loading and writing."""
     args, smem = (logits, losses, dloss, targets, V, write_dlogits), row_bytes(logits, V)
-    launch_rows("fused_classifier.cu", "fused_classifier_shared_kernel", SHARED_BLOCK, *args, smem, DEFINES)
+    launch_rows("fused_classifier.cu", "fused_classifier_shared_kernel", SHARED_BLOCK, *args, smem, defines())
 
 
 def row_bytes(logits: Array, V: int) -> int:
@@ -52,12 +56,12 @@ def row_bytes(logits: Array, V: int) -> int:
 
 def launch_rows(
     file: str, name: str, max_block: int, logits: Array, losses: Array, dloss: float, targets: Array, V: int,
-    write_dlogits: bool, smem: int = 0, defines: tuple[str, ...] = (),
+    write_dlogits: bool, smem: int = 0, options: tuple[str, ...] = (),
 ) -> None:  # fmt: skip
     """A kernel with a block for each row: as many warps as the row has 16-byte packs for, up to max_block threads."""
     N, Vp = check(logits, losses, targets, V)
     block = max(32, min(max_block, -(-V * logits.itemsize // (16 * 32)) * 32))
-    kernel = module.kernel(file, name, logits.dtype, defines, smem)
+    kernel = module.kernel(file, name, logits.dtype, options, smem)
     dims = (np.int32(N), np.int32(V), np.int32(Vp), np.int32(bool(write_dlogits)))
     kernel((N,), (block,), (logits, losses, targets, np.float32(dloss), *dims), shared_mem=smem)
 

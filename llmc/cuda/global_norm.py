@@ -8,7 +8,11 @@ from . import module
 
 MAX_BLOCKS = 1024  # a constant, not the number of multiprocessors: the same bits on every GPU
 BLOCK = 256
-DEFINES = (f"BLOCK={BLOCK}",)
+
+
+def defines() -> tuple[str, ...]:
+    """The -D options of kernels/global_norm.cu."""
+    return (f"BLOCK={BLOCK}",)
 
 
 def global_norm_scratch_size(N: int) -> int:
@@ -26,9 +30,9 @@ def global_norm_squared(out: Array, scratch: Array, values: Array) -> None:
     """
     check(out, scratch, values)
     blocks = max(1, min(MAX_BLOCKS, values.size // (BLOCK * 16 // values.itemsize)))
-    kernel = module.kernel("global_norm.cu", "global_norm_squared_kernel", values.dtype, DEFINES)
+    kernel = module.kernel("global_norm.cu", "global_norm_squared_kernel", values.dtype, defines())
     kernel((blocks,), (BLOCK,), (scratch, values, np.int64(values.size)))
-    combine = module.kernel("global_norm.cu", "global_norm_combine_kernel", values.dtype, DEFINES)
+    combine = module.kernel("global_norm.cu", "global_norm_combine_kernel", values.dtype, defines())
     combine((1,), (1024,), (out, scratch, np.int32(blocks)))
 
 
