@@ -386,6 +386,10 @@ def test_damaged_files(folder, tmp_path):
     weights.write_bytes(struct.pack("<Q", len(text)) + text + good[8 + length :])
     refuses("model.safetensors is not a whole .safetensors file: .*invalid")
     tensors = dict(safetensors_io.read_safetensors(folder / "model.safetensors"))
+    text = json.dumps(header | {first: header[first] | dict(shape=[1] * 99 + header[first]["shape"])}).encode()
+    weights.write_bytes(struct.pack("<Q", len(text)) + text + good[8 + length :])  # more dimensions than NumPy has
+    with pytest.raises(UserError, match=f"{first.removeprefix('transformer.')} is of type F32 of 100 dimensions.*HINT"):
+        safetensors_io.read_hf(tmp_path, np.empty(build(folder).params_flat.size, np.float32))
     tensors["transformer.wpe.weight"] = ("I64", np.zeros((64, 64), np.int64))
     raw_safetensors(weights, tensors)
     refuses("wpe.weight is of type I64, known are F32, F16, BF16")

@@ -131,7 +131,8 @@ def read_hf_header(folder: io.Path) -> dict[str, int]:
     path = os.path.join(folder, "config.json")
     config = parse.read_json(path, SAVE)
     if config.get("model_type") != "gpt2":
-        raise UserError(f"{path}: model_type is {config.get('model_type')!r}, expected 'gpt2'. HINT: give a GPT-2")
+        found = parse.shown(config.get("model_type"))
+        raise UserError(f"{path}: model_type is {found}, expected 'gpt2'. HINT: give a GPT-2")
     V, C, maxT, L, NH = (
         parse.integer(config.get(name), f"{path}: {name}", 1, most)
         for name, most in (
@@ -231,6 +232,8 @@ def read_safetensors(path: io.Path) -> Tensors:
     tensors: Tensors = {}
     for name in names:
         kind, shape, (start, end) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
+        if len(shape) > 8:  # NumPy ends at 64, and no tensor of a model has so many
+            kind += f" of {len(shape)} dimensions"
         tensors[name] = kind, data[start:end].view(DTYPES[kind]).reshape(shape) if kind in DTYPES else None
     return tensors
 
