@@ -1,6 +1,6 @@
 """Damaged models, states, markers, Hugging Face's folders, replays and logs: the public commands say so in one line.
 
-A checkpoint that llmc writes has checksums, which find every change (test_checkpoint.py). Here its marker is empty, as
+A checkpoint that llmc writes has checksums, which find every change (test_files.py). Here its marker is empty, as
 llm.c's is: then what reads the files has to cope with them.
 """
 

@@ -1,4 +1,6 @@
-"""Files are built here by hand with struct from the documented layout, so that reader and writer are checked apart."""
+"""llmc/files: formats, built here by hand with struct from the documented layout, so that reader and writer are checked
+apart; and checkpoints, sets of such files, at every instant at which a run can die.
+"""
 
 import dataclasses
 import errno

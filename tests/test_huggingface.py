@@ -20,8 +20,7 @@ import transformers
 from llmc import cpu, generate, gpt2, loading, train
 from llmc.data.shards import write_shard
 from llmc.errors import UserError
-from llmc.files import huggingface as safetensors_io
-from llmc.files import io
+from llmc.files import huggingface, io
 from llmc.gpt2 import config_from_header
 from llmc.model import AdamW, Model
 
@@ -52,7 +51,7 @@ def folder(theirs, tmp_path_factory):
 
 
 def build(folder, training=False):
-    model = Model(gpt2, cpu, config_from_header(safetensors_io.read_hf_header(folder)), B, T, training=training)
+    model = Model(gpt2, cpu, config_from_header(huggingface.read_hf_header(folder)), B, T, training=training)
     loading.read_weights(model, f"hf:{folder}")
     return model
 
@@ -83,7 +82,7 @@ def raw_safetensors(path, tensors):
 
 def test_logits_are_those_of_transformers(theirs, folder):
     model, inputs = build(folder), tokens(0)
-    assert safetensors_io.read_hf_header(folder) == SIZES
+    assert huggingface.read_hf_header(folder) == SIZES
     logits = model.forward(inputs).output
     np.testing.assert_allclose(logits[..., :V], their_logits(theirs, inputs), atol=2e-5)  # logits of about 3
     assert not logits[..., V:].any() and not model.params.wte[V:].any()
@@ -124,7 +123,7 @@ def test_dtypes_names_and_pieces(theirs, tmp_path, dtype, prefix):
     model = model.to(dtype)
     (model if prefix else model.transformer).save_pretrained(tmp_path, max_shard_size="100KB")
     assert os.path.exists(tmp_path / "model.safetensors.index.json")
-    names = {n for path in safetensors_io.weight_files(tmp_path) for n in safetensors_io.read_safetensors(path)}
+    names = {n for path in huggingface.weight_files(tmp_path) for n in huggingface.read_safetensors(path)}
     assert "wte.weight" in {n.removeprefix("transformer.") for n in names} and len(names) == 28
     assert ("transformer.wte.weight" in names) == bool(prefix)
     ours = build(tmp_path)
@@ -133,13 +132,13 @@ def test_dtypes_names_and_pieces(theirs, tmp_path, dtype, prefix):
     qkvw = model.transformer.h[1].attn.c_attn.weight.detach().float().numpy()
     assert np.array_equal(ours.params.h[1].qkvw, qkvw.T)
     bits = np.empty(ours.params_flat.size, np.uint16)
-    safetensors_io.read_hf(tmp_path, bits)
+    huggingface.read_hf(tmp_path, bits)
     assert np.array_equal(bits, io.fp32_to_bf16(ours.params_flat))
 
 
 def test_tied_head_is_accepted_and_another_one_is_not(folder, tmp_path):
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    tensors = dict(safetensors_io.read_safetensors(folder / "model.safetensors"))
+    tensors = dict(huggingface.read_safetensors(folder / "model.safetensors"))
     head = np.array(tensors["transformer.wte.weight"][1])
     extra = {"h.0.attn.bias": ("BOOL", np.ones((4, 4), np.uint8))}  # of old files; not a parameter
     raw_safetensors(tmp_path / "model.safetensors", {**tensors, **extra, "lm_head.weight": ("F32", head)})
@@ -185,24 +184,24 @@ def test_hub_cache(folder, tmp_path, monkeypatch):
     snapshot.symlink_to(folder)
     (tmp_path / "hub" / "models--openai-community--gpt2" / "refs").mkdir()
     (tmp_path / "hub" / "models--openai-community--gpt2" / "refs" / "main").write_text("abc")
-    monkeypatch.setattr(safetensors_io, "download", lambda name: f"downloaded {name}")
+    monkeypatch.setattr(huggingface, "download", lambda name: f"downloaded {name}")
     for name in ("HF_HUB_CACHE", "HF_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert safetensors_io.find("gpt2") == "downloaded openai-community/gpt2"
+    assert huggingface.find("gpt2") == "downloaded openai-community/gpt2"
     (tmp_path / "home" / ".cache").mkdir(parents=True)
     (tmp_path / "home" / ".cache" / "huggingface").symlink_to(tmp_path)
-    assert os.path.samefile(safetensors_io.find("gpt2"), folder)
-    assert os.path.samefile(safetensors_io.find("openai-community/gpt2"), folder)
-    assert safetensors_io.find("gpt2-xl") == "downloaded openai-community/gpt2-xl"
+    assert os.path.samefile(huggingface.find("gpt2"), folder)
+    assert os.path.samefile(huggingface.find("openai-community/gpt2"), folder)
+    assert huggingface.find("gpt2-xl") == "downloaded openai-community/gpt2-xl"
     monkeypatch.setenv("HOME", "/nowhere")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    assert os.path.samefile(safetensors_io.find("gpt2"), folder)
+    assert os.path.samefile(huggingface.find("gpt2"), folder)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "other"))
-    assert safetensors_io.find("gpt2") == "downloaded openai-community/gpt2"
+    assert huggingface.find("gpt2") == "downloaded openai-community/gpt2"
     for name in ("./gpt2", "", "/gpt2", "a/b/c", "a b", "../models--gpt2", "~/gpt2"):
         with pytest.raises(UserError, match=f"hf:{re.escape(name)} is not a folder.*HINT"):
-            safetensors_io.find(name)
+            huggingface.find(name)
 
 
 def test_no_network_is_one_line(monkeypatch):
@@ -211,14 +210,14 @@ def test_no_network_is_one_line(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=refused))
     with pytest.raises(UserError, match="cannot download .*gpt2.*Network is unreachable.*HINT.*hf:DIR") as info:
-        safetensors_io.download("openai-community/gpt2")
+        huggingface.download("openai-community/gpt2")
     assert "\n" not in str(info.value)
 
 
 def test_no_library_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match="cannot download me/tiny: huggingface_hub is not .*HINT: pip install hugging"):
-        safetensors_io.find("me/tiny")
+        huggingface.find("me/tiny")
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -385,11 +384,11 @@ def test_damaged_files(folder, tmp_path):
     text = text.replace(entry, f'{entry}, "{first}": {json.dumps(header[second])}').encode()  # one name, two tensors
     weights.write_bytes(struct.pack("<Q", len(text)) + text + good[8 + length :])
     refuses("model.safetensors is not a whole .safetensors file: .*invalid")
-    tensors = dict(safetensors_io.read_safetensors(folder / "model.safetensors"))
+    tensors = dict(huggingface.read_safetensors(folder / "model.safetensors"))
     text = json.dumps(header | {first: header[first] | dict(shape=[1] * 99 + header[first]["shape"])}).encode()
     weights.write_bytes(struct.pack("<Q", len(text)) + text + good[8 + length :])  # more dimensions than NumPy has
     with pytest.raises(UserError, match=f"{first.removeprefix('transformer.')} is of type F32 of 100 dimensions.*HINT"):
-        safetensors_io.read_hf(tmp_path, np.empty(build(folder).params_flat.size, np.float32))
+        huggingface.read_hf(tmp_path, np.empty(build(folder).params_flat.size, np.float32))
     tensors["transformer.wpe.weight"] = ("I64", np.zeros((64, 64), np.int64))
     raw_safetensors(weights, tensors)
     refuses("wpe.weight is of type I64, known are F32, F16, BF16")
@@ -403,7 +402,7 @@ def test_index_cannot_name_a_file_elsewhere(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "secret").write_bytes(b"")
     (tmp_path / "a" / "model.safetensors.index.json").write_text('{"weight_map": {"wte.weight": "../secret"}}')
-    assert safetensors_io.weight_files(tmp_path / "a") == []
+    assert huggingface.weight_files(tmp_path / "a") == []
     (tmp_path / "a" / "model.safetensors.index.json").write_text('{"weight_map": ["wte.weight"]}')
     with pytest.raises(UserError, match="index.json: weight_map is .*not a JSON object.*HINT"):
-        safetensors_io.weight_files(tmp_path / "a")
+        huggingface.weight_files(tmp_path / "a")
