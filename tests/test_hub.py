@@ -67,10 +67,16 @@ def free_port():
         return server.getsockname()[1]
 
 
-@pytest.fixture(params=["tcp", "fs"])
+@pytest.fixture(params=["tcp", "name", "fs"])
 def place(request, tmp_path):
     if request.param == "tcp":
         return Place("tcp", "127.0.0.1", free_port())
+    if request.param == "name":  # this machine's, as -ps has it where there are several
+        try:
+            socket.getaddrinfo(socket.gethostname(), None)
+        except OSError:
+            pytest.skip("this machine does not know its own name")
+        return Place("tcp", socket.gethostname(), free_port())
     return Place("fs", path=str(tmp_path / "llmc-run-3.json"))
 
 
@@ -300,12 +306,16 @@ def test_the_token_is_in_no_command_line():
 # where it listens
 
 
-def test_addresses():
+def test_addresses(monkeypatch):
     """Loopback for a name that means just that; else an address of this machine, or all where none is known."""
     assert set(ranks.addresses("localhost")) <= {"127.0.0.1", "::1"}
     assert ranks.addresses("127.0.0.5") == ["127.0.0.5"]
     others = [address for address in ranks.addresses("") if address != "127.0.0.1"]
     assert others == [""] or all(ranks.is_own(a) and not ranks.is_loopback(a) for a in others)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda name, port: [(0, 0, 0, "", ("127.0.1.1", 0))])
+    named = ranks.addresses("node7")  # as Debian has it: ranks here are led to 127.0.1.1, others to what leads out
+    assert named == (["127.0.1.1", *ranks.way_out()] if ranks.way_out() else [""])
+    monkeypatch.undo()
     assert ranks.addresses("192.0.2.77") == (ranks.way_out() or [""])  # not of this machine: a router's, in front of it
 
 

@@ -283,17 +283,18 @@ def addresses(host: str) -> list[str]:
 
     host: the name that the others were given, as -ps, or "": they are told the addresses, the machine's own first.
     """
-    found = [] if host else ["127.0.0.1"]
     try:
         named = [str(info[4][0]) for info in socket.getaddrinfo(host or socket.gethostname(), None)]
     except OSError:
         named = []
-    if host and named and is_loopback(host):
-        return list(dict.fromkeys(named))
-    found += [address for address in named if not is_loopback(address) and is_own(address)]
-    if not host or not found:  # its name may lead to 127.0.1.1 here, as on Debian, or to a router in front of it
+    found = [address for address in (named if host else ["127.0.0.1", *named]) if is_own(address)]
+    if host and found and is_loopback(host):
+        return list(dict.fromkeys(found))
+    if not host or all(
+        map(is_loopback, found)
+    ):  # elsewhere the name leads to another address than here, or to a router
         found += [address for address in way_out() if is_own(address)]
-    return list(dict.fromkeys(found)) if found and found != ["127.0.0.1"] else [""]
+    return [""] if all(map(is_loopback, found)) else list(dict.fromkeys(found))
 
 
 def every_address(port: int) -> Places:
