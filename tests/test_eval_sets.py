@@ -1,11 +1,18 @@
 """Eval sets: llm.c's bytes in both directions, and what the format cannot hold."""
 
+import json
+import os
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from llmc.data.eval_sets import read_eval_set, write_eval_set
+from llmc.data import eval_sets
+from llmc.data.eval_sets import prepare_hellaswag, read_eval_set, write_eval_set
 from llmc.errors import UserError
+from llmc.files.lock import held
 
 EXAMPLES = [(2, [5, 6, 7], [[1], [2, 3], [4], [9, 9, 9]]), (0, [1], [[1], [2], [3], [65534]])]
 
@@ -58,3 +65,33 @@ def test_what_an_eval_set_cannot_hold(tmp_path, example, problem):
     with pytest.raises(UserError, match=f"example 1: .*{problem}"):
         write_eval_set(tmp_path / "set.bin", [EXAMPLES[0], example])
     assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_into_one_file_leave_one_of_them(tmp_path):
+    """Of different lines: one process writes, the other one is told that its place is taken."""
+    for name, label in ("a", 0), ("b", 3):
+        (tmp_path / name).mkdir()
+        line = {"ctx": f"text {name}", "label": label, "endings": ["one", "two", "three", "four"]}
+        (tmp_path / name / "set.jsonl").write_text((json.dumps(line) + "\n") * 500)
+    command = [sys.executable, "-m", "llmc.data", "prepare", "--tokenizer", "bytes"]
+    command += ["--out", str(tmp_path / "out"), "hellaswag"]
+    environment = os.environ | {"PYTHONPATH": str(Path(eval_sets.__file__).parents[2])}
+    running = [subprocess.Popen([*command, str(tmp_path / name / "set.jsonl")], env=environment) for name in "ab"]
+    assert sorted(process.wait() for process in running) == [0, 2]
+    assert os.listdir(tmp_path / "out") == ["set.bin"] and len(read_eval_set(tmp_path / "out" / "set.bin")) == 500
+
+
+def test_the_place_of_a_set_is_looked_at_under_the_lock(tmp_path, monkeypatch, capsys):
+    """Another process has the lock, and writes other content before it lets go."""
+    (tmp_path / "set.jsonl").write_text('{"ctx": "a", "label": 0, "endings": ["b", "c", "d", "e"]}\n')
+    other = held(str(tmp_path / ".prepare.lock"))
+    other.__enter__()
+
+    def sleep(seconds):
+        write_eval_set(tmp_path / "set.bin", EXAMPLES)
+        other.__exit__(None, None, None)
+
+    monkeypatch.setattr("llmc.files.lock.time.sleep", sleep)
+    with pytest.raises(UserError, match="set.bin exists with other content"):
+        prepare_hellaswag(str(tmp_path / "set.jsonl"), "bytes")
+    assert "it prepares data in" in capsys.readouterr().err and read_eval_set(tmp_path / "set.bin") == EXAMPLES

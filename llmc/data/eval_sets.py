@@ -14,6 +14,7 @@ from llmc.data.shards import HEADER_BYTES, Path
 from llmc.errors import UserError
 from llmc.files import parse
 from llmc.files.io import atomic_write, open_checked
+from llmc.files.lock import waited_for
 
 EVAL_MAGIC, EVAL_VERSION = 20240522, 1
 EVAL_START = 2**16 - 1  # the word before each example
@@ -105,16 +106,17 @@ def prepare_hellaswag(
     examples = [(label, ids[5 * i], ids[5 * i + 1 : 5 * i + 5]) for i, (label, _, _) in enumerate(lines)]
     stem, folder = os.path.splitext(os.path.basename(path))[0], out or os.path.dirname(path)
     target = os.path.join(folder, f"{stem}.bin")
-    if os.path.exists(target) and not overwrite:
-        with contextlib.suppress(UserError):
-            if read_eval_set(target) == examples:
-                return target, examples
-        raise UserError(f"{target} exists with other content. HINT: choose another --out, or add --overwrite")
     try:
         os.makedirs(folder or ".", exist_ok=True)
+        with waited_for(os.path.join(folder, ".prepare.lock"), f"it prepares data in {folder or '.'}"):
+            if os.path.exists(target) and not overwrite:
+                with contextlib.suppress(UserError):
+                    if read_eval_set(target) == examples:
+                        return target, examples
+                raise UserError(f"{target} exists with other content. HINT: choose another --out, or add --overwrite")
+            write_eval_set(target, examples)
     except OSError as error:
-        raise UserError(f"cannot create {folder}: {error.strerror}. HINT: choose another --out") from error
-    write_eval_set(target, examples)
+        raise UserError(f"cannot write to {folder}: {error.strerror}. HINT: choose another --out") from error
     return target, examples
 
 

@@ -145,7 +145,7 @@ class Text:
         size = sum(os.path.getsize(path) for path in self.paths if path != STDIN)
         columns = shutil.get_terminal_size().columns  # 80 where the terminal does not tell: tqdm would show nothing
         with tqdm(
-            total=size, desc="tokenizing", unit="B", unit_scale=True, ncols=columns, leave=False, disable=None
+            total=size or None, desc="tokenizing", unit="B", unit_scale=True, ncols=columns, leave=False, disable=None
         ) as bar:
             batch: list[tuple[bool, str]] = []
             chars = 0
