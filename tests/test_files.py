@@ -920,6 +920,20 @@ def test_retention(tmp_path, keep, major, kept):
     assert checkpoints.checkpoint_steps(tmp_path) == kept
 
 
+def test_retention_spares_the_last_set_that_is_known_to_be_good(tmp_path):
+    """Of the newer ones, one is of llm.c and one has a damaged marker."""
+    for step in (20, 40, 60, 80):
+        save(tmp_path, step)
+    (tmp_path / "DONE_00000060").write_bytes(b"damaged")
+    (tmp_path / "DONE_00000080").write_bytes(b"")
+    checkpoints.apply_retention(tmp_path, 80, 1, 0)
+    assert checkpoints.checkpoint_steps(tmp_path) == [40, 80]
+    assert_whole(tmp_path, 40)
+    save(tmp_path, 100)
+    checkpoints.apply_retention(tmp_path, 100, 1, 0)
+    assert checkpoints.checkpoint_steps(tmp_path) == [100]
+
+
 def test_prune_stray(tmp_path):
     for step in (20, 40, 60, 80):
         save(tmp_path, step, ranks=2)

@@ -123,12 +123,21 @@ def apply_retention(folder: io.Path, step: int, keep: int, major: int) -> None:
 
     keep, major: -nk (0 keeps all), -nm (0: none is special). llm.c deletes step - nk * n alone, which leaves strays at
     the last step and after an interruption. Call it once more after resuming at `step`: the run may have been killed
-    after the save and before the deletion.
+    after the save and before the deletion. The newest set with checksums always stays: no other is known good.
     """
     past = [s for s in checkpoint_steps(folder) if s <= step]
+    good = next((s for s in reversed(past) if has_sums(folder, s)), None)
     for old in past[:-keep] if keep > 0 else ():
-        if not (major > 0 and old % major == 0):
+        if old != good and not (major > 0 and old % major == 0):
             delete_checkpoint(folder, old)
+
+
+def has_sums(folder: io.Path, step: int) -> bool:
+    """Whether the marker of `step` has checksums, and is whole."""
+    try:
+        return bool(read_done(done_path(folder, step)))
+    except UserError:
+        return False
 
 
 def prune_stray(folder: io.Path) -> list[str]:
