@@ -154,7 +154,14 @@ def table(request):
         plugins.getplugin("terminalreporter").write_line("\n" + "\n".join(lines))
 
 
-@pytest.mark.parametrize("file, defines, arch", JOBS, ids=["-".join((file, *d, arch)) for file, d, arch in JOBS])
+def case(job):
+    """A parameter of test_compiles. What no production op launches is compiled with --full."""
+    file, defines, arch = job
+    marks = [] if job in PRODUCTION else [pytest.mark.full]
+    return pytest.param(file, defines, arch, id="-".join((file, *defines, arch)), marks=marks)
+
+
+@pytest.mark.parametrize("file, defines, arch", [case(job) for job in JOBS])
 def test_compiles(file, defines, arch, jobs, table):
     """In every dtype of the GPU: no error, no warning; in kernels of a training step no spill, no serialised wgmma."""
     problems = []

@@ -111,8 +111,6 @@ def test_docstrings_state_shapes_and_source(either):
         module = importlib.import_module(f"{either.__name__}.{file}")
         for name in names:
             text = inspect.getdoc(getattr(module, name)) or ""
-            while rung := re.match(rf"{name}\d+\b", text):
-                text = inspect.getdoc(getattr(module, rung.group())) or ""
             assert re.search(r"\([A-Z0-9][\w*]*,", text) or "shape" in text, (
                 f"{module.__name__}.{name} states no shapes"
             )
