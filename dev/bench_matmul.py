@@ -4,19 +4,22 @@ FLOPs: 2 B T C OC forward, 4 backward. Fewest bytes: every operand read once, ev
 cuBLAS is the bare products (torch.mm into a given output), without bias, GELU and bias gradient: ours have them.
 The whole ladder runs on fc; the other layers run the tensor-core rungs.
 
-python -m dev.bench_matmul --products [VERSION ...] [-e d12] [-b 64]     compute capability 9.0: each product of a step
-bf16, T=1024: TFLOP/s of cuBLAS, which makes the bare products, and of Hopper's versions, taking turns, medians of 20,
-L2 overwritten before each. Forward with bias, weight gradients with the reduction of their parts;
-then the same with what a step adds: +gelu two outputs, +dgelu, +regelu (10) the recomputed GELU too, +dbias (from 9).
+python -m dev.bench_matmul --products [RUNG ...] [-e d12] [-b 64]     compute capability 9.0: each product of a step
+bf16, T=1024: TFLOP/s of cuBLAS, which makes the bare products, and of Hopper's rungs, taking turns, medians of 20,
+L2 overwritten before each. Forward with bias, weight gradients with the reduction of their parts; then the same with
+what a step adds: +gelu two outputs, +dgelu, and of rung 11 +regelu the recomputed GELU too, +dbias.
 """
 
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from dev import bench
 from dev.bench import Case, spread
-from llmc.cuda import matmul
+from llmc.cuda import ladder, matmul
+from llmc.cuda.ladder import matmul as rungs_below
 
 LAYERS = {"qkv": (1, 3), "attproj": (1, 1), "fc": (1, 4), "fcproj": (4, 1), "lmhead": (1, None)}  # C, OC in units of C
 
@@ -51,7 +54,8 @@ def cases(b):
 def layer_cases(b, layer, C, OC):
     B, T = b.B, b.T
     shape = f"{layer} B={B} T={T} C={C} OC={OC}"
-    rungs = None if layer == "fc" else tuple(range(5, 20)) if b.dtype.itemsize == 2 else (3,)
+    tensor_cores = tuple(rung.number for rung in ladder.of("matmul_forward") if "fp32" not in rung.dtypes)
+    rungs = None if layer == "fc" else tensor_cores[1:] if b.dtype.itemsize == 2 else (3,)
     inp, out = b.normal((B, T, C)), b.empty((B, T, OC))
     weight, bias = b.normal((OC, C), scale=0.02), None if layer == "lmhead" else b.normal((OC,))
     with_gelu, before_gelu = layer == "fc", layer == "fcproj"
@@ -122,18 +126,54 @@ def layer_cases(b, layer, C, OC):
     yield case._replace(rungs=rungs)
 
 
+class Products(NamedTuple):
+    """The three products of one of Hopper's rungs. The last two say what it makes beside them."""
+
+    forward: Callable  # (out, inp, weight, bias, pre_gelu)
+    dgrad: Callable  # (dinp, dout, weight, pre_gelu); with regelu also gelu_out
+    wgrad: Callable  # (dweight, dbias, scratch, dout, inp)
+    regelu: bool = False
+    dbias: bool = False
+
+
+def products_of(number):
+    """Those of a rung."""
+    if number == 11:
+
+        def own_wgrad(dweight, dbias, scratch, dout, inp):
+            matmul.wgrad_sm90(dweight, dbias, scratch, dout, inp, False)
+
+        return Products(matmul.forward_sm90, matmul.dgrad_sm90, own_wgrad, regelu=True, dbias=True)
+    name = {6: rungs_below.WGMMA, 7: rungs_below.TURNS}[number]
+
+    def wgrad(dweight, dbias, scratch, dout, inp):
+        rungs_below.wgrad_hopper(name, dweight, scratch, dout, inp, False)
+
+    return Products(
+        lambda *args: rungs_below.forward_hopper(name, *args),
+        lambda *args: rungs_below.dgrad_hopper(name, *args),
+        wgrad,
+    )
+
+
 def products(argv):
+    numbers = [rung.number for rung in ladder.of("matmul_forward") if rung.arch == 90]
     p = bench.flags(__doc__)
-    p.add_argument("versions", nargs="*", type=int, default=matmul.HOPPER, metavar="VERSION")
+    p.add_argument("rungs", nargs="*", type=int, default=numbers, metavar="RUNG")
     p.add_argument("--products", action="store_true")
     args = p.parse_args(argv)
+    if wrong := set(args.rungs) - set(numbers):
+        p.error(f"no such rung: {', '.join(map(str, sorted(wrong)))}. HINT: {', '.join(map(str, numbers))}")
+    rungs = {number: products_of(number) for number in args.rungs}
     b = bench.Bench("cuda", model=args.model, B=args.batch_size or 64, T=args.sequence_length, dtype=args.dtype)
     print(f"{b.description} | {bench.software(b)} | commit {bench.commit()}")
     alone = np.median(b.overwritten_ms(lambda: None, 10, 1))
     for layer, (width, outputs) in LAYERS.items():
-        for product, flops, blas, ours, least in layer_products(b, layer, b.C * width, outputs and b.C * outputs):
+        for product, flops, blas, ours, has in layer_products(b, layer, b.C * width, outputs and b.C * outputs):
             jobs = {"cuBLAS": blas}
-            jobs |= {v: lambda v=v, ours=ours: ours(v) for v in args.versions if v >= least}
+            jobs |= {
+                n: lambda rung=rung, ours=ours: ours(rung) for n, rung in rungs.items() if has is None or has(rung)
+            }
             ms = [[b.overwritten_ms(job, 1, 1)[0] - alone for job in jobs.values()] for _ in range(23)][3:]
             rates = flops / np.median(ms, axis=0) / 1e9
             cells = (f"{name} {rate:.0f} ({rate / rates[0]:.2f})" for name, rate in zip(jobs, rates, strict=True))
@@ -141,23 +181,14 @@ def products(argv):
 
 
 def layer_products(b, layer, K, N):
-    """(name, FLOPs, what cuBLAS does, what one of Hopper's versions does, the least of these) of a layer's products."""
+    """(name, FLOPs, what cuBLAS does, what a rung does given its Products, which rungs have it or None) of a layer."""
     M, has_bias, N = b.B * b.T, N is not None, N or b.Vp
     inp, weight, dout = b.normal((M, K)), b.normal((N, K), scale=0.02), b.normal((M, N))
     out, dinp, dweight = b.empty((M, N)), b.empty((M, K)), b.empty((N, K))
     bias = b.normal((N,)) if has_bias else None
     scratch = b.empty((matmul.matmul_scratch_size(b.B, b.T, K, N),), np.float32)
     x, w, d, o, dx, dw = (b.t(array) for array in (inp, weight, dout, out, dinp, dweight))
-    flops, mm, zero = 2 * M * N * K, b.torch.mm, np.int32(0)
-
-    def forward(version, pre_gelu=None):
-        matmul.forward(version, out, inp, weight, bias, pre_gelu)
-
-    def dgrad(version, pre_gelu=None, gelu_out=None):
-        matmul.dgrad_sm90(version, dinp, dout, weight, pre_gelu, gelu_out)
-
-    def wgrad(version, dbias=None):
-        matmul.wgrad_sm90(version, dweight, dbias, scratch, dout, inp, zero)
+    flops, mm = 2 * M * N * K, b.torch.mm
 
     def blas_forward():
         mm(x, w.T, out=o)
@@ -168,18 +199,19 @@ def layer_products(b, layer, K, N):
     def blas_wgrad():
         mm(d.T, x, out=dw)
 
-    yield "forward", flops, blas_forward, forward, 6
+    yield "forward", flops, blas_forward, lambda rung: rung.forward(out, inp, weight, bias, None), None
     if layer == "fc":
         pre_gelu = b.empty((M, N))
-        yield "forward+gelu", flops, blas_forward, lambda v: forward(v, pre_gelu), 6
-    yield "dgrad", flops, blas_dgrad, dgrad, 6
+        yield "forward+gelu", flops, blas_forward, lambda rung: rung.forward(out, inp, weight, bias, pre_gelu), None
+    yield "dgrad", flops, blas_dgrad, lambda rung: rung.dgrad(dinp, dout, weight, None), None
     if layer == "fcproj":
-        pre_gelu = b.normal((M, K))
-        yield "dgrad+dgelu", flops, blas_dgrad, lambda v: dgrad(v, pre_gelu), 6
-        yield "dgrad+dgelu+regelu", flops, blas_dgrad, lambda v: dgrad(v, pre_gelu, inp), 10
-    yield "wgrad", flops, blas_wgrad, wgrad, 6
+        pre_gelu, has = b.normal((M, K)), lambda rung: rung.regelu
+        yield "dgrad+dgelu", flops, blas_dgrad, lambda rung: rung.dgrad(dinp, dout, weight, pre_gelu), None
+        yield "dgrad+dgelu+regelu", flops, blas_dgrad, lambda rung: rung.dgrad(dinp, dout, weight, pre_gelu, inp), has
+    yield "wgrad", flops, blas_wgrad, lambda rung: rung.wgrad(dweight, None, scratch, dout, inp), None
     if has_bias:  # bias is overwritten: it is used no more
-        yield "wgrad+dbias", flops, blas_wgrad, lambda v: wgrad(v, bias), 9
+        has = lambda rung: rung.dbias  # noqa: E731
+        yield "wgrad+dbias", flops, blas_wgrad, lambda rung: rung.wgrad(dweight, bias, scratch, dout, inp), has
 
 
 if __name__ == "__main__":

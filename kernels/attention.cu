@@ -9,31 +9,39 @@
 //   a (T, HS) matrix with row stride 3C, read and written in place: no permutes.
 //   out, dout (B, T, C) = (B, T, NH, HS)    att, D (B, NH, T) fp32    statistics and sums in fp32
 //
-// HEAD_SIZE is a -D option: HS is a compile-time number, any multiple of 8 (kernels 2, 3: up to 128). T is arbitrary.
+// HS = HEAD_SIZE is a compile-time number: any multiple of 8 for naive, up to 128 for ffma and mma. T is arbitrary.
 // Exponentials are taken in base 2 with log2(e) folded into the scale: one FMA and one ex2 per score.
 //
 // Backward has no atomics: dk and dv of a key tile are summed by the one block that owns it, over the query tiles at or
 // below it, and dq likewise in a second kernel, which computes p and ds again (7 products instead of 5).
 // No kernel needs anything zeroed. All tensors are 16-byte aligned.
 //
-// TFLOP/s on an H200 at B = 32, T = 1024, NH = 12, HS = 64 (causal half of 4 or 10 B NH T T HS), forward, backward:
-// version | idea                                                                   | expected       | measured
-//       1 | one thread per query (backward: per query and per key), running        | 0.3, 0.2       | 0.8, 0.3
-//         | softmax, everything else from global memory                            |                |
-//       2 | tiles in shared memory, 4 x 4 scores per thread, FFMA.                 | 20, 15         | 29, 21
-//         | fp32: production                                                       |                |
-//       3 | tensor cores: tiles by cp.async, double-buffered; scores, softmax and  | 200-260,       | 225, 138
-//         | results in registers. bf16, fp16: production                           | 120-170        | 2026-11-23
+// Rungs 1, 2 and 3 of the ladder are all in production here; rung 4 is kernels/attention_sm90.cu. TFLOP/s on an H200 at
+// B = 32, T = 1024, NH = 12, HS = 64 (the causal half of 4 or 10 B NH T T HS FLOPs), forward and backward, 2026-11-23:
+//
+//   1  naive: one thread for each query (backward: for each query, then for each key), a running softmax, everything
+//      else from global memory. It teaches, and is production for heads that no tile holds.
+//      expected 0.3 and 0.2, measured 0.8 and 0.3
+//   2  ffma: tiles in shared memory, 4 x 4 scores in a thread's registers, multiplied by FFMA. Production for fp32.
+//      expected 20 and 15, measured 29 and 21
+//   3  mma: tensor cores; tiles come by cp.async into two buffers; scores, softmax and results stay in registers.
+//      Production for bf16 and fp16 where rung 4 is not.
+//      expected 200-260 and 120-170, measured 225 and 138
 //
 // Source: llm.c dev/cuda/attention_forward.cu, attention_backward.cu, llmc/attention.cuh; Milakov and Gimelshein 2018
 // (arXiv:1805.02867) for the running softmax; Dao et al. 2022, 2023 (FlashAttention, arXiv:2205.14135, 2307.08691).
 #include "common.cuh"
 #include "ptx.cuh"
 
-#ifndef HEAD_SIZE
-#define HEAD_SIZE 64
-#endif
-
+// llmc/cuda/attention.py decides and gives by -D:
+//   HEAD_SIZE
+//   NAIVE_THREADS                       of a block
+//   FFMA_ROWS, FFMA_BACKWARD_ROWS       rows of scores that a block of ffma owns; a block has twice as many threads
+//   FFMA_COLUMNS                        columns of a tile of scores
+//   QUERIES, KEYS                       mma, forward: rows that a block owns, and columns of a tile of scores
+//   ROWS, COLUMNS                       mma, backward: the same
+//   MMA_THREADS                         of a block
+//   FFMA_SHARED_BYTES, FFMA_BACKWARD_SHARED_BYTES, FORWARD_SHARED_BYTES, DQ_SHARED_BYTES, DKV_SHARED_BYTES   dynamic
 constexpr int HS = HEAD_SIZE;
 constexpr float LOG2E = 1.4426950408889634f;
 
@@ -50,18 +58,18 @@ template <class X> struct Matrix {
 
 constexpr int Q = 0, K = 1, V = 2;
 
-// Of qkvr or dqkvr; `head` counts over (B, NH).
+// A head's matrix in qkvr or dqkvr. `head` counts over (B, NH).
 template <class X> __device__ inline Matrix<X> packed(X* qkvr, int which, int head, int T, int NH) {
     return {qkvr + (which * NH + head % NH) * HS, 3 * NH * HS, head / NH * T, T};
 }
 
-// Of out or dout.
+// A head's matrix in out or dout.
 template <class X> __device__ inline Matrix<X> plain(X* out, int head, int T, int NH) {
     return {out + head % NH * HS, NH * HS, head / NH * T, T};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// kernel 1: one thread per query, or per key. Grid ceil(B*NH*T / 128), block 128.
+// naive: one thread for each query, or for each key. Grid ceil(B*NH*T / NAIVE_THREADS), block NAIVE_THREADS.
 // ---------------------------------------------------------------------------------------------------------------------
 
 __device__ inline float dot(const floatX* a, const floatX* b) {
@@ -70,7 +78,7 @@ __device__ inline float dot(const floatX* a, const floatX* b) {
     return sum;
 }
 
-extern "C" __global__ void __launch_bounds__(128) attention_forward_kernel1(
+extern "C" __global__ void __launch_bounds__(NAIVE_THREADS) attention_forward_naive(
     floatX* out, float* att, const floatX* qkvr, float scale, int B, int T, int NH) {
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (i64)B * NH * T) { return; }
@@ -90,8 +98,8 @@ extern "C" __global__ void __launch_bounds__(128) attention_forward_kernel1(
     att[i] = top + logf(sum);
 }
 
-// D (B, NH, T) = dout . out. Grid ceil(B*NH*T / 128), block 128.
-extern "C" __global__ void __launch_bounds__(128) attention_backward_dot_kernel1(
+// D (B, NH, T) = dout . out, for naive and ffma. Grid and block as above.
+extern "C" __global__ void __launch_bounds__(NAIVE_THREADS) attention_backward_dot(
     float* D, const floatX* dout, const floatX* out, int B, int T, int NH) {
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (i64)B * NH * T) { return; }
@@ -107,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_backward_dot_kernel1
     D[i] = sum;
 }
 
-extern "C" __global__ void __launch_bounds__(128) attention_backward_dq_kernel1(
+extern "C" __global__ void __launch_bounds__(NAIVE_THREADS) attention_backward_dq_naive(
     floatX* dqkvr, const float* D, const floatX* dout, const floatX* qkvr, const float* att, float scale, int B, int T,
     int NH) {
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
@@ -125,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_backward_dq_kernel1(
     for (int d = 0; d < HS; d++) { at[d] = (floatX)(scale * dq[d]); }
 }
 
-extern "C" __global__ void __launch_bounds__(128) attention_backward_dkv_kernel1(
+extern "C" __global__ void __launch_bounds__(NAIVE_THREADS) attention_backward_dkv_naive(
     floatX* dqkvr, const float* D, const floatX* dout, const floatX* qkvr, const float* att, float scale, int B, int T,
     int NH) {
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
@@ -147,8 +155,8 @@ extern "C" __global__ void __launch_bounds__(128) attention_backward_dkv_kernel1
 #if HEAD_SIZE <= 128
 
 // Which tile of which head a block works on. Tile 0 has the most work and should start first, so that the short tiles
-// fill the gaps at the end; but all tiles of a head read the same keys and values, which should still be in L2. So:
-// groups of 32 heads (a few MB), and within a group tile by tile.
+// fill the gaps at the end. But all tiles of a head read the same keys and values, which should still be in L2.
+// Therefore heads are taken in groups of 32 (a few MB), and within a group tile by tile.
 __device__ inline void choose_work(int tiles, int heads, int& tile, int& head) {
     constexpr int GROUP = 32;
     int group = blockIdx.x / (GROUP * tiles), rest = blockIdx.x % (GROUP * tiles);
@@ -157,37 +165,46 @@ __device__ inline void choose_work(int tiles, int heads, int& tile, int& head) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// kernel 2: shared-memory tiles, FFMA
+// ffma: tiles in shared memory, multiplied by FFMA
 //
-// A block owns ROWS rows (queries, or keys for dk and dv) and walks over tiles of 32 columns. Thread (y, x), x < 8, has
+// A block owns OWN rows (queries, or keys for dk and dv) and walks over tiles of 32 columns. Thread (y, x), x < 8, has
 // the 4 x 4 scores of rows y + Y*i and columns x + 8*j, and of a result row the elements 4x .. 4x+3 of every 32. A row
 // is shared by 8 lanes of one warp: row statistics are shuffles, and probabilities pass between lanes with __syncwarp.
 // All tiles hold fp32. Their row stride, HS + 4, is 4 times an odd number for every HS: any 8 rows then lie in
 // different 16-byte columns of the banks.
-// Grid ceil(T / ROWS) * B*NH, block ROWS / 4 * 8, dynamic shared memory as in llmc/cuda/attention.py.
+// Grid ceil(T / OWN) * B*NH, block 2 * OWN, dynamic shared memory FFMA_SHARED_BYTES or FFMA_BACKWARD_SHARED_BYTES.
 // ---------------------------------------------------------------------------------------------------------------------
 
-constexpr int COLUMNS2 = 32, STRIDE2 = HS + 4, P_STRIDE2 = COLUMNS2 + 4;
-constexpr int Y_FORWARD = 16, Y_BACKWARD = HS <= 96 ? 16 : 8;  // ROWS = 4 * Y; backward: what 99 KiB can hold
-constexpr int PARTS2 = ceil_div(HS, 32);                       // float4s of a result row per thread
+constexpr int FFMA_STRIDE = HS + 4, P_STRIDE = FFMA_COLUMNS + 4;               // of rows of tiles and of probabilities
+constexpr int FORWARD_Y = FFMA_ROWS / 4, BACKWARD_Y = FFMA_BACKWARD_ROWS / 4;  // rows of threads
+constexpr int PARTS = ceil_div(HS, 32);                                        // float4s of a result row per thread
 
-// Rows row0 .. row0 + ROWS - 1 of a (T, HS) matrix; zeros from T on.
-template <int ROWS, int Y>
-__device__ inline void load_rows2(float* tile, const Matrix<const floatX>& matrix, int row0) {
+// Floats in shared memory: own tiles, two tiles that are walked over, probabilities.
+__host__ __device__ constexpr int ffma_floats(int own, int rows) {
+    return (own * rows + 2 * FFMA_COLUMNS) * FFMA_STRIDE + rows * P_STRIDE;
+}
+
+static_assert(FFMA_COLUMNS == 32, "eight lanes have four columns each");
+static_assert(ffma_floats(1, FFMA_ROWS) * 4 == FFMA_SHARED_BYTES, "the launcher asks for as much");
+static_assert(ffma_floats(2, FFMA_BACKWARD_ROWS) * 4 == FFMA_BACKWARD_SHARED_BYTES, "the launcher asks for as much");
+
+// Loads rows row0 .. row0 + N - 1 of a (T, HS) matrix into a tile; rows from T on are zeros.
+template <int N, int Y>
+__device__ inline void load_rows_ffma(float* tile, const Matrix<const floatX>& matrix, int row0) {
     constexpr int PACKS = HS / x128::size;
-    for (int i = threadIdx.x; i < ROWS * PACKS; i += Y * 8) {
+    for (int i = threadIdx.x; i < N * PACKS; i += Y * 8) {
         int row = i / PACKS, d = i % PACKS * x128::size;
         x128 pack = row0 + row < matrix.T ? load128(matrix.row(row0 + row) + d) : zeros128<floatX>();
 #pragma unroll
         for (int e = 0; e < x128::size; e += 4) {
-            *(float4*)(tile + row * STRIDE2 + d + e) =
+            *(float4*)(tile + row * FFMA_STRIDE + d + e) =
                 make_float4((float)pack[e], (float)pack[e + 1], (float)pack[e + 2], (float)pack[e + 3]);
         }
     }
 }
 
-// s[i][j] = row (y + Y*i) of a . row (x + 8*j) of b.
-template <int Y> __device__ inline void dots2(float (&s)[4][4], const float* a, const float* b) {
+// s[i][j] = row (y + Y*i) of a times row (x + 8*j) of b, a dot product over HS.
+template <int Y> __device__ inline void dots_ffma(float (&s)[4][4], const float* a, const float* b) {
     int y = threadIdx.x / 8, x = threadIdx.x % 8;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -198,9 +215,9 @@ template <int Y> __device__ inline void dots2(float (&s)[4][4], const float* a, 
     for (int d = 0; d < HS; d += 4) {
         float4 u[4], w[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) { u[i] = *(const float4*)(a + (y + Y * i) * STRIDE2 + d); }
+        for (int i = 0; i < 4; i++) { u[i] = *(const float4*)(a + (y + Y * i) * FFMA_STRIDE + d); }
 #pragma unroll
-        for (int j = 0; j < 4; j++) { w[j] = *(const float4*)(b + (x + 8 * j) * STRIDE2 + d); }
+        for (int j = 0; j < 4; j++) { w[j] = *(const float4*)(b + (x + 8 * j) * FFMA_STRIDE + d); }
 #pragma unroll
         for (int i = 0; i < 4; i++) {
 #pragma unroll
@@ -213,30 +230,30 @@ template <int Y> __device__ inline void dots2(float (&s)[4][4], const float* a, 
 
 // result[i] += sum over the 32 columns c of p[i][c] * row c of m. p goes through p_tile, which only this warp uses.
 template <int Y>
-__device__ inline void accumulate2(float (&result)[4][PARTS2][4], const float (&p)[4][4], float* p_tile,
+__device__ inline void accumulate_ffma(float (&result)[4][PARTS][4], const float (&p)[4][4], float* p_tile,
                                    const float* m) {
     int y = threadIdx.x / 8, x = threadIdx.x % 8;
     __syncwarp();  // the previous use is over
 #pragma unroll
     for (int i = 0; i < 4; i++) {
 #pragma unroll
-        for (int j = 0; j < 4; j++) { p_tile[(y + Y * i) * P_STRIDE2 + x + 8 * j] = p[i][j]; }
+        for (int j = 0; j < 4; j++) { p_tile[(y + Y * i) * P_STRIDE + x + 8 * j] = p[i][j]; }
     }
     __syncwarp();
 #pragma unroll 2
-    for (int c = 0; c < COLUMNS2; c += 4) {
+    for (int c = 0; c < FFMA_COLUMNS; c += 4) {
         float w[4][4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            float4 four = *(const float4*)(p_tile + (y + Y * i) * P_STRIDE2 + c);
+            float4 four = *(const float4*)(p_tile + (y + Y * i) * P_STRIDE + c);
             w[i][0] = four.x, w[i][1] = four.y, w[i][2] = four.z, w[i][3] = four.w;
         }
 #pragma unroll
-        for (int part = 0; part < PARTS2; part++) {
+        for (int part = 0; part < PARTS; part++) {
             if (HS % 32 != 0 && part * 32 + x * 4 >= HS) { continue; }
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                float4 four = *(const float4*)(m + (c + e) * STRIDE2 + part * 32 + x * 4);
+                float4 four = *(const float4*)(m + (c + e) * FFMA_STRIDE + part * 32 + x * 4);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     result[i][part][0] += w[i][e] * four.x, result[i][part][1] += w[i][e] * four.y;
@@ -247,10 +264,10 @@ __device__ inline void accumulate2(float (&result)[4][PARTS2][4], const float (&
     }
 }
 
-// Row `at` of a (T, HS) matrix = this thread's elements of a result row, times a factor.
-__device__ inline void store_row2(floatX* at, const float (&result)[PARTS2][4], float factor) {
+// Stores this thread's elements of a result row, times a factor, in the row at `at` of a (T, HS) matrix.
+__device__ inline void store_row_ffma(floatX* at, const float (&result)[PARTS][4], float factor) {
 #pragma unroll
-    for (int part = 0; part < PARTS2; part++) {
+    for (int part = 0; part < PARTS; part++) {
         int d = part * 32 + threadIdx.x % 8 * 4;
         if (d < HS) {
 #pragma unroll
@@ -259,27 +276,27 @@ __device__ inline void store_row2(floatX* at, const float (&result)[PARTS2][4], 
     }
 }
 
-extern "C" __global__ void __launch_bounds__(Y_FORWARD * 8, 2) attention_forward_kernel2(
+extern "C" __global__ void __launch_bounds__(FFMA_ROWS * 2, 2) attention_forward_ffma(
     floatX* out, float* att, const floatX* qkvr, float scale, int B, int T, int NH) {
-    constexpr int Y = Y_FORWARD, ROWS = 4 * Y;
+    constexpr int Y = FORWARD_Y, OWN = FFMA_ROWS;
     extern __shared__ int4 dynamic_shared[];
-    float *q_tile = (float*)dynamic_shared, *k_tile = q_tile + ROWS * STRIDE2, *v_tile = k_tile + COLUMNS2 * STRIDE2;
-    float* p_tile = v_tile + COLUMNS2 * STRIDE2;
-    int tiles = ceil_div(T, ROWS), tile, head, y = threadIdx.x / 8, x = threadIdx.x % 8;
+    float *q_tile = (float*)dynamic_shared, *k_tile = q_tile + OWN * FFMA_STRIDE;
+    float *v_tile = k_tile + FFMA_COLUMNS * FFMA_STRIDE, *p_tile = v_tile + FFMA_COLUMNS * FFMA_STRIDE;
+    int tiles = ceil_div(T, OWN), tile, head, y = threadIdx.x / 8, x = threadIdx.x % 8;
     choose_work(tiles, B * NH, tile, head);
-    int t0 = (tiles - 1 - tile) * ROWS;  // the last queries see the most keys
-    float to_base2 = scale * LOG2E, top[4], sum[4], o[4][PARTS2][4] = {};
+    int t0 = (tiles - 1 - tile) * OWN;  // the last queries see the most keys
+    float to_base2 = scale * LOG2E, top[4], sum[4], o[4][PARTS][4] = {};
 #pragma unroll
     for (int i = 0; i < 4; i++) { top[i] = -INFINITY, sum[i] = 0.0f; }
 
-    load_rows2<ROWS, Y>(q_tile, packed(qkvr, Q, head, T, NH), t0);
-    for (int k0 = 0; k0 < min(T, t0 + ROWS); k0 += COLUMNS2) {
+    load_rows_ffma<OWN, Y>(q_tile, packed(qkvr, Q, head, T, NH), t0);
+    for (int k0 = 0; k0 < min(T, t0 + OWN); k0 += FFMA_COLUMNS) {
         __syncthreads();
-        load_rows2<COLUMNS2, Y>(k_tile, packed(qkvr, K, head, T, NH), k0);
-        load_rows2<COLUMNS2, Y>(v_tile, packed(qkvr, V, head, T, NH), k0);
+        load_rows_ffma<FFMA_COLUMNS, Y>(k_tile, packed(qkvr, K, head, T, NH), k0);
+        load_rows_ffma<FFMA_COLUMNS, Y>(v_tile, packed(qkvr, V, head, T, NH), k0);
         __syncthreads();
         float s[4][4];
-        dots2<Y>(s, q_tile, k_tile);
+        dots_ffma<Y>(s, q_tile, k_tile);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             int row = t0 + y + Y * i;
@@ -300,12 +317,12 @@ extern "C" __global__ void __launch_bounds__(Y_FORWARD * 8, 2) attention_forward
             }
             sum[i] = sum[i] * keep + tile_sum;  // of this lane's columns
 #pragma unroll
-            for (int part = 0; part < PARTS2; part++) {
+            for (int part = 0; part < PARTS; part++) {
 #pragma unroll
                 for (int e = 0; e < 4; e++) { o[i][part][e] *= keep; }
             }
         }
-        accumulate2<Y>(o, s, p_tile, v_tile);
+        accumulate_ffma<Y>(o, s, p_tile, v_tile);
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -313,23 +330,24 @@ extern "C" __global__ void __launch_bounds__(Y_FORWARD * 8, 2) attention_forward
 #pragma unroll
         for (int lanes = 4; lanes > 0; lanes /= 2) { sum[i] += __shfl_xor_sync(~0u, sum[i], lanes); }
         if (row < T) {
-            store_row2(plain(out, head, T, NH).row(row), o[i], 1.0f / sum[i]);
+            store_row_ffma(plain(out, head, T, NH).row(row), o[i], 1.0f / sum[i]);
             if (x == 0) { att[(i64)head * T + row] = top[i] * scale + logf(sum[i]); }
         }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(Y_BACKWARD * 8, 2) attention_backward_dq_kernel2(
+extern "C" __global__ void __launch_bounds__(FFMA_BACKWARD_ROWS * 2, 2) attention_backward_dq_ffma(
     floatX* dqkvr, const float* D, const floatX* dout, const floatX* qkvr, const float* att, float scale, int B, int T,
     int NH) {
-    constexpr int Y = Y_BACKWARD, ROWS = 4 * Y;
+    constexpr int Y = BACKWARD_Y, OWN = FFMA_BACKWARD_ROWS;
     extern __shared__ int4 dynamic_shared[];
-    float *q_tile = (float*)dynamic_shared, *dout_tile = q_tile + ROWS * STRIDE2, *k_tile = dout_tile + ROWS * STRIDE2;
-    float *v_tile = k_tile + COLUMNS2 * STRIDE2, *p_tile = v_tile + COLUMNS2 * STRIDE2;
-    int tiles = ceil_div(T, ROWS), tile, head, y = threadIdx.x / 8, x = threadIdx.x % 8;
+    float *q_tile = (float*)dynamic_shared, *dout_tile = q_tile + OWN * FFMA_STRIDE;
+    float* k_tile = dout_tile + OWN * FFMA_STRIDE;
+    float *v_tile = k_tile + FFMA_COLUMNS * FFMA_STRIDE, *p_tile = v_tile + FFMA_COLUMNS * FFMA_STRIDE;
+    int tiles = ceil_div(T, OWN), tile, head, y = threadIdx.x / 8, x = threadIdx.x % 8;
     choose_work(tiles, B * NH, tile, head);
-    int t0 = (tiles - 1 - tile) * ROWS;
-    float to_base2 = scale * LOG2E, lse[4], D_row[4], dq[4][PARTS2][4] = {};
+    int t0 = (tiles - 1 - tile) * OWN;
+    float to_base2 = scale * LOG2E, lse[4], D_row[4], dq[4][PARTS][4] = {};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         int row = t0 + y + Y * i;
@@ -337,16 +355,16 @@ extern "C" __global__ void __launch_bounds__(Y_BACKWARD * 8, 2) attention_backwa
         D_row[i] = row < T ? D[(i64)head * T + row] : 0.0f;
     }
 
-    load_rows2<ROWS, Y>(q_tile, packed(qkvr, Q, head, T, NH), t0);
-    load_rows2<ROWS, Y>(dout_tile, plain(dout, head, T, NH), t0);
-    for (int k0 = 0; k0 < min(T, t0 + ROWS); k0 += COLUMNS2) {
+    load_rows_ffma<OWN, Y>(q_tile, packed(qkvr, Q, head, T, NH), t0);
+    load_rows_ffma<OWN, Y>(dout_tile, plain(dout, head, T, NH), t0);
+    for (int k0 = 0; k0 < min(T, t0 + OWN); k0 += FFMA_COLUMNS) {
         __syncthreads();
-        load_rows2<COLUMNS2, Y>(k_tile, packed(qkvr, K, head, T, NH), k0);
-        load_rows2<COLUMNS2, Y>(v_tile, packed(qkvr, V, head, T, NH), k0);
+        load_rows_ffma<FFMA_COLUMNS, Y>(k_tile, packed(qkvr, K, head, T, NH), k0);
+        load_rows_ffma<FFMA_COLUMNS, Y>(v_tile, packed(qkvr, V, head, T, NH), k0);
         __syncthreads();
         float s[4][4], dp[4][4];
-        dots2<Y>(s, q_tile, k_tile);
-        dots2<Y>(dp, dout_tile, v_tile);
+        dots_ffma<Y>(s, q_tile, k_tile);
+        dots_ffma<Y>(dp, dout_tile, v_tile);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
 #pragma unroll
@@ -356,36 +374,36 @@ extern "C" __global__ void __launch_bounds__(Y_BACKWARD * 8, 2) attention_backwa
                 s[i][j] = p * (dp[i][j] - D_row[i]);
             }
         }
-        accumulate2<Y>(dq, s, p_tile, k_tile);
+        accumulate_ffma<Y>(dq, s, p_tile, k_tile);
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         int row = t0 + y + Y * i;
-        if (row < T) { store_row2(packed(dqkvr, Q, head, T, NH).row(row), dq[i], scale); }
+        if (row < T) { store_row_ffma(packed(dqkvr, Q, head, T, NH).row(row), dq[i], scale); }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(Y_BACKWARD * 8, 2) attention_backward_dkv_kernel2(
+extern "C" __global__ void __launch_bounds__(FFMA_BACKWARD_ROWS * 2, 2) attention_backward_dkv_ffma(
     floatX* dqkvr, const float* D, const floatX* dout, const floatX* qkvr, const float* att, float scale, int B, int T,
     int NH) {
-    constexpr int Y = Y_BACKWARD, ROWS = 4 * Y;
+    constexpr int Y = BACKWARD_Y, OWN = FFMA_BACKWARD_ROWS;
     extern __shared__ int4 dynamic_shared[];
-    float *k_tile = (float*)dynamic_shared, *v_tile = k_tile + ROWS * STRIDE2, *q_tile = v_tile + ROWS * STRIDE2;
-    float *dout_tile = q_tile + COLUMNS2 * STRIDE2, *p_tile = dout_tile + COLUMNS2 * STRIDE2;
-    int tiles = ceil_div(T, ROWS), tile, head, y = threadIdx.x / 8, x = threadIdx.x % 8;
+    float *k_tile = (float*)dynamic_shared, *v_tile = k_tile + OWN * FFMA_STRIDE, *q_tile = v_tile + OWN * FFMA_STRIDE;
+    float *dout_tile = q_tile + FFMA_COLUMNS * FFMA_STRIDE, *p_tile = dout_tile + FFMA_COLUMNS * FFMA_STRIDE;
+    int tiles = ceil_div(T, OWN), tile, head, y = threadIdx.x / 8, x = threadIdx.x % 8;
     choose_work(tiles, B * NH, tile, head);
-    int j0 = tile * ROWS;  // the first keys are seen by the most queries
-    float to_base2 = scale * LOG2E, dk[4][PARTS2][4] = {}, dv[4][PARTS2][4] = {};
+    int j0 = tile * OWN;  // the first keys are seen by the most queries
+    float to_base2 = scale * LOG2E, dk[4][PARTS][4] = {}, dv[4][PARTS][4] = {};
 
-    load_rows2<ROWS, Y>(k_tile, packed(qkvr, K, head, T, NH), j0);
-    load_rows2<ROWS, Y>(v_tile, packed(qkvr, V, head, T, NH), j0);
-    for (int t0 = j0; t0 < T; t0 += COLUMNS2) {
+    load_rows_ffma<OWN, Y>(k_tile, packed(qkvr, K, head, T, NH), j0);
+    load_rows_ffma<OWN, Y>(v_tile, packed(qkvr, V, head, T, NH), j0);
+    for (int t0 = j0; t0 < T; t0 += FFMA_COLUMNS) {
         __syncthreads();
-        load_rows2<COLUMNS2, Y>(q_tile, packed(qkvr, Q, head, T, NH), t0);
-        load_rows2<COLUMNS2, Y>(dout_tile, plain(dout, head, T, NH), t0);
+        load_rows_ffma<FFMA_COLUMNS, Y>(q_tile, packed(qkvr, Q, head, T, NH), t0);
+        load_rows_ffma<FFMA_COLUMNS, Y>(dout_tile, plain(dout, head, T, NH), t0);
         __syncthreads();
         float s[4][4], dp[4][4];  // transposed: rows are keys, columns queries
-        dots2<Y>(s, k_tile, q_tile);
+        dots_ffma<Y>(s, k_tile, q_tile);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             int t = t0 + x + 8 * j;
@@ -396,8 +414,8 @@ extern "C" __global__ void __launch_bounds__(Y_BACKWARD * 8, 2) attention_backwa
                 s[i][j] = hidden ? 0.0f : exp2f(fmaf(s[i][j], to_base2, -lse));
             }
         }
-        accumulate2<Y>(dv, s, p_tile, dout_tile);
-        dots2<Y>(dp, v_tile, dout_tile);
+        accumulate_ffma<Y>(dv, s, p_tile, dout_tile);
+        dots_ffma<Y>(dp, v_tile, dout_tile);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             int t = t0 + x + 8 * j;
@@ -405,29 +423,30 @@ extern "C" __global__ void __launch_bounds__(Y_BACKWARD * 8, 2) attention_backwa
 #pragma unroll
             for (int i = 0; i < 4; i++) { s[i][j] *= dp[i][j] - D_column; }
         }
-        accumulate2<Y>(dk, s, p_tile, q_tile);
+        accumulate_ffma<Y>(dk, s, p_tile, q_tile);
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         int row = j0 + y + Y * i;
         if (row < T) {
-            store_row2(packed(dqkvr, K, head, T, NH).row(row), dk[i], scale);
-            store_row2(packed(dqkvr, V, head, T, NH).row(row), dv[i], 1.0f);
+            store_row_ffma(packed(dqkvr, K, head, T, NH).row(row), dk[i], scale);
+            store_row_ffma(packed(dqkvr, V, head, T, NH).row(row), dv[i], 1.0f);
         }
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// kernel 3: tensor cores
+// mma: tensor cores
 //
-// 4 warps. A warp owns 16 rows (forward: ROW_TILES x 16) of the scores and all columns of the tile: softmax statistics
-// stay inside groups of 4 lanes, and the accumulators of one product, rounded, are the a fragments of the next one, so
-// scores and probabilities never leave the registers. What a block keeps fixed (q; q and dout; k and v) is in registers
-// as a fragments, what it walks over comes through two shared-memory buffers by cp.async: one barrier per tile, and the
-// copy of the next tile runs during the products of this one.
-// A row in shared memory has an odd number of 16-byte pieces: the 8 rows of a matrix that ldmatrix reads lie in
-// different 16-byte columns of the banks.
-// Grid ceil(T / rows) * B*NH, block 128, dynamic shared memory as in llmc/cuda/attention.py.
+// A block has 4 warps. A warp owns 16 rows (forward: ROW_TILES x 16) of the scores and all columns of the tile: softmax
+// statistics stay inside groups of 4 lanes, and the accumulators of one product, rounded, are the a fragments of the
+// next one, so scores and probabilities never leave the registers. What a block keeps fixed (q; q and dout; k and v) is
+// in registers as a fragments. What it walks over comes through two buffers in shared memory by cp.async: there is one
+// barrier for each tile, and the copy of the next tile runs during the products of this one. A row in shared memory has
+// an odd number of 16-byte pieces: the 8 rows of a matrix that ldmatrix reads lie in different 16-byte columns of the
+// banks.
+// Grid ceil(T / QUERIES) * B*NH, backward ceil(T / ROWS) * B*NH, block MMA_THREADS, dynamic shared memory as the
+// *_SHARED_BYTES.
 // ---------------------------------------------------------------------------------------------------------------------
 
 #ifdef TENSOR_CORES
@@ -435,21 +454,24 @@ extern "C" __global__ void __launch_bounds__(Y_BACKWARD * 8, 2) attention_backwa
 constexpr int DEPTH = ceil_div(HS, 16) * 16;        // HS as the products see it, zero beyond HS
 constexpr int STEPS = DEPTH / 16;                   // k steps of a product over HS; 16-column groups of a result
 constexpr int STRIDE = DEPTH + 8;                   // elements of a row in shared memory
-constexpr int KEYS = 64;                            // forward: keys in a tile
-constexpr int ROW_TILES = HS <= 64 ? 2 : 1;         // forward: 16-row fragments per warp, as many as registers allow
-constexpr int QUERIES = 64 * ROW_TILES;             // forward: queries in a block
-constexpr int COLUMNS = HS <= 64 ? 64 : 32;         // backward: columns in a tile
-constexpr bool KEEP = HS <= 96;                     // backward: k and v in registers; else in shared memory
+constexpr int ROW_TILES = QUERIES / 64;             // forward: 16-row fragments of a warp, as many as registers allow
+constexpr bool KEEP = HS <= 96;                     // dkv: k and v stay in registers; else they are in shared memory
 
-// Starts the copy of rows row0 .. row0 + ROWS - 1 of a matrix; zeros from T and from HS on. A thread's pieces lie at
+static_assert(MMA_THREADS == 128 && QUERIES % 64 == 0 && ROWS == 64, "four warps share out the rows");
+static_assert(KEYS % 16 == 0 && COLUMNS % 16 == 0 && 2 * COLUMNS <= MMA_THREADS, "fragments; a statistic for a thread");
+static_assert(4 * KEYS * STRIDE * 2 == FORWARD_SHARED_BYTES && QUERIES <= 4 * KEYS, "two buffers, then staging");
+static_assert(4 * COLUMNS * STRIDE * 2 == DQ_SHARED_BYTES && 2 * ROWS <= 4 * COLUMNS, "two buffers, then staging");
+static_assert((4 * COLUMNS + (KEEP ? 0 : 2 * ROWS)) * STRIDE * 2 == DKV_SHARED_BYTES, "and keys and values");
+
+// Starts the copy of rows row0 .. row0 + N - 1 of a matrix, with zeros from T and from HS on. A thread's pieces lie at
 // constant distances from one address: to compute each anew costs 20 registers.
-template <int ROWS> __device__ inline void copy_rows(floatX* tile, const Matrix<const floatX>& matrix, int row0) {
+template <int N> __device__ inline void copy_rows(floatX* tile, const Matrix<const floatX>& matrix, int row0) {
     constexpr int PIECES = DEPTH / 8;
     int row = threadIdx.x / 8, piece = threadIdx.x % 8;
     const floatX* from = matrix.row(row0 + row) + piece * 8;
     tile += row * STRIDE + piece * 8;
 #pragma unroll
-    for (int i = 0; i < ROWS; i += 16) {
+    for (int i = 0; i < N; i += 16) {
 #pragma unroll
         for (int j = 0; j < PIECES; j += 8) {
             if (j + 8 > PIECES && j + piece >= PIECES) { break; }
@@ -459,7 +481,7 @@ template <int ROWS> __device__ inline void copy_rows(floatX* tile, const Matrix<
     }
 }
 
-// a fragments of rows row0 .. row0 + 15 of a matrix, from global memory; zeros from T and from HS on.
+// Loads the a fragments of rows row0 .. row0 + 15 of a matrix from global memory, with zeros from T and from HS on.
 __device__ inline void load_rows(u32 (&a)[STEPS][4], const Matrix<const floatX>& matrix, int row0) {
     int lane = threadIdx.x % 32, row = row0 + lane / 4;
     const floatX* from = matrix.row(row) + lane % 4 * 2;
@@ -474,7 +496,7 @@ __device__ inline void load_rows(u32 (&a)[STEPS][4], const Matrix<const floatX>&
     }
 }
 
-// s[n] = a . (rows 8n .. 8n+7 of the tile): dot products over HS, N groups of 8 columns.
+// s[n] = a times rows 8n .. 8n+7 of the tile: dot products over HS, for N groups of 8 columns.
 template <int N, int R>
 __device__ inline void dots(float (&s)[R][N][4], const u32 (&a)[R][STEPS][4], const floatX* tile) {
     int lane = threadIdx.x % 32;
@@ -495,7 +517,7 @@ __device__ inline void dots(float (&s)[R][N][4], const u32 (&a)[R][STEPS][4], co
     }
 }
 
-// The same with a, 16 rows, in shared memory.
+// The same with the 16 rows of a in shared memory.
 template <int N> __device__ inline void dots(float (&s)[N][4], const floatX* a_tile, const floatX* tile) {
     int lane = threadIdx.x % 32;
 #pragma unroll
@@ -530,7 +552,7 @@ __device__ inline void accumulate(float (&result)[R][2 * STEPS][4], const u32 (&
     }
 }
 
-// Accumulators to a fragments: lane for lane the same elements.
+// Rounds accumulators to a fragments, of which every lane has the same elements.
 template <int N> __device__ inline void round_to_a(u32 (&a)[N / 2][4], const float (&s)[N][4]) {
 #pragma unroll
     for (int n = 0; n < N; n++) {
@@ -538,8 +560,8 @@ template <int N> __device__ inline void round_to_a(u32 (&a)[N / 2][4], const flo
     }
 }
 
-// 16 result rows, row0 .. row0 + 15, to a (T, HS) matrix with 16-byte stores; staging: 16 rows of this warp alone. Row
-// g of the fragments is multiplied by factor[0], row g + 8 by factor[1].
+// Stores 16 result rows as rows row0 .. row0 + 15 of a (T, HS) matrix, 16 bytes at a time. staging: 16 rows of this
+// warp alone. Row g of the fragments is multiplied by factor[0], row g + 8 by factor[1].
 __device__ inline void store_rows(const Matrix<floatX>& matrix, int row0, const float (&result)[2 * STEPS][4],
                                   const float (&factor)[2], floatX* staging) {
     int lane = threadIdx.x % 32;
@@ -557,7 +579,7 @@ __device__ inline void store_rows(const Matrix<floatX>& matrix, int row0, const 
     }
 }
 
-extern "C" __global__ void __launch_bounds__(128) attention_forward_kernel3(
+extern "C" __global__ void __launch_bounds__(MMA_THREADS) attention_forward_mma(
     floatX* out, float* att, const floatX* qkvr, float scale, int B, int T, int NH) {
     extern __shared__ int4 dynamic_shared[];
     floatX* shared = (floatX*)dynamic_shared;  // 2 x {keys, values}; afterwards staging for out
@@ -656,7 +678,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_forward_kernel3(
 }
 
 // dq of 64 queries, and D for the next kernel: this one has dout in registers already.
-extern "C" __global__ void __launch_bounds__(128) attention_backward_dq_kernel3(
+extern "C" __global__ void __launch_bounds__(MMA_THREADS) attention_backward_dq_mma(
     floatX* dqkvr, float* D, const floatX* dout, const floatX* out, const floatX* qkvr, const float* att, float scale,
     int B, int T, int NH) {
     extern __shared__ int4 dynamic_shared[];
@@ -730,8 +752,8 @@ extern "C" __global__ void __launch_bounds__(128) attention_backward_dq_kernel3(
 }
 
 // dk and dv of 64 keys. Scores are computed transposed, rows = keys and columns = queries, so that the rounded p and ds
-// are a fragments of the products that sum over queries. D comes from attention_backward_dq_kernel3.
-extern "C" __global__ void __launch_bounds__(128) attention_backward_dkv_kernel3(
+// are a fragments of the products that sum over queries. D comes from attention_backward_dq_mma.
+extern "C" __global__ void __launch_bounds__(MMA_THREADS) attention_backward_dkv_mma(
     floatX* dqkvr, const float* D, const floatX* dout, const floatX* qkvr, const float* att, float scale, int B, int T,
     int NH) {
     extern __shared__ int4 dynamic_shared[];

@@ -1,45 +1,52 @@
-// Causal attention (math, layouts and contract in kernels/attention.cu) on Hopper's own units, sm_90a: TMA brings tiles of
-// the packed tensors into shared memory, wgmma multiplies them. bf16, fp16; HEAD_SIZE 64 or 128, any T.
+// Causal attention (math, layouts and contract in kernels/attention.cu) on Hopper's own units, sm_90a, for bf16 and
+// fp16, for heads of 64 or 128 and any T: TMA brings tiles of the packed tensors into shared memory, wgmma multiplies
+// them from there. kernels/hopper.cuh has the roles and the ring of stages.
 //
-// A block is three warpgroups: a producer, one thread of which fills a ring of stages by TMA, and two consumers with 64
-// rows each of the block's 128 own rows. What a consumer keeps, its rows of q (q and dout; k and v), it holds as a
-// fragments; what it walks over is b, read by wgmma from the stages. A product's sums, rounded, are the a fragments of
-// the next product, so scores and probabilities never leave the registers.
-// Blocks stay, one on each multiprocessor. The 128-row blocks of a head have unequal work and are taken in pairs, first
-// and last, second and last but one ...: all pairs of a launch are alike. Pairs of one head follow each other: they read
-// the same tiles, from L2.
+// Each consumer has 64 of the 128 rows that the block owns. These rows (forward: q; dq: q and dout; dkv: k and v) it
+// holds in registers, as a fragments; the tiles that it walks over are b, read by wgmma from the stages. The rounded
+// sums of a product are the a fragments of the next product, so scores and probabilities never leave the registers.
+// Blocks stay, one on each multiprocessor. The 128-row blocks of a head have unequal work. They are taken in pairs, the
+// first with the last, the second with the last but one, and so on: all pairs of a launch have the same work. Pairs of
+// one head follow each other: they read the same tiles, from L2.
 //
-// forward: a consumer starts the scores of the next tile and the sums over the values of this one together; it takes
+// forward: a consumer starts the scores of the next tile together with the sums over the values of this one. It takes
 //   exponentials as soon as the scores are there, beside its own sums and the other consumer's products.
-// backward: as in attention.cu dq by one kernel, dk and dv by another that computes the scores transposed. Seven products
-//   instead of five, but no atomics and no fp32 dq in memory: the sum of dq over key blocks would cost more than that.
-//   The gradients' sums of a tile are started with the scores of the next, and run beside its exponentials.
+// backward: as in attention.cu, dq comes from one kernel, dk and dv from another that computes the scores transposed.
+//   That makes seven products instead of five, but needs neither atomics nor an fp32 dq in memory: to sum dq over
+//   blocks of keys would cost more. The gradients' sums of a tile are started with the scores of the next, and run
+//   beside its exponentials.
 //
-// TFLOP/s on an H200 at B = 32, T = 1024, NH = 12, HS = 64 (causal half of 4 or 10 B NH T T HS), forward, backward:
-// version | idea                                                                   | expected       | measured
-//       4 | this file. By its products alone 790 (forward) and 560 (backward);     | 330-400,       | 349, 354
-//         | of exponentials, 16 a cycle, 130 us against 63 and 230 us of products  | 230-300        | 148, 364 us
-// cuDNN takes 154 and 530 us there. T = 4096: 451, 447; T = 16384: 485, 435.
+// Rung 4 of the ladder; production for bf16 and fp16 at compute capability 9.0. TFLOP/s on an H200 at B = 32, T = 1024,
+// NH = 12, HS = 64, bf16 (the causal half of 4 or 10 B NH T T HS FLOPs), 2026-11-26:
+//            forward              | backward
+//   expected 330-400              | 230-300
+//   measured 349 (148 us)         | 354 (364 us)
+//   cuDNN    154 us               | 530 us
+//   T = 4096: 451, 447; T = 16384: 485, 435
+// Its products alone would run at 790 and 560. The exponentials, 16 a cycle, take 130 us beside 63 and 230 us of
+// products.
 //
-// Source: Shah et al. 2024 (FlashAttention-3, arXiv:2407.08608) for overlap inside a warpgroup. Its turns of the
-// warpgroups at the tensor cores lost here: 155 us forward at T = 1024, though 3 % faster at 4096.
-#include "ptx_sm90.cuh"
+// Source: Shah et al. 2024 (FlashAttention-3, arXiv:2407.08608) for the overlap inside a warpgroup. Its turns of the
+// warpgroups at the tensor cores lost here: dev/LOG.md.
+#include "hopper.cuh"
 
-#ifndef HEAD_SIZE
-#define HEAD_SIZE 64
-#endif
-
+// llmc/cuda/attention.py decides and gives by -D:
+//   HEAD_SIZE
+//   ROWS       a block's own rows, 64 for each consumer; forward: also the rows of a tile
+//   COLUMNS    backward: rows of a tile, which are columns of the scores
+//   FORWARD_STAGES, DQ_STAGES, DKV_STAGES, THREADS, FORWARD_SHARED_BYTES, DQ_SHARED_BYTES, DKV_SHARED_BYTES
 constexpr int HS = HEAD_SIZE, STEPS = HS / 16, BOXES = HS / 64;
 constexpr float LOG2E = 1.4426950408889634f;
-static_assert(HS == 64 || HS == 128, "HEAD_SIZE must be 64 or 128");
+static_assert(HS == 64 || HS == 128, "a row of a head is one or two boxes of 64");
+static_assert(ROWS == 128 && COLUMNS == 64, "two consumers of 64 rows; two backward tiles make a block");
+static_assert(THREADS == BLOCK_THREADS, "a producer and two consumers");
 
 constexpr int Q = 0, K = 1, V = 2;
-constexpr int ROWS = 128;                               // of a block, 64 for each consumer
-constexpr int OWN = ROWS * HS * 2;                      // bytes of them
-constexpr int STAGING = 16 * HS * 2;                    // bytes of the 16 rows of a warp
-constexpr int CONSUMER_REGISTERS = 240, PRODUCER_REGISTERS = 24;  // 2 * 240 + 24 = 3 * 168, what 384 threads can have
+constexpr int OWN = ROWS * HS * 2;    // bytes of a block's own rows
+constexpr int STAGING = 16 * HS * 2;  // bytes of the 16 rows of a warp
 
-struct Ring {  // the next stage, and the parity of its uses so far
+// Where a thread that comes by every stage is in the ring: the next stage, and the parity of its uses so far.
+struct Ring {
     int stage, phase;
 
     __device__ void next(int stages) {
@@ -47,7 +54,7 @@ struct Ring {  // the next stage, and the parity of its uses so far
     }
 };
 
-// f(head, block) for the blocks of ROWS rows that this thread block works on; `head` counts over (B, NH).
+// Calls f(head, block) for the blocks of ROWS rows that this thread block works on. `head` counts over (B, NH).
 template <class F> __device__ inline void each_block(int T, int heads, F f) {
     int blocks = ceil_div(T, ROWS), pairs = (blocks + 1) / 2;
     for (int item = blockIdx.x; item < pairs * heads; item += gridDim.x) {
@@ -60,7 +67,8 @@ template <class F> __device__ inline void each_block(int T, int heads, F f) {
     }
 }
 
-// A tile of TILE_ROWS rows x HS columns, from a row and column on: a box of 64 columns after the other, as wgmma wants it.
+// Asks TMA for a tile of TILE_ROWS rows x HS columns, from a row and column on. Its boxes of 64 columns lie one after
+// the other, as wgmma wants them.
 template <int BOX_ROWS, int TILE_ROWS>
 __device__ inline void load_tile(char* tile, const TensorMap& map, int column, int row, u64* full) {
 #pragma unroll
@@ -72,13 +80,13 @@ __device__ inline void load_tile(char* tile, const TensorMap& map, int column, i
     }
 }
 
-// a fragment `step` of this warp's 16 rows of the block's own rows.
+// Loads the a fragment number `step`, 16 columns, of this warp's 16 rows among the block's own rows.
 __device__ inline void load_fragment(u32 (&a)[4], char* own, int row0, int step) {
     int lane = threadIdx.x % 32;
     ldmatrix_x4(a, swizzled(own + step / 4 * ROWS * 128, row0 + lane % 16, step % 4 * 2 + lane / 16));
 }
 
-// sums = a @ tile^T: TILE_ROWS = twice the size of `sums` dot products over HS for each row.
+// Starts sums = a @ tile^T: for each row the dot products over HS with the tile's rows, of which there are 2 * SIZE.
 template <int SIZE> __device__ inline void start_dots(float (&sums)[SIZE], const u32 (&a)[STEPS][4], const char* tile) {
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
@@ -88,7 +96,7 @@ template <int SIZE> __device__ inline void start_dots(float (&sums)[SIZE], const
     wgmma_commit();
 }
 
-// The same with a in shared memory, among the block's own rows.
+// The same with a in shared memory, where the block's own rows are.
 template <int SIZE> __device__ inline void start_dots(float (&sums)[SIZE], const char* own, const char* tile) {
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
@@ -99,7 +107,7 @@ template <int SIZE> __device__ inline void start_dots(float (&sums)[SIZE], const
     wgmma_commit();
 }
 
-// result += p @ tile, or =, over the tile's 16 * DEPTH rows.
+// Starts result = p @ tile, summed over the tile's 16 * DEPTH rows, or result += if `add`.
 template <int DEPTH>
 __device__ inline void start_sums(float (&result)[HS / 2], const u32 (&p)[DEPTH][4], const char* tile, bool add) {
     u64 b = wgmma_operand(tile, DEPTH * 16 * 128);
@@ -108,17 +116,19 @@ __device__ inline void start_sums(float (&result)[HS / 2], const u32 (&p)[DEPTH]
     wgmma_commit();
 }
 
+// A product's sums, rounded, as a fragments of the next product: each lane has the elements that it needs.
 template <int SIZE> __device__ inline void round_to_a(u32 (&a)[SIZE / 8][4], const float (&sums)[SIZE]) {
 #pragma unroll
     for (int i = 0; i < SIZE / 2; i++) { a[i / 4][i % 4] = pack2(sums[2 * i], sums[2 * i + 1]); }
 }
 
-// Column of a product's sums[j], and whether it is of the second of this thread's two rows.
+// The column of a product's sums[j], and whether it belongs to the second of this thread's two rows.
 __device__ inline int column_of(int j) { return j / 4 * 8 + threadIdx.x % 4 * 2 + j % 2; }
 constexpr __device__ int second_row(int j) { return j / 2 % 2; }
 
-// 16 rows of this warp to `to`, where the first of them is; `rows` of them are inside. This thread's two rows are
-// multiplied by factor[0] and factor[1]. Through shared memory of this warp, so that a row goes out in 128-byte lines.
+// Stores this warp's 16 rows of a result. The first goes to `to`; only `rows` of them lie inside the tensor. This
+// thread's two rows are multiplied by factor[0] and factor[1]. They pass through the warp's staging, so that a row is
+// written in 128-byte lines.
 __device__ inline void store_rows(floatX* to, int stride, int rows, const float (&values)[HS / 2],
                                   const float (&factor)[2], char* staging) {
     int lane = threadIdx.x % 32;
@@ -159,44 +169,36 @@ __device__ inline float max_of_row(float value) {
 
 template <class Shared> __device__ inline Shared& shared_memory() {
     extern __shared__ char dynamic_shared[];
-    return *(Shared*)(dynamic_shared + (1024 - shared_address(dynamic_shared) % 1024) % 1024);
+    return *(Shared*)(dynamic_shared + to_1024(dynamic_shared));
 }
 
 // The kernel: one thread calls produce(), two warpgroups call consume(0) and consume(1).
-template <class Shared, class P, class C> __device__ inline void divide_roles(Shared& shared, P produce, C consume) {
+template <class Shared, class P, class C> __device__ inline void run(Shared& shared, P produce, C consume) {
     if (threadIdx.x == 0) {
-        for (int i = 0; i < Shared::STAGES; i++) {
-            mbarrier_init(&shared.full[i], 1);
-            mbarrier_init(&shared.empty[i], 8);  // an arrival from every warp of the consumers
-        }
+        init_ring(shared.full, shared.empty, Shared::STAGES, 8);  // both consumers read a stage
         mbarrier_init(&shared.own_full, 1), mbarrier_init(&shared.own_empty, 8);
         mbarrier_init_done();
     }
-    __syncthreads();
-    int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // tells the compiler that a warp has one role
-    if (warpgroup == 0) {
-        fewer_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x == 0) { produce(); }
-    } else {
-        more_registers<CONSUMER_REGISTERS>();
-        consume(warpgroup - 1);
-    }
+    divide_roles(produce, consume);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// forward. Own rows: queries. Stages: tiles of 128 keys or of their values, in the order in which they are needed; from
-// the diagonal, which alone is masked, back to the first keys. A tile has the number of the block of its rows.
+// forward. The own rows are queries. A stage holds a tile of 128 keys, or one of their values, in the order in which
+// they are needed: from the diagonal, which alone is masked, back to the first keys. A tile has the number of the block
+// of its rows.
 // ---------------------------------------------------------------------------------------------------------------------
 
 struct ForwardShared {
-    static constexpr int STAGES = HS == 64 ? 6 : 4;
+    static constexpr int STAGES = FORWARD_STAGES;
     char stages[STAGES][OWN];
     char own[OWN];
     char staging[8][STAGING];
     u64 full[STAGES], empty[STAGES], own_full, own_empty;
 };
 
-// One thread.
+static_assert(sizeof(ForwardShared) + 1024 == FORWARD_SHARED_BYTES, "the launcher asks for as much; 1024 to align it");
+
+// Called by one thread.
 __device__ inline void forward_produce(ForwardShared& shared, const TensorMap& qkvr, int B, int T, int NH) {
     Ring ring = {0, 0};
     int own_phase = 0;
@@ -231,9 +233,7 @@ __device__ inline void forward_consume(ForwardShared& shared, int consumer, floa
         ring.next(ForwardShared::STAGES);
         return stage;
     };
-    auto release = [&](u64* empty) {
-        if (lane == 0) { mbarrier_arrive(empty); }
-    };
+    auto release = [&](u64* empty) { warp_arrive(empty, lane); };
     each_block(T, B * NH, [&](int head, int block) {
         u32 q[STEPS][4], p[ROWS / 16][4];
         float scores[ROWS / 2], o[HS / 2], top[2] = {-INFINITY, -INFINITY}, sum[2] = {}, keep[2];
@@ -241,11 +241,12 @@ __device__ inline void forward_consume(ForwardShared& shared, int consumer, floa
         own_phase ^= 1;
 #pragma unroll
         for (int step = 0; step < STEPS; step++) { load_fragment(q[step], shared.own, own_row, step); }
-        fence_async();  // or TMA may bring the next rows while ldmatrix still reads these: seen on an H200
+        fence_async();  // without it TMA has brought the next rows while ldmatrix still read these: seen on an H200
         __syncwarp();
         release(&shared.own_empty);
 
-        // scores to probabilities, relative to the largest score so far; `keep`: what earlier ones are worth now
+        // Turns scores into probabilities, relative to the largest score so far. `keep` is what earlier ones are worth
+        // now.
         auto exponentials = [&](bool diagonal) {
             if (diagonal) {  // keys and queries of the same block
 #pragma unroll
@@ -292,7 +293,7 @@ __device__ inline void forward_consume(ForwardShared& shared, int consumer, floa
             wgmma_tie(scores);
             release(&shared.empty[key_stage]);
             exponentials(false);
-            hold_until(sum[0] + sum[1]);  // or ptxas moves the exponentials to where they have nothing to run beside
+            hold_until(sum[0] + sum[1]);  // otherwise ptxas moves the exponentials behind the products they run beside
             wgmma_wait<0>();
             wgmma_tie(o), wgmma_tie(p);
             release(&shared.empty[value_stage]);
@@ -321,15 +322,16 @@ __device__ inline void forward_consume(ForwardShared& shared, int consumer, floa
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// backward. KEYS: own rows are keys and values, stages hold 64 queries and their dout, scores are transposed; the results
-// are dk and dv. Otherwise own rows are queries and their dout, stages hold 64 keys and their values; the result is dq.
+// backward. With KEYS the own rows are keys and values, a stage holds 64 queries and their dout, scores are transposed,
+// and the results are dk and dv. Otherwise the own rows are queries and their dout, a stage holds 64 keys and their
+// values, and the result is dq.
 // ---------------------------------------------------------------------------------------------------------------------
 
-constexpr int COLUMNS = 64, TILE = COLUMNS * HS * 2, STATISTICS = 2 * COLUMNS * 4;
-constexpr bool FRAGMENTS = HS == 64;  // own rows in registers; with larger heads wgmma reads them from shared memory
+constexpr int TILE = COLUMNS * HS * 2, STATISTICS = 2 * COLUMNS * 4;
+constexpr bool FRAGMENTS = HS == 64;  // own rows are in registers; of larger heads wgmma reads them from shared memory
 
 template <bool KEYS> struct BackwardShared {
-    static constexpr int STAGES = HS == 64 ? 4 : KEYS ? 3 : 2;
+    static constexpr int STAGES = KEYS ? DKV_STAGES : DQ_STAGES;
     char stages[STAGES][2][TILE];
     char own[KEYS ? 2 : 3][OWN];  // k, v, or q, dout, out
     char staging[8][STAGING];
@@ -337,19 +339,24 @@ template <bool KEYS> struct BackwardShared {
     u64 full[STAGES], empty[STAGES], own_full, own_empty;
 };
 
-// The tiles of 64 that a block's rows meet: from the block's first query on, or up to the block's last key.
+static_assert(sizeof(BackwardShared<false>) + 1024 == DQ_SHARED_BYTES, "the launcher asks for as much");
+static_assert(sizeof(BackwardShared<true>) + 1024 == DKV_SHARED_BYTES, "the launcher asks for as much");
+
+// The tiles that a block's rows meet: with KEYS those from the block's first key on, otherwise those up to its last
+// query.
 template <bool KEYS> __device__ inline int tiles_begin(int block) { return KEYS ? 2 * block : 0; }
 template <bool KEYS> __device__ inline int tiles_end(int block, int T) {
     int tiles = ceil_div(T, COLUMNS);
     return KEYS ? tiles : min(2 * block + 2, tiles);
 }
 
-// What dq leaves for dkv: att * log2(e) and D of 64 queries each. From T on inf and 0, with which p and ds are 0.
+// Where dq leaves a tile's statistics for dkv: att * log2(e) of its 64 queries, then their D. For queries from T on
+// these are infinity and 0, with which p and ds are 0.
 __device__ inline i64 statistics_of(int head, int tile, int T) {
     return ((i64)head * ceil_div(T, COLUMNS) + tile) * (2 * COLUMNS);
 }
 
-// One thread.
+// Called by one thread.
 template <bool KEYS>
 __device__ inline void backward_produce(BackwardShared<KEYS>& shared, const TensorMap& qkvr, const TensorMap& dout,
                                         const TensorMap& out, const float* statistics, int B, int T, int NH) {
@@ -399,9 +406,9 @@ __device__ inline void backward_consume(BackwardShared<KEYS>& shared, int consum
     int own_phase = 0;
     auto release = [&](u64* empty) {
         if (KEYS || !FRAGMENTS) { __syncwarp(); }  // lane 0 arrives for all: other lanes' own reads of it come before
-        if (lane == 0) { mbarrier_arrive(empty); }
+        warp_arrive(empty, lane);
     };
-    // sums = own rows of kind `which` @ tile^T
+    // Starts sums = own rows of kind `which` @ tile^T.
     auto start = [&](float(&sums)[COLUMNS / 2], const u32(&a)[STEPS][4], int which, const char* tile) {
         if (FRAGMENTS) {
             start_dots(sums, a, tile);
@@ -411,7 +418,7 @@ __device__ inline void backward_consume(BackwardShared<KEYS>& shared, int consum
     };
     each_block(T, B * NH, [&](int head, int block) {
         int t0 = block * ROWS + own_row;  // this warp's first row
-        float lse[2], D_row[2] = {};      // !KEYS: of this thread's rows
+        float lse[2], D_row[2] = {};      // of this thread's rows, where they are queries
         if (!KEYS) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -452,14 +459,14 @@ __device__ inline void backward_consume(BackwardShared<KEYS>& shared, int consum
                 }
             }
         }
-        fence_async();  // as forward
+        fence_async();  // as in forward
         if (FRAGMENTS) {
             __syncwarp();
             release(&shared.own_empty);
         }
 
         float p[COLUMNS / 2], dp[COLUMNS / 2];
-        float d_first[HS / 2] = {}, d_second[HS / 2] = {};  // dk and dv, or dq and nothing
+        float d_first[HS / 2] = {}, d_second[HS / 2] = {};  // dk and dv; or dq, and d_second is not used
         u32 rounded_p[COLUMNS / 16][4], rounded_ds[COLUMNS / 16][4];
         auto take = [&] {  // the number of the next stage, when it is full
             int stage = ring.stage;
@@ -475,7 +482,7 @@ __device__ inline void backward_consume(BackwardShared<KEYS>& shared, int consum
             if (KEYS) { start_sums(d_second, rounded_p, shared.stages[stage][1], true); }
             start_sums(d_first, rounded_ds, shared.stages[stage][0], true);
         };
-        auto exponentials = [&](int stage, bool diagonal) {  // scores to probabilities
+        auto exponentials = [&](int stage, bool diagonal) {  // turns scores into probabilities
 #pragma unroll
             for (int j = 0; j < COLUMNS / 2; j++) {
                 float log_sum = KEYS ? shared.statistics[stage][0][column_of(j)] : lse[second_row(j)];
@@ -484,13 +491,13 @@ __device__ inline void backward_consume(BackwardShared<KEYS>& shared, int consum
                 if (diagonal && (KEYS ? row > column : column > row)) { p[j] = 0.0f; }
             }
         };
-        auto times_dp = [&](int stage) {  // p to ds
+        auto times_dp = [&](int stage) {  // turns p into ds
 #pragma unroll
             for (int j = 0; j < COLUMNS / 2; j++) {
                 p[j] *= dp[j] - (KEYS ? shared.statistics[stage][1][column_of(j)] : D_row[second_row(j)]);
             }
         };
-        auto fragments = [&](int stage, bool diagonal) {  // rounded_p and rounded_ds of a tile
+        auto fragments = [&](int stage, bool diagonal) {  // makes rounded_p and rounded_ds of a tile
             wgmma_begin();
             start_scores(stage);
             wgmma_wait<1>();
@@ -503,7 +510,8 @@ __device__ inline void backward_consume(BackwardShared<KEYS>& shared, int consum
             round_to_a(rounded_ds, p);
         };
 
-        // The diagonal's tile comes first. Of two tiles on the way to it one consumer has no use for the first.
+        // A consumer begins with the tile on its diagonal. A block has two of these, and one of the consumers first
+        // meets the other's, which lies outside its triangle: it passes that one on unread.
         int tiles = tiles_end<KEYS>(block, T) - tiles_begin<KEYS>(block);
         if (KEYS ? consumer == 1 && tiles > 1 : tiles > 2 * block + consumer + 1) {
             release(&shared.empty[take()]);
@@ -513,7 +521,7 @@ __device__ inline void backward_consume(BackwardShared<KEYS>& shared, int consum
         fragments(stage, true);
         for (int i = 1; i < tiles; i++) {
             int before = stage;
-            if constexpr (KEYS && !FRAGMENTS) {  // no registers for what follows
+            if constexpr (KEYS && !FRAGMENTS) {  // there are no registers for the overlap below
                 wgmma_begin();
                 start_gradients(before);
                 wgmma_wait<0>();
@@ -554,33 +562,34 @@ __device__ inline void backward_consume(BackwardShared<KEYS>& shared, int consum
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// entry points: grid at most one block for each multiprocessor, block 384, dynamic shared memory sizeof(Shared) + 1024.
-// qkvr (B*T, 3C), dout and out (B*T, C) as tensor maps with boxes of 128 rows forward, 64 backward. dq before dkv.
-// statistics: 2 * 64 * ceil(T / 64) floats for each of the B * NH heads.
+// entry points: grid at most one block for each multiprocessor, block THREADS, dynamic shared memory as the
+// *_SHARED_BYTES. qkvr (B*T, 3C), dout and out (B*T, C) are tensor maps with boxes of 64 columns and of ROWS rows in
+// forward, COLUMNS rows in backward. dq is launched before dkv. statistics:
+// 2 * COLUMNS * ceil(T / COLUMNS) floats for each of the B * NH heads.
 // ---------------------------------------------------------------------------------------------------------------------
 
-extern "C" __global__ void __launch_bounds__(384, 1) attention_forward_sm90(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward_sm90(
     floatX* out, float* att, const __grid_constant__ TensorMap qkvr, float scale, int B, int T, int NH) {
     auto& shared = shared_memory<ForwardShared>();
-    divide_roles(
+    run(
         shared, [&] { forward_produce(shared, qkvr, B, T, NH); },
         [&](int consumer) { forward_consume(shared, consumer, out, att, scale, B, T, NH); });
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_dq_sm90(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_dq_sm90(
     floatX* dqkvr, float* statistics, const __grid_constant__ TensorMap qkvr, const __grid_constant__ TensorMap dout,
     const __grid_constant__ TensorMap out, const float* att, float scale, int B, int T, int NH) {
     auto& shared = shared_memory<BackwardShared<false>>();
-    divide_roles(
+    run(
         shared, [&] { backward_produce<false>(shared, qkvr, dout, out, nullptr, B, T, NH); },
         [&](int consumer) { backward_consume<false>(shared, consumer, dqkvr, statistics, att, scale, B, T, NH); });
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_dkv_sm90(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_dkv_sm90(
     floatX* dqkvr, const float* statistics, const __grid_constant__ TensorMap qkvr,
     const __grid_constant__ TensorMap dout, float scale, int B, int T, int NH) {
     auto& shared = shared_memory<BackwardShared<true>>();
-    divide_roles(
+    run(
         shared, [&] { backward_produce<true>(shared, qkvr, dout, dout, statistics, B, T, NH); },
         [&](int consumer) { backward_consume<true>(shared, consumer, dqkvr, nullptr, nullptr, scale, B, T, NH); });
 }

@@ -66,7 +66,7 @@ def prepare_kernels(
     timer = time.perf_counter()
     C, HS, Vp = config.channels, config.channels // config.num_heads, config.padded_vocab_size
     module.compile_all(np.dtype(dtype).name, device.step_modules(dtype, C, HS, Vp, tensors, grad_dtype))
-    fallback = device.try_hopper(dtype, HS, matmul.turned(matmul.HOPPER[-1], C, Vp))
+    fallback = device.try_hopper(dtype, HS, matmul.turned(C, Vp))
     if fallback:
         print(fallback, file=sys.stderr)
     return f"kernels ready after {time.perf_counter() - timer:.1f} s, {len(module.compilations)} files compiled"

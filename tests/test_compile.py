@@ -19,6 +19,7 @@ import pytest
 import llmc.cpu
 import llmc.cuda
 from dev.compare_sass import launched as launched_by
+from dev.compare_sass import variant
 from llmc import gpt2
 from llmc.cuda import ladder, module
 from llmc.gpt2 import GPT2Config, config_from_descriptor, parameter_specs
@@ -32,10 +33,9 @@ ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
-def dtypes_of(arch, file=""):
-    """The dtypes that a GPU has, by name; Hopper's own kernels are for 16 bits."""
-    found = [dtype for dtype in DTYPES if module.MIN_CAPABILITY[dtype] <= capability_of(arch)]
-    return [dtype for dtype in found if not (dtype == "float32" and "sm90" in file)]
+def dtypes_of(arch):
+    """The dtypes that a GPU has, by name."""
+    return [dtype for dtype in DTYPES if module.MIN_CAPABILITY[dtype] <= capability_of(arch)]
 
 
 def capability_of(arch):
@@ -43,23 +43,34 @@ def capability_of(arch):
 
 
 @functools.cache
-def jobs_of(rungs, arch):
-    """{(file, defines)} of what the public functions launch, or the rungs below production, in any dtype of a GPU."""
+def launches_of(rungs, arch):
+    """{(file, defines, dtype)} of what the public functions launch, or the rungs below production, in any dtype of a
+    GPU."""
     found = set()
     for rung in rungs:
         for dtype in dtypes_of(arch):
             if rung is None or (rung.arch in (None, capability_of(arch)) and SHORT[dtype] in rung.dtypes):
                 launches = launched_by(arch, dtype, rung)
                 assert launches, (rung, arch, dtype)
-                found |= {(file, defines) for file, _, _, defines in launches}
+                found |= {(file, defines, dtype) for file, _, _, defines in launches}
     return found
 
 
+def jobs_of(rungs, arch):
+    """[(file, defines)] of the same."""
+    return sorted({(file, defines) for file, defines, _ in launches_of(rungs, arch)})
+
+
 SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-PRODUCTION = [(*job, arch) for arch in ARCHS for job in sorted(jobs_of((None,), arch))]
+PRODUCTION = [(*job, arch) for arch in ARCHS for job in jobs_of((None,), arch)]
 LADDER = tuple(rung for rung in ladder.RUNGS if not rung.production)
-BELOW = [(*job, arch) for arch in ("sm_75", "sm_80", "sm_90a") for job in sorted(jobs_of(LADDER, arch))]
+BELOW = [(*job, arch) for arch in ("sm_75", "sm_80", "sm_90a") for job in jobs_of(LADDER, arch)]
 JOBS = [*PRODUCTION, *(job for job in BELOW if job not in PRODUCTION)]
+
+
+def name_of(file, defines, *more):
+    """A short name of what is compiled: of the defines those that tell variants apart, not all the sizes."""
+    return (file, *sorted(variant({"defines": defines})), *more)
 
 
 def compile_source(source, name, options):
@@ -84,13 +95,14 @@ def include_option():
 
 
 def compile_module(file, defines, arch):
-    """{dtype: (log, compiled)}"""
+    """{dtype: (log, compiled)}, for the dtypes in which anything of the file is launched."""
     path = KERNELS / file
+    launches = launches_of((None,), arch) | launches_of(LADDER, arch)
     return {
         dtype: compile_source(
             path.read_text(), str(path), [*module.options(dtype, defines), f"-arch={arch}", include_option()]
         )
-        for dtype in dtypes_of(arch, file)
+        for dtype in sorted({dtype for other, _, dtype in launches if other == file})
     }
 
 
@@ -145,7 +157,7 @@ def table(request):
             spills = max((spills for _, spills in found), default=0)
             registers = max((registers for registers, _ in found), default="")
             cells += f"{f'{registers}+{spills}' if spills else registers:>9}"
-        lines.append(f"{' '.join((file.removesuffix('.cu'), kernel, *defines)):<66}{cells}")
+        lines.append(f"{' '.join(name_of(file.removesuffix('.cu'), defines, kernel)):<66}{cells}")
     if hasattr(request.config, "workeroutput"):  # a worker of xdist has no terminal: conftest.py prints it
         request.config.workeroutput["compile_table"] = "\n".join(lines)
         return
@@ -158,7 +170,7 @@ def case(job):
     """A parameter of test_compiles. What no production op launches is compiled with --full."""
     file, defines, arch = job
     marks = [] if job in PRODUCTION else [pytest.mark.full]
-    return pytest.param(file, defines, arch, id="-".join((file, *defines, arch)), marks=marks)
+    return pytest.param(file, defines, arch, id="-".join(name_of(*job)), marks=marks)
 
 
 @pytest.mark.parametrize("file, defines, arch", [case(job) for job in JOBS])
@@ -203,6 +215,21 @@ def test_a_step_compiles_nothing_new(name, dtype, capability, monkeypatch):
         }  # Hopper's are compared with them; init_from_master
         assert step <= ready, step - ready
         assert {file for file, _, _ in ready - step} <= spare, ready - step
+
+
+SIZED = {(file, defines): None for file, defines, arch in JOBS if "SHARED_BYTES" in str(defines) and arch == "sm_90a"}
+
+
+@pytest.mark.parametrize("file, defines", SIZED, ids=["-".join(name_of(*job)) for job in SIZED])
+def test_a_wrong_size_of_shared_memory_does_not_compile(file, defines):
+    """Launchers ask for as many bytes as they work out; the kernel knows how many it needs. 16 too many, or too few, of
+    any of its kernels are an error of the compilation, not of a launch on a GPU."""
+    source, options = (KERNELS / file).read_text(), [*module.options("bfloat16"), "-arch=sm_90a", include_option()]
+    for i, (name, size) in enumerate(define.partition("=")[::2] for define in defines):
+        for step in (-16, 16) if name.endswith("SHARED_BYTES") else ():
+            wrong = [*defines[:i], f"{name}={int(size) + step}", *defines[i + 1 :]]
+            log, compiled = compile_source(source, file, [*options, *(f"-D{define}" for define in wrong)])
+            assert not compiled and "static assertion failed" in log, (file, wrong, log)
 
 
 def test_a_spill_is_seen():

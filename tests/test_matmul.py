@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmc.cuda import matmul as cuda_matmul
+from llmc.cuda.ladder import matmul as ladder_matmul
 
 # B, T, C, OC. 8456 output channels: past the point where llm.c overwrites bias gradients instead of accumulating them.
 SHAPES = [(1, 1, 8, 8), (2, 3, 16, 24), (1, 7, 40, 72), (3, 65, 24, 136), (1, 130, 72, 264)]
@@ -96,12 +97,29 @@ def test_matmul_backward_of_many_tokens(op, shape):
 
 
 @pytest.mark.parametrize("whole", (0, 1, 3), ids="whole{}".format)
-@pytest.mark.op("matmul_backward", dtypes=("bf16",), sets=("executor", "gpu"), shapes=[(1, 264, 200, 264)])
+@pytest.mark.op("matmul_backward", rungs=(11,), dtypes=("bf16",), shapes=[(1, 264, 200, 264)])
 def test_matmul_backward_in_ranges_on_hopper(op, shape, whole, monkeypatch):
-    """The same for Hopper's versions, which take one range where there are so few tokens. Of 3 x 2 tiles (2 x 2 of
-    192 x 128) the first are made at once, as 11 makes what fills all multiprocessors."""
-    monkeypatch.setattr(op.file, "wgrad_ranges_sm90", lambda version, BT, C, OC: (whole, 3))
+    """The same for the production rung of Hopper, which takes one range where there are so few tokens. Of 2 x 2 tiles
+    the first are made at once, as it does with those that fill all multiprocessors."""
+    monkeypatch.setattr(cuda_matmul, "ranges_sm90", lambda BT, C, OC: (whole, 3))
     check_backward(op, shape, calls=2)
+
+
+@pytest.mark.op("matmul_backward", rungs=(6, 7), dtypes=("bf16",), shapes=[(1, 264, 200, 264)])
+def test_matmul_backward_in_ranges_below_production(op, shape, monkeypatch):
+    """The same for the rungs below, which make all tiles in ranges, or none."""
+    monkeypatch.setattr(cuda_matmul, "ranges_sm90", lambda BT, C, OC: (0, 5))  # of fewer tiles: scratch
+    monkeypatch.setattr(ladder_matmul, "ranges", lambda BT, C, OC, room: 3)
+    check_backward(op, shape, calls=2)
+
+
+def test_rungs_make_as_many_ranges_as_scratch_has_room_for():
+    """Production needs less of it than they could use: 12 x 25 tiles of 128 x 192 for what 9 x 34 have."""
+    BT, C, OC = 2**16, 1600, 4800
+    room = cuda_matmul.matmul_scratch_size(1, BT, C, OC)
+    found = ladder_matmul.ranges(BT, C, OC, room)
+    assert found * ladder_matmul.tiles(OC, C) * 128 * 192 <= room or found == 1
+    assert found < ladder_matmul.ranges(BT, C, OC, 2**40)
 
 
 @pytest.mark.parametrize("with_bias", (False, True), ids=("no_bias", "bias"))
@@ -132,8 +150,8 @@ def test_matmul_backward_with_fp32_gradients(op, shape, accumulate):
 def test_matmul_backward_of_exact_numbers(op, shape):
     """Small integers have no rounding in any dtype: sums of them, added to what was there, are exact."""
     B, T, C, OC = shape
-    if op.kind == "executor" and op.rung and op.rung.number in (6, 7, 8):
-        pytest.skip("the kernels of the bias gradient are those of matmul_backward5, and the executor takes long")
+    if op.kind == "executor" and op.rung and op.rung.number in (6, 7):
+        pytest.skip("the kernels of the bias gradient are those of rung 5, and the executor takes long")
     rng = np.random.default_rng(0)
     inp = rng.integers(-1, 2, (B, T, C)).astype(np.float32)
     dout = rng.integers(-1, 2, (B, T, OC)).astype(np.float32)
@@ -204,6 +222,5 @@ def test_matmul_backward_any_shape(op, B, T, C, OC, flags):
 
 def test_models_whose_tiles_are_turned():
     """Their kernels are compiled at start-up. 2048 columns are 11 tiles of 192, or 16 of 128: 3 % fewer, not 4."""
-    found = {C: cuda_matmul.turned(11, C, 50304) for C in (768, 1024, 1280, 1600, 2048)}
+    found = {C: cuda_matmul.turned(C, 50304) for C in (768, 1024, 1280, 1600, 2048)}
     assert found == {768: False, 1024: True, 1280: True, 1600: True, 2048: False}
-    assert not cuda_matmul.turned(9, 1024, 50304)

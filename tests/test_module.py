@@ -203,14 +203,13 @@ def test_hopper_kernels_are_tried_before_they_are_trusted(monkeypatch, capsys):
     monkeypatch.setattr(module, "capability", lambda: 90)
     monkeypatch.setattr(module, "no_hopper", None)
     bf16, matmul, attention = np.dtype(ml_dtypes.bfloat16), ops.matmul, ops.attention
-    hopper, forward, backward = matmul.production(bf16), matmul.forward, attention.backward
-    assert hopper in matmul.HOPPER and attention.production(64, bf16, True) in attention.HOPPER
+    assert module.hopper() and attention.uses_sm90(64, bf16)
     assert ops.device.try_hopper(np.float32) is None
-    assert ops.device.try_hopper(bf16) is None and matmul.production(bf16) == hopper
+    assert ops.device.try_hopper(bf16) is None and module.hopper()
     loaded, kernel = set(), module.kernel
 
     def load(file, name, dtype, defines=(), *args, **kwargs):
-        if "TALL" in defines:
+        if "ROWS=192" in defines:
             loaded.add(name.split("_")[1])
         return kernel(file, name, dtype, defines, *args, **kwargs)
 
@@ -221,27 +220,24 @@ def test_hopper_kernels_are_tried_before_they_are_trusted(monkeypatch, capsys):
             # each product in the other tile, or none: else a model compiles what it has no use for
             assert loaded == ({"forward", "dgrad", "wgrad"} if tall else set())
 
-    def raises(version, *args):
-        if version == hopper:
-            raise RuntimeError("no such\nunit")
-        forward(version, *args)
+    def raises(*args):
+        raise RuntimeError("no such\nunit")
 
-    def wrong(version, dqkvr, *args):
-        backward(version, dqkvr, *args)
-        if version in attention.HOPPER:
-            dqkvr[0, 200, 5] += 4.0
+    def wrong(dqkvr, *args, backward=attention.backward_sm90):
+        backward(dqkvr, *args)
+        dqkvr[0, 200, 5] += 4.0
 
     line = "the kernels for Hopper do not work here, portable ones are used: "
     faults = (
-        (matmul, "forward", raises, "no such unit"),
-        (attention, "backward", wrong, "attention backward is off by "),
+        (matmul, "forward_sm90", raises, "no such unit"),
+        (attention, "backward_sm90", wrong, "attention backward is off by "),
     )
     for file, name, function, why in faults:
         with monkeypatch.context() as patch:
             patch.setattr(file, name, function)
             patch.setattr(module, "no_hopper", None)
             assert ops.device.try_hopper(bf16).startswith(line + why)
-            assert matmul.production(bf16) == 5 and attention.production(64, bf16, True) == 3 and not module.hopper()
+            assert not module.hopper() and not attention.uses_sm90(64, bf16)
 
     monkeypatch.setattr(module, "compile_all", lambda *_: None)
     monkeypatch.setattr(ops.device, "try_hopper", lambda dtype, HS, tall: line + why)

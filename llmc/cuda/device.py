@@ -38,12 +38,11 @@ def step_modules(
     from . import adamw, attention, encoder, global_norm, layernorm, matmul
     from .fused_classifier import defines as classifier_defines
 
-    heads = () if HS == 64 else (f"HEAD_SIZE={HS}",)
     defines = {
         "encoder.cu": encoder.defines(),
         "layernorm.cu": layernorm.defines(C, np.dtype(dtype).itemsize),
-        "matmul.cu": (),
-        "attention.cu": heads,
+        "matmul.cu": matmul.defines_portable(),
+        "attention.cu": attention.defines(HS),
         "gelu.cu": (),
         "fused_classifier.cu": classifier_defines(),
         "global_norm.cu": global_norm.defines(),
@@ -52,12 +51,10 @@ def step_modules(
         defines["adamw.cu"] = adamw.defines(tensors)
     found: list[module.Module] = [(file, own, None) for file, own in defines.items()]
     if module.capability() == 90 and np.dtype(dtype) != np.float32:
-        if HS in attention.HEAD_SIZES[4]:
-            found.append(("attention_sm90.cu", heads, "sm_90a"))
-        rung = (f"RUNG={matmul.HOPPER[-1]}",)
-        found.append(("matmul_sm90.cu", rung, "sm_90a"))
-        if matmul.turned(matmul.HOPPER[-1], C, Vp):
-            found.append(("matmul_sm90.cu", (*rung, "TALL"), "sm_90a"))
+        if HS in attention.SM90_HEAD_SIZES:
+            found.append(("attention_sm90.cu", attention.defines_sm90(HS), "sm_90a"))
+        for tile in (matmul.WIDE, matmul.TALL) if matmul.turned(C, Vp) else (matmul.WIDE,):
+            found.append(("matmul_sm90.cu", matmul.defines_sm90(tile), "sm_90a"))
     if grad_dtype is not None and np.dtype(grad_dtype) != np.dtype(dtype):  # what reads or writes gradients, once more
         files = ("encoder.cu", "layernorm.cu", "matmul.cu", "matmul_sm90.cu", "adamw.cu")
         found += [(file, (*own, "GRADS_FP32"), arch) for file, own, arch in found if file in files]
@@ -83,8 +80,8 @@ def try_hopper(dtype, HS=64, tall=False):
         return alloc(4 * size).view(np.float32)
 
     def compare(names, run, portable, own):
-        """run(version) -> arrays"""
-        results = [[download(array).astype(np.float32) for array in run(version)] for version in (portable, own)]
+        """run(forward, backward) -> arrays; portable, own: the functions of an op, forward and backward"""
+        results = [[download(array).astype(np.float32) for array in run(*op)] for op in (portable, own)]
         for name, right, array in zip(names, *results, strict=True):
             error = float(np.abs(array - right).max() / np.abs(right).max())
             if not error < 2**-6:  # a rounding of bf16 is 2^-8
@@ -94,25 +91,28 @@ def try_hopper(dtype, HS=64, tall=False):
     inp, weight, bias, dout = filled(1, BT, C), filled(OC, C), filled(OC), filled(1, BT, OC)
     qkvr, datty, att = filled(1, T, 3 * NH * HS), filled(1, T, NH * HS), room(NH * T).reshape(1, NH, T)
 
-    def products(version):
+    def products(forward, backward):
         pre_gelu, out, gelu, dinp = filled(1, BT, OC), filled(1, BT, OC), filled(1, BT, C), filled(1, BT, C)
         dweight, dbias, scratch = filled(OC, C), filled(OC), room(matmul.matmul_scratch_size(1, BT, C, OC))
-        matmul.forward(version, out, inp, weight, bias, pre_gelu)
-        matmul.backward(version, dinp, dweight, dbias, scratch, dout, gelu, weight, inp, False, True)
+        forward(out, inp, weight, bias, pre_gelu)
+        backward(dinp, dweight, dbias, scratch, dout, gelu, weight, inp, accumulate=False, recompute=True)
         return pre_gelu, out, gelu, dinp, dweight, dbias
 
-    def heads(version):
+    def heads(forward, backward):
         atty, dqkvr = filled(1, T, NH * HS), filled(1, T, 3 * NH * HS)
-        attention.forward(version, atty, att, qkvr)
+        forward(atty, att, qkvr)
         scratch = room(attention.attention_scratch_size(1, T, NH * HS, NH))
-        attention.backward(version, dqkvr, scratch, datty, atty, qkvr, att)
+        backward(dqkvr, scratch, datty, atty, qkvr, att)
         return atty, dqkvr
 
     try:
         names = "forward", "forward's GELU", "recomputed GELU", "dgrad", "wgrad", "bias gradient"
-        compare(names, products, 5, matmul.production(dtype))
-        if attention.production(HS, dtype, False) == 4:
-            compare(("attention forward", "attention backward"), heads, 3, 4)
+        portable = matmul.forward_mma, matmul.backward_mma
+        compare(names, products, portable, (matmul.forward_sm90, matmul.backward_sm90))
+        if attention.uses_sm90(HS, dtype):
+            portable = attention.forward_mma, attention.backward_mma
+            own = attention.forward_sm90, attention.backward_sm90
+            compare(("attention forward", "attention backward"), heads, portable, own)
     except Exception as error:
         synchronize()
         module.no_hopper = module.one_line(error)
