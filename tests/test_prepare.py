@@ -397,6 +397,14 @@ def test_many_shards_of_equal_size(tmp_path):
     assert np.concatenate(train).tolist() == [256, *(bytes(range(32, 127)) * 9)[:854]]
 
 
+def test_more_shards_than_names_are_refused(folder, monkeypatch):
+    (folder / "x.txt").write_text("some text " * 100)
+    monkeypatch.setattr(data, "MAX_SHARDS", 10)
+    with pytest.raises(UserError, match="--shard-size 89 makes 11 shards of train. HINT: 90 or more"):
+        prepare(["x.txt"], "bytes", shard_size=89)
+    assert len(prepare(["x.txt"], "bytes", shard_size=90).files) == 10 + 2
+
+
 def test_other_content_is_not_overwritten_silently(tmp_path, capsys):
     path, out = tmp_path / "x.txt", tmp_path / "out"
     command = ["prepare", str(path), "--tokenizer", "bytes", "--out", str(out)]
@@ -539,6 +547,8 @@ BAD_COMMANDS = {
         "--val-fraction: 1.5 is not a number from 0 to below 1. HINT",
     ),
     "shard size": (["one.txt", "--shard-size", "-1"], "--shard-size: -1 is not a whole number of at least 1. HINT"),
+    "a shard that no header holds": (["one.txt", "--shard-size", "2147483648"], "2147483648 is not a whole number of"),
+    "shard size of one": (["one.txt", "--shard-size", "1"], "--shard-size 1: a shard has 2 to 2147483647 tokens. HINT"),
     "out is a file": (["one.txt", "--out", "one.txt"], "cannot write to one.txt: File exists. HINT"),
     "out cannot be made": (["one.txt", "--out", "one.txt/x"], "cannot write to one.txt/x: Not a directory. HINT"),
     "not a number": (["one.txt", "--val-fraction", "x"], "--val-fraction: x is not a number from 0 to below 1. HINT"),

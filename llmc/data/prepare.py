@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 
 from llmc.data import tokenizer as tokenizers
 from llmc.data.cache import DownloadError, cache_dir, download, read_bytes, sha256_of, writable_cache_dir
-from llmc.data.shards import Dataset, incomplete_marker, put_shard, read_shard, read_shard_header, vocabulary_of
+from llmc.data.shards import (
+    MAX_TOKENS,
+    Dataset,
+    incomplete_marker,
+    put_shard,
+    read_shard,
+    read_shard_header,
+    vocabulary_of,
+)
 from llmc.data.texts import EOT_TEXT, SPLITS, STDIN, documents, find_texts, pieces, stem_of
 from llmc.data.tokenizer import Tokenizer
 from llmc.errors import UserError
@@ -27,6 +35,7 @@ from llmc.files.lock import waited_for
 
 Tokens = NDArray[np.uint16]
 BATCH_CHARS = 1 << 23  # encoded at a time, on all cores
+MAX_SHARDS = 10**6  # of one split: their names have six digits
 FEW_TOKENS = 4 * 64 + 1  # one batch of the smallest default run, -b 4 -t 64
 
 
@@ -197,6 +206,8 @@ def prepare(
     if known and (val_fraction is not None or split != "files" or field is not None):
         raise UserError("tinyshakespeare has a fixed split. HINT: leave --val-fraction, --split and --field out")
     assert names and 0 <= (val_fraction or 0) < 1 and shard_size >= 1, (names, val_fraction, shard_size)
+    if not 2 <= shard_size <= MAX_TOKENS:
+        raise UserError(f"--shard-size {shard_size}: a shard has 2 to {MAX_TOKENS} tokens. HINT: leave it out for 1e8")
     for name in names:
         if not known and name != STDIN and not os.path.exists(name):
             raise UserError(f"{name} is neither a file nor a known dataset. HINT: known datasets: tinyshakespeare")
@@ -309,6 +320,9 @@ def _name_shards(target: Target, train: Tokens, val: Tokens) -> tuple[tuple[str,
     shards: dict[str, Tokens] = {}
     for split, tokens in ("val", val), ("train", train):
         count = -(-tokens.size // target.shard_size)
+        if count > MAX_SHARDS:
+            least = -(-tokens.size // MAX_SHARDS)
+            raise UserError(f"--shard-size {target.shard_size} makes {count} shards of {split}. HINT: {least} or more")
         stem = os.path.join(target.folder, f"{prefix_of(target.name)}{split}")
         patterns[split] = f"{stem}.bin" if count == 1 else f"{glob.escape(stem)}_*.bin" if count else None
         for i in range(count):  # of equal size, so that no shard is too short for a batch
