@@ -257,7 +257,7 @@ def signal_and_resume(P, shards, tmp_path, instants, steps):
 def test_a_signal_at_any_rank_or_the_launcher_stops_all_together(shards, tmp_path):
     pytest.importorskip("mpi4py")
     instants = [(signal.SIGTERM, "mpirun", 3, 0.0), (signal.SIGUSR1, 1, 1, 0.01)]
-    assert signal_and_resume(2, shards, tmp_path, instants, 200) == 2
+    assert signal_and_resume(2, shards, tmp_path, instants, 120) == 2
 
 
 @pytest.mark.full
