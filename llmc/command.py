@@ -214,7 +214,7 @@ def below_one(text: str) -> float:
     return _parse(text, float, "a number from 0 to below 1", lambda v: 0 <= v < 1 and _float32(v) < 1)
 
 
-def memory_size(text):
+def memory_size(text: str) -> int:
     """Bytes of a size with its unit: 80GiB, 1.5 GB, 500MiB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", text, re.I)
     if not match or float(match[1]) == 0:
@@ -222,7 +222,7 @@ def memory_size(text):
     return int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2].upper())))
 
 
-def add_device_flags(add):
+def add_device_flags(add: Callable[..., Any]) -> None:
     """--device, --dtype and --threads of the commands that only use a model; add: parser.add_argument."""
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where it works, else cpu")
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="of parameters and activations (bf16 on a GPU, else fp32)")

@@ -7,7 +7,7 @@ from llmc.command import Parser, add_device_flags, command, count, positive
 from llmc.errors import UserError
 
 
-def parser():
+def parser() -> Parser:
     p = Parser(
         prog="llmc.evaluate",
         description="Validation loss and multiple-choice accuracy of a model.",
@@ -34,7 +34,7 @@ def parser():
 
 
 @command("llmc.evaluate")
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.verify:
         from llmc.files.checkpoints import verify
@@ -58,7 +58,7 @@ def main(argv=None):
     pairs, limit = None, None if args.val_max_steps == -1 else args.val_max_steps
     if args.input_val_bin:
         pairs = EveryPair(args.input_val_bin, B, T, vocab_size=header["vocab_size"], limit=limit)
-    examples, notice = load_examples(args.hellaswag, header["vocab_size"], T) if args.hellaswag else (None, None)
+    examples, notice = load_examples(args.hellaswag, header["vocab_size"], T) if args.hellaswag else ([], None)
     ops, _, device = pick_device(args.device, args.threads)
     model = llmc.load(path, ops, B, T, dtype=args.dtype)
     print(f"{path} on {device}")

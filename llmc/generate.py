@@ -6,7 +6,7 @@ from llmc import loading
 from llmc.command import Parser, add_device_flags, command, natural, number, positive, random_state
 
 
-def parser():
+def parser() -> Parser:
     p = Parser(prog="llmc.generate", description="Continue a text with a trained model.", allow_abbrev=False)
     p.add_argument("model", help=loading.MODEL_HELP)
     p.add_argument("-p", "--prompt", default="", help="text to continue (default: none, a fresh start)")
@@ -20,7 +20,7 @@ def parser():
 
 
 @command("llmc.generate")
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     import llmc
 

@@ -1,14 +1,26 @@
 """Text from a model: what it starts from, and the loop that draws its tokens."""
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 
+from llmc.data.tokenizer import Tokenizer
+from llmc.model import Model
 from llmc.rand import random_f32
 from llmc.sampler import sample_softmax
 
 WINDOW = 64  # forward passes run at lengths that are multiples of it, so that there are few shapes
 
 
-def generate(model, prompt, count, rng_state, temperature=1.0, top_k=0, n_vocab=None):
+def generate(
+    model: Model,
+    prompt: Iterable[int],
+    count: int,
+    rng_state: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    n_vocab: int | None = None,
+) -> Iterator[int]:
     """Yield `count` token ids that continue `prompt` (a non-empty list of ids), drawn by sampler.sample_softmax.
 
     Each token is one forward pass over the last T tokens at most (llm.c's sampling: no cache of keys and values).
@@ -28,12 +40,12 @@ def generate(model, prompt, count, rng_state, temperature=1.0, top_k=0, n_vocab=
         yield ids[-1]
 
 
-def start_tokens(tokenizer):
+def start_tokens(tokenizer: Tokenizer) -> list[int]:
     """What a text starts from: end-of-text for GPT-2 as in llm.c; a newline for bytes, whose data has few of those."""
     return [tokenizer.eot] if tokenizer.name == "gpt2" else [ord("\n")]
 
 
-def sample_text(model, tokenizer, length, temperature):
+def sample_text(model: Model, tokenizer: Tokenizer | None, length: int, temperature: float) -> str:
     """A sample of `length` positions as text, without a tokenizer as token ids; always from the same random state."""
     start = start_tokens(tokenizer) if tokenizer else [model.config.vocab_size - 1]
     n_vocab = tokenizer.n_vocab if tokenizer else None

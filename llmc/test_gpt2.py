@@ -9,6 +9,14 @@ The exit code is 0 if all is well, 1 if not, 2 if the files cannot be used.
 Source: llm.c test_gpt2.cu, test_gpt2.c, test_gpt2_fp32.cu; the files: llmc/files.
 """
 
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from llmc.model import Model
+
 import os
 import sys
 
@@ -41,7 +49,7 @@ BF16_LOGITS, BF16_LOSS, BF16_SLOPE = 25.0, 0.05, 0.079
 BF16_GRADIENTS = (5e-1, 4e-3, 1e-1, 4e-2, 5e-2, 3.5e-2, 2e-2, 3e-2, 5e-2, 3e-2, 3e-2, 3e-2, 2e-2, 1e-2, 1e-1, 2e-2)
 
 
-def read_files(model_path, debug_path):
+def read_files(model_path: str, debug_path: str) -> tuple[dict[str, int], dict[str, Any]]:
     """(model header, debug state), checked against each other; UserError where they cannot be used."""
     from llmc.files import debug_state, model_file
 
@@ -62,14 +70,14 @@ def read_files(model_path, debug_path):
     return header, debug
 
 
-def largest(array):
+def largest(array: "np.ndarray") -> float:
     """The largest finite magnitude in an array."""
     import numpy as np
 
     return np.abs(array).max(where=np.isfinite(array), initial=0.0)
 
 
-def compare(name, got, expected, absolute, slope=0.0):
+def compare(name: str, got: Any, expected: Any, absolute: float, slope: float = 0.0) -> bool:
     """Print the element of a tensor that is furthest beyond absolute + slope * |expected|; whether it is within."""
     import numpy as np
 
@@ -82,7 +90,7 @@ def compare(name, got, expected, absolute, slope=0.0):
     return ok
 
 
-def compare_passes(model, debug, exact):
+def compare_passes(model: "Model", debug: dict[str, Any], exact: bool) -> bool:
     """Forward and backward against the debug state, as a table; whether all of it is within the limits.
 
     exact: file and model are fp32, else the limits are those of llm.c's bf16 build.
@@ -97,7 +105,7 @@ def compare_passes(model, debug, exact):
     expected = carve(debug["grads"].view(np.uint8), specs, model.config.num_layers, np.float32)
     print(f"{'tensor':<12}{'max abs diff':>13}{'limit':>12}   {'where':<26}")
 
-    def download(array):
+    def download(array: Any) -> "np.ndarray":
         return model.ops.device.download(array).astype(np.float32)
 
     logits = download(model.forward(debug["x"]).output)[..., :V]
@@ -113,7 +121,7 @@ def compare_passes(model, debug, exact):
     return all_ok
 
 
-def train(model, debug, settings):
+def train(model: "Model", debug: dict[str, Any], settings: dict[str, float]) -> Iterator[float]:
     """Yield the losses of ten steps on the debug state's batch."""
     from llmc.model import AdamW
 
@@ -126,7 +134,7 @@ def train(model, debug, settings):
         model.update(AdamW(LEARNING_RATE, **settings), t)
 
 
-def compare_losses(losses, published, limit):
+def compare_losses(losses: Iterable[float], published: Iterable[float], limit: float) -> bool:
     """Print ten losses beside the published ones; whether all are within the limit."""
     print(f"{'step':<7}{'loss':<13}{'published':<13}{'abs diff':>8}{'limit':>10}")
     all_ok = True
@@ -137,7 +145,7 @@ def compare_losses(losses, published, limit):
     return all_ok
 
 
-def compare_fall(losses):
+def compare_fall(losses: Iterable[float]) -> bool:
     """Print ten losses; whether they fall."""
     losses = list(losses)
     ok = losses[-1] < losses[0]
@@ -146,11 +154,11 @@ def compare_fall(losses):
     return ok
 
 
-def verdict(ok):
+def verdict(ok: bool) -> str:
     return "ok" if ok else "NOT OK"
 
 
-def parser():
+def parser() -> Parser:
     p = Parser(prog="llmc.test_gpt2", description="Compare this package with llm.c's debug state.", allow_abbrev=False)
     p.add_argument("model", nargs="?", default="gpt2_124M.bin", help="model file (gpt2_124M.bin)")
     p.add_argument("debug_state", nargs="?", default="gpt2_124M_debug_state.bin", help="(gpt2_124M_debug_state.bin)")
@@ -160,7 +168,7 @@ def parser():
 
 
 @command("llmc.test_gpt2")
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     header, debug = read_files(args.model, args.debug_state)
 

@@ -4,6 +4,14 @@ llmc/training does the work: flags.py has the flags, settings.py what is made of
 first step, loop.py the steps. Nothing heavy is imported before the flags are known, so that --help is immediate.
 """
 
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmc.training.settings import Settings
+    from llmc.training.setup import Machine
+
 import sys
 import time
 from dataclasses import asdict
@@ -13,7 +21,7 @@ from llmc.training import flags
 
 
 @command("llmc.train")
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     from llmc.parallel import launch
     from llmc.parallel.world import World, meeting_place, world
 
@@ -38,7 +46,7 @@ def main(argv=None):
         return train(settings, Machine(ops, line, ranks, sums), notices, start_time)
 
 
-def train(settings, machine, notices, start_time):
+def train(settings: "Settings", machine: "Machine", notices: Sequence[str], start_time: float) -> int:
     """The run of these settings, on this process or on this one of several ranks: its exit code. Errors: UserError."""
     from llmc import devices
     from llmc.gpt2 import parameter_specs
@@ -66,7 +74,7 @@ def train(settings, machine, notices, start_time):
     return 0
 
 
-def plan(args, num_processes):
+def plan(args: argparse.Namespace, num_processes: int) -> int:
     """--plan: the memory plan of the run that the other flags describe."""
     from llmc.training.plan import plan_device, print_plan
     from llmc.training.settings import settings_from
@@ -77,7 +85,7 @@ def plan(args, num_processes):
     return 0
 
 
-def replay(path, device, dtype, threads):
+def replay(path: str, device: str, dtype: str | None, threads: int | None) -> int:
     """--replay: the step that a run saved because it was not finite, op by op. Exit code 1 if it still is not."""
     from llmc import devices
     from llmc.errors import printable

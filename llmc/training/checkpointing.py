@@ -3,16 +3,28 @@
 llmc/files has the files. Everything the next step reads gets the bits that it had.
 """
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import numpy as np
 
 from llmc import loading
 from llmc.errors import UserError
 from llmc.files import checkpoints, model_file
 from llmc.files.state_file import AT_THE_START, TrainState
-from llmc.gpt2 import num_parameters, parameter_specs
+from llmc.gpt2 import GPT2Config, num_parameters, parameter_specs
+from llmc.model import Model
+from llmc.training.settings import Settings
 
 
-def save(folder, step, model, loader=None, detectors=None, share=checkpoints.alone):
+def save(
+    folder: str,
+    step: int,
+    model: Model,
+    loader: Any = None,
+    detectors: Mapping[str, Any] | None = None,
+    share: Callable[[int], list[int]] = checkpoints.alone,
+) -> None:
     """Write model, train state of this rank and DONE marker of this step.
 
     All ranks call it. loader: None where the data has no state to go on from; detectors: by name, whose state is kept.
@@ -36,12 +48,12 @@ def save(folder, step, model, loader=None, detectors=None, share=checkpoints.alo
     checkpoints.save_checkpoint(folder, header, params, version, state, arrays, share)
 
 
-def let_go(folder, step, settings):
+def let_go(folder: str, step: int, settings: Settings) -> None:
     """Remove what -nk and -nm no longer keep after the checkpoint of this step. For rank 0 alone."""
     checkpoints.apply_retention(folder, step, settings.checkpoints_keep, settings.major_checkpoint_every)
 
 
-def check_resume(folder, step, config, dtype, use_master_weights):
+def check_resume(folder: str, step: int, config: GPT2Config, dtype: Any, use_master_weights: bool) -> None:
     """UserError for a checkpoint that load() could not continue from; found out before any memory is taken.
 
     dtype: that of the run. use_master_weights: whether the run is to go on from the master weights in the state.
@@ -53,7 +65,9 @@ def check_resume(folder, step, config, dtype, use_master_weights):
         raise UserError(f"-w 1: {path} has no master weights. HINT: resume with -w 0, as the run that wrote it.")
 
 
-def load(folder, step, model, loader, detectors, use_master_weights):
+def load(
+    folder: str, step: int, model: Model, loader: Any, detectors: Mapping[str, Any], use_master_weights: bool
+) -> None:
     """Continue from the checkpoint of this step: everything the next step reads gets the bits it had.
 
     It may be of any number of ranks, with or without -z 1; a share of the optimizer state is cut out of theirs.

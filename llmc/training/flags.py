@@ -3,6 +3,10 @@
 A flag that is not given is None; settings.py has what then holds. -h is HellaSwag's, as in llm.c: help is --help alone.
 """
 
+import argparse
+from collections.abc import Callable
+from typing import Any
+
 from llmc.command import (
     Parser,
     above_zero,
@@ -22,7 +26,7 @@ from llmc.errors import UserError
 ON_OFF = dict(type=int, choices=(0, 1))
 
 
-def parse(argv=None):
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags in argv (None: sys.argv) as a namespace. Errors: UserError for flags that contradict each other."""
     args = parser().parse_args(argv)
     P, R, method = args.process_count, args.process_rank, args.nccl_init_method
@@ -35,7 +39,7 @@ def parse(argv=None):
     return args
 
 
-def parser():
+def parser() -> Parser:
     """The parser, its flags in the groups of --help."""
     p = Parser(
         prog="llmc.train",
@@ -56,7 +60,7 @@ def parser():
     return p
 
 
-def add_files(add):
+def add_files(add: Callable[..., Any]) -> None:
     add("-i", "--input-bin", metavar="GLOB", help="training shards (default: Tiny Shakespeare, prepared as needed)")
     add("-j", "--input-val-bin", metavar="GLOB", help="validation shards (default: Tiny Shakespeare's)")
     add(
@@ -74,14 +78,14 @@ def add_files(add):
     add("--tokenizer", choices=("gpt2", "bytes"), help="for the default data and for samples")
 
 
-def add_batch(add):
+def add_batch(add: Callable[..., Any]) -> None:
     add("-b", "--batch-size", type=positive, metavar="B", help="rows of a micro-batch, on each process (4)")
     add("-t", "--sequence-length", type=positive, metavar="T", help="tokens in a row (1024, or what the model allows)")
     add("-d", "--total-batch-size", type=positive, metavar="TOKENS", help="tokens of one update (B*T*processes)")
     add("-a", "--overfit-single-batch", **ON_OFF, help="1: train on one validation batch")
 
 
-def add_optimization(add):
+def add_optimization(add: Callable[..., Any]) -> None:
     add("-x", "--max-steps", type=count, metavar="N", help="steps (-1 = one epoch)")
     add("-k", "--lr-scheduler", metavar="NAME", help="cosine, linear, constant or wsd")
     add("-l", "--learning-rate", type=number, metavar="LR", help="peak learning rate (3e-4)")
@@ -100,7 +104,7 @@ def add_optimization(add):
     add("--seed", type=seed, help="of fresh weights (42, as llm.c)")
 
 
-def add_evaluation(add):
+def add_evaluation(add: Callable[..., Any]) -> None:
     add("-v", "--val-loss-every", type=natural, metavar="N", help="validate every N steps and at the end (20; 0 = off)")
     add("-m", "--val-max-steps", type=count, metavar="N", help="batches of one validation (20; -1 = all)")
     add("-s", "--sample-every", type=natural, metavar="N", help="sample every N steps and at the end (20; 0 = off)")
@@ -109,7 +113,7 @@ def add_evaluation(add):
     add("-h", "--hellaswag", **ON_OFF, help="1: HellaSwag accuracy every -v steps and at the end")
 
 
-def add_precision(add):
+def add_precision(add: Callable[..., Any]) -> None:
     text = "of parameters and activations (bf16 on a GPU, fp32 on a CPU)"
     add("--dtype", choices=("bf16", "fp16", "fp32"), help=text)
     text = "of the gradients: model, that of --dtype, as llm.c; fp32 sums micro-steps without rounding (model)"
@@ -129,14 +133,14 @@ def add_precision(add):
     add("--memory", type=memory_size, metavar="SIZE", help=text)
 
 
-def add_nonfinite(add):
+def add_nonfinite(add: Callable[..., Any]) -> None:
     text = "the weights stay, where it came from is printed and saved; then stop, or skip this update (stop)"
     add("--on-nonfinite", choices=("stop", "skip"), help=text)
     text = "do the step that such a run saved again, op by op; also with another --dtype. Exit code 1 if as bad"
     add("--replay", metavar="FILE", help=text)
 
 
-def add_machine(add):
+def add_machine(add: Callable[..., Any]) -> None:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where it works, else cpu")
     text = "print GPU use, clock, power and temperature every N steps (-1 or 0 = off; needs nvidia-ml-py)"
     add("-lg", "--log-gpu-every", type=period, metavar="N", help=text)
@@ -148,7 +152,7 @@ def add_machine(add):
     add("--threads", type=thread_count, metavar="N", help="CPU threads (default: all cores this process may use)")
 
 
-def add_processes(add):
+def add_processes(add: Callable[..., Any]) -> None:
     text = "0: every process has the whole optimizer state; 1: a share of it; 2 and 3 become 0, as in llm.c (0)"
     add("-z", "--zero-stage", type=int, choices=(0, 1, 2, 3), help=text)
     add("-pn", "--process-count", type=positive, metavar="P", help="number of processes (the launcher's, else 1)")

@@ -10,6 +10,8 @@ import math
 import os
 import re
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from llmc.command import say, silence
 from llmc.errors import UserError
@@ -29,7 +31,7 @@ class Logger:
     Errors: UserError where the files cannot be written.
     """
 
-    def __init__(self, output_dir, resume_step=None):
+    def __init__(self, output_dir: str | None, resume_step: int | None = None) -> None:
         self.output_dir = output_dir
         if output_dir is None:
             return
@@ -44,22 +46,22 @@ class Logger:
         for name, step_of in (("main.log", main_log_step), ("metrics.jsonl", metrics_step)):
             keep_lines_before(os.path.join(output_dir, name), step_of, resume_step or 0)
 
-    def train(self, step, loss, lr, grad_norm, **metrics):
+    def train(self, step: int, loss: float, lr: float, grad_norm: float, **metrics: Any) -> None:
         """Log a training step; metrics: dt_ms, tokens_per_second, ... for metrics.jsonl only."""
         self._append("main.log", f"s:{step} trl:{loss:.4f} lr:{lr:.6f} norm:{grad_norm:.2f}")
         self._append("metrics.jsonl", to_json(step=step, train_loss=loss, lr=lr, grad_norm=grad_norm, **metrics))
 
-    def val(self, step, loss, **metrics):
+    def val(self, step: int, loss: float, **metrics: Any) -> None:
         """Log a validation loss."""
         self._append("main.log", f"s:{step} tel:{loss:.4f}")
         self._append("metrics.jsonl", to_json(step=step, val_loss=loss, **metrics))
 
-    def eval(self, step, accuracy, **metrics):
+    def eval(self, step: int, accuracy: float, **metrics: Any) -> None:
         """Log a HellaSwag accuracy."""
         self._append("main.log", f"s:{step} eval:{accuracy:.4f}")
         self._append("metrics.jsonl", to_json(step=step, eval_accuracy=accuracy, **metrics))
 
-    def _append(self, name, line):
+    def _append(self, name: str, line: str) -> None:
         if self.output_dir is None:
             return
         path = os.path.join(self.output_dir, name)
@@ -70,20 +72,20 @@ class Logger:
             raise UserError(f"cannot write {path}: {error.strerror}. HINT: free disk space or check -o") from error
 
 
-def to_json(**values):
+def to_json(**values: Any) -> str:
     """One strict JSON object; NumPy scalars become numbers, NaN and Inf null."""
     values = {key: value.item() if hasattr(value, "item") else value for key, value in values.items()}
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
     return json.dumps(finite, allow_nan=False)
 
 
-def main_log_step(line):
+def main_log_step(line: bytes) -> int | None:
     """Step of a main.log line, None where it is not one."""
     match = re.match(rb"s:(\d{1,18}) ", line)
     return int(match[1]) if match else None
 
 
-def metrics_step(line):
+def metrics_step(line: bytes) -> int | None:
     """Step of a metrics.jsonl line, None where it is not one."""
     try:
         return parse.integer(parse.dictionary(parse.json_of(line, "a line"), "a line").get("step"), "step")
@@ -91,7 +93,7 @@ def metrics_step(line):
         return None
 
 
-def set_aside(paths):
+def set_aside(paths: list[str]) -> None:
     """Rename the files of an earlier run to NAME.N, with the first number N that is free for all; empty ones stay."""
     N = next(n for n in itertools.count(1) if not any(os.path.lexists(f"{path}.{n}") for path in paths))
     for path in paths:
@@ -102,7 +104,7 @@ def set_aside(paths):
             raise UserError(f"cannot rename {path}: {error.strerror}. HINT: check -o") from error
 
 
-def keep_lines_before(path, step_of, step):
+def keep_lines_before(path: str, step_of: Callable[[bytes], int | None], step: int) -> None:
     """Rewrite a log atomically with only the lines of steps before `step`; other lines, and a torn last one, go."""
     kept = []
     if step > 0 and os.path.exists(path):
@@ -116,12 +118,23 @@ def keep_lines_before(path, step_of, step):
         file.writelines(kept)
 
 
-def step_line(step, total_steps, loss, loss_z, grad_norm, norm_z, lr, dt_ms, mfu, tokens_per_second):
+def step_line(
+    step: int,
+    total_steps: int,
+    loss: float,
+    loss_z: float,
+    grad_norm: float,
+    norm_z: float,
+    lr: float,
+    dt_ms: float,
+    mfu: float | None,
+    tokens_per_second: float,
+) -> str:
     """llm.c's console line of the 0-based `step` (printed from 1). z-scores may be NaN; mfu is a fraction or None."""
-    mfu = "n/a" if mfu is None else f"{100 * mfu:.1f}%"
+    used = "n/a" if mfu is None else f"{100 * mfu:.1f}%"
     return (
         f"step {step + 1:4d}/{total_steps} | loss {loss:7.6f} ({loss_z:+.2f}z)| norm {grad_norm:6.4f} "
-        f"({norm_z:+.2f}z)| lr {lr:.2e} | {dt_ms:.2f} ms | {mfu} bf16 MFU | {tokens_per_second:.0f} tok/s"
+        f"({norm_z:+.2f}z)| lr {lr:.2e} | {dt_ms:.2f} ms | {used} bf16 MFU | {tokens_per_second:.0f} tok/s"
     )
 
 
@@ -134,7 +147,7 @@ class Display:
     disk full, is no reason to stop: stderr says so once. Without, the first such write raises OSError.
     """
 
-    def __init__(self, total_steps, live, first_step=0, folder=None):
+    def __init__(self, total_steps: int, live: bool, first_step: int = 0, folder: str | None = None) -> None:
         self.bar, self.folder = None, folder
         if live:
             from tqdm import tqdm  # only here: its import takes longer than the rest of the start
@@ -154,7 +167,7 @@ class Display:
                 bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
             )
 
-    def step(self, line, loss, lr, tokens_per_second):
+    def step(self, line: str, loss: float, lr: float, tokens_per_second: float) -> None:
         """One training step is done. line: step_line()'s, printed where there is no bar."""
         with self.going_on():
             if self.bar is None:
@@ -164,7 +177,7 @@ class Display:
                 self.bar.set_postfix_str(shown, refresh=False)
                 self.bar.update()
 
-    def write(self, text):
+    def write(self, text: str) -> None:
         """Print lines that stay: validation loss, samples, checkpoints."""
         with self.going_on():
             if self.bar is None:
@@ -172,14 +185,14 @@ class Display:
             else:
                 self.bar.write(text, file=sys.stdout)
 
-    def close(self):
+    def close(self) -> None:
         """Leave the bar as it is and end its line."""
         with self.going_on():
             if self.bar is not None:
                 self.bar.close()
 
     @contextlib.contextmanager
-    def going_on(self):
+    def going_on(self) -> Iterator[None]:
         """A write to stdout that may fail, see the class."""
         try:
             yield

@@ -6,6 +6,8 @@ those of gradients that fp16 could not hold. Source: Micikevicius et al. 2018, a
 constants are those of torch.amp.GradScaler.
 """
 
+from typing import Any
+
 from llmc.files import parse
 
 INITIAL_SCALE = 2.0**16
@@ -20,26 +22,26 @@ class LossScaler:
     batch instead.) At scale 1 there is nothing left to halve: then the gradients themselves are not finite.
     """
 
-    def __init__(self, scale=INITIAL_SCALE):
+    def __init__(self, scale: float = INITIAL_SCALE) -> None:
         self.scale, self.good_steps = scale, 0
 
-    def overflow(self):
+    def overflow(self) -> bool:
         """Halve the scale; False where it is 1 already."""
         if self.scale <= 1.0:
             return False
         self.scale, self.good_steps = self.scale / 2, 0
         return True
 
-    def good_step(self):
+    def good_step(self) -> None:
         self.good_steps += 1
         if self.good_steps == GROWTH_INTERVAL:
             self.scale, self.good_steps = self.scale * 2, 0
 
-    def state(self):
+    def state(self) -> dict[str, Any]:
         """Everything as a dict that JSON can hold exactly."""
         return dict(scale=self.scale, good_steps=self.good_steps)
 
-    def load_state(self, state, what="the state"):
+    def load_state(self, state: dict[str, Any] | None, what: str = "the state") -> None:
         """Continue from state(); None, as of a checkpoint of another precision, starts afresh. Errors: UserError."""
         if state is None:
             return

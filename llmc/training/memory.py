@@ -4,10 +4,18 @@ The plan is model.memory_plan, from which Model allocates, too: the two agree to
 is its sum for the run at hand. The budget is what a device has for it, without what CUDA itself takes.
 """
 
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
 from llmc.errors import UserError
+from llmc.gpt2 import GPT2Config
+
+Needs = Callable[[int, int], int]  # bytes of a plan with this B and this recompute
+Limits = tuple[int | None, int, int | None]  # see limits()
 
 
-def largest_batch(needs, recompute, budget, most, divides=None):
+def largest_batch(needs: Needs, recompute: int, budget: int, most: int, divides: int | None = None) -> int:
     """The largest B <= most with needs(B, recompute) <= budget, 0 if there is none; divides: only divisors of it.
 
     needs grows with B, but for a few MiB of scratch that split sums take: another B near the answer may fit as well.
@@ -24,7 +32,16 @@ def largest_batch(needs, recompute, budget, most, divides=None):
     return low
 
 
-def check(needs, B, T, recompute, budget, most, divides=None, failed=False):
+def check(
+    needs: Needs,
+    B: int,
+    T: int,
+    recompute: int,
+    budget: int | None,
+    most: int,
+    divides: int | None = None,
+    failed: bool = False,
+) -> None:
     """UserError, with what does fit, for a plan that the budget does not hold; failed: for one whose allocation failed.
 
     B, T: the micro-batch; budget: bytes, None where it is not known; most: the largest B*T that the op set can index;
@@ -41,7 +58,7 @@ def check(needs, B, T, recompute, budget, most, divides=None, failed=False):
         return
     else:
         had = f"the device has {size(budget)} for it"
-    fitting = []
+    fitting: list[tuple[int, int]] = []  # B, recompute
     for r in range(recompute, 3):
         found = min(B, largest_batch(needs, r, budget, most // T, divides))
         if found and (not fitting or found > fitting[-1][0]):
@@ -52,7 +69,7 @@ def check(needs, B, T, recompute, budget, most, divides=None, failed=False):
     raise UserError(f"-b {B} -r {recompute}: the plan needs {size(wanted)}, {had}. HINT: {hint}.")
 
 
-def table(needs, T, budget, most):
+def table(needs: Needs, T: int, budget: int, most: int) -> str:
     """The largest batch for each recompute level, as text."""
     lines = [f"largest batch in {size(budget)}, T = {T}", f"  {'-r':<6}{'largest -b':>10}   plan at that"]
     for r in range(3):
@@ -61,17 +78,17 @@ def table(needs, T, budget, most):
     return "\n".join(lines)
 
 
-def size(nbytes):
+def size(nbytes: int) -> str:
     """Bytes for people: GiB from 1 GiB on, else MiB."""
     return f"{nbytes / 2**30:,.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:,.1f} MiB"
 
 
-def needs_of(config, ops, T, dtype, **precision):
+def needs_of(config: GPT2Config, ops: ModuleType, T: int, dtype: Any, **precision: Any) -> Needs:
     """needs(B, recompute): bytes of the plan of a run with these settings; precision: as memory_plan takes it."""
     from llmc import gpt2
     from llmc.model import memory_plan
 
-    def needs(B, recompute):
+    def needs(B: int, recompute: int) -> int:
         plan = memory_plan(gpt2, ops, config, B, T, recompute=recompute, dtype=dtype, **precision)
         return sum(buffer.nbytes for buffer in plan) + threads
 
@@ -79,7 +96,17 @@ def needs_of(config, ops, T, dtype, **precision):
     return needs
 
 
-def limits(config, ops, T, dtype, *, total_batch_size=None, P=1, sharing=1, memory=None):
+def limits(
+    config: GPT2Config,
+    ops: ModuleType,
+    T: int,
+    dtype: Any,
+    *,
+    total_batch_size: int | None = None,
+    P: int = 1,
+    sharing: int = 1,
+    memory: int | None = None,
+) -> Limits:
     """(budget, most, divides) for check(): bytes of this device, positions that its kernels index, rows of an update.
 
     total_batch_size: tokens of one update over P processes, None for one micro-batch; sharing: how many processes the
@@ -94,7 +121,7 @@ def limits(config, ops, T, dtype, *, total_batch_size=None, P=1, sharing=1, memo
     return budget, ops.device.max_positions(config.channels, config.padded_vocab_size, dtype), rows
 
 
-def plan_text(plan, ops, dtype):
+def plan_text(plan: list[Any], ops: ModuleType, dtype: Any) -> str:
     """The plan as text, with what the op set has beside it."""
     from llmc.model import format_plan
 

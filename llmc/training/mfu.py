@@ -11,6 +11,8 @@ Sources: for each product its maker's boost clock and stated tensor rate, which 
 rate and multiprocessors alone, from which the clock follows. llm.c llmc/mfu.h for GeForce 30 and 40.
 """
 
+from typing import Any
+
 from llmc.errors import UserError
 
 # FLOPs of a multiprocessor in a clock (16-bit, dense), whether it has bf16 and TF32, {name without NVIDIA: MHz}. The
@@ -102,7 +104,7 @@ FAMILIES = (
 )
 
 
-def peak_flops(name, multiprocessors, dtype):
+def peak_flops(name: str, multiprocessors: int, dtype: str) -> float | None:
     """FLOP/s that a GPU of this name and size can at most do in dtype (bf16, fp16 or fp32); None where unknown.
 
     fp32 is measured against the TF32 rate, half of the 16-bit one, as in llm.c.
@@ -115,12 +117,12 @@ def peak_flops(name, multiprocessors, dtype):
     return None
 
 
-def utilisation(flops, ms, peak):
+def utilisation(flops: float, ms: float, peak: float | None) -> float | None:
     """FLOPs done in ms, as a fraction of what peak FLOP/s would have done; None where there is no peak."""
     return None if peak is None else flops / (ms / 1e3) / peak
 
 
-def current_gpu():
+def current_gpu() -> tuple[str, int, str]:
     """(name, multiprocessors, PCI bus id) of the GPU that CuPy works on, as CUDA knows it."""
     from llmc.cuda.module import import_cupy
 
@@ -138,7 +140,7 @@ class GpuStats:
     Errors: UserError where nvidia-ml-py or the driver's library is missing, or the device is not found.
     """
 
-    def __init__(self, pci_bus_id):
+    def __init__(self, pci_bus_id: str) -> None:
         try:
             import pynvml
         except ImportError as error:
@@ -150,14 +152,14 @@ class GpuStats:
         except pynvml.NVMLError as error:
             raise UserError(f"-lg: NVML cannot read GPU {pci_bus_id}: {error}. HINT: try nvidia-smi") from error
 
-    def query(self, name, *args):
+    def query(self, name: str, *args: Any) -> Any:
         """What nvmlDeviceGet<name> returns, None where this board or driver does not support it."""
         try:
             return getattr(self.nvml, f"nvmlDeviceGet{name}")(self.handle, *args)
         except self.nvml.NVMLError:
             return None
 
-    def line(self):
+    def line(self) -> str:
         """llm.c's line: use of multiprocessors and memory, fan, clock, power, temperature, and what slows it down."""
         nvml, query = self.nvml, self.query
         use = query("UtilizationRates")
@@ -176,7 +178,7 @@ class GpuStats:
         ]
         return " " * 18 + " | ".join(parts)
 
-    def slowed_by(self):
+    def slowed_by(self) -> str:
         """power cap, thermal cap, other cap or no cap; n/a where it is not told."""
         reasons, nvml = self.query("CurrentClocksThrottleReasons"), self.nvml
         if reasons is None:
@@ -188,5 +190,5 @@ class GpuStats:
         return "other cap" if reasons & ~nvml.nvmlClocksThrottleReasonGpuIdle else "no cap"
 
 
-def text(value):
+def text(value: Any) -> str:
     return "n/a" if value is None else str(value)

@@ -11,12 +11,14 @@ Source: llm.c llmc/dataloader.h (EvalLoader), train_gpt2.cu main, dev/data/hella
 """
 
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from llmc.data.eval_sets import read_eval_set
+from llmc.data.eval_sets import Example, read_eval_set
 from llmc.errors import UserError
+from llmc.model import Model
 
 BLOCK = 64  # rows have a multiple of it in tokens, so that there are few shapes
 HELLASWAG = os.path.join("hellaswag", "hellaswag_val.bin")
@@ -30,7 +32,9 @@ class Score(NamedTuple):
     total: int
 
 
-def completion_losses(model, examples, progress=None):
+def completion_losses(
+    model: Model, examples: list[Example], progress: Callable[[int], object] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Summed loss in nats and number of tokens of each completion: two (examples, 4) float64 arrays.
 
     examples: (label, context, completions), the latter as lists of token ids. A context that with the longest of its
@@ -61,7 +65,7 @@ def completion_losses(model, examples, progress=None):
     return sums, lengths
 
 
-def room_for_context(T, completions):
+def room_for_context(T: int, completions: list[list[int]]) -> int:
     """The most tokens of context that fit T positions with the longest of the completions, whose last is no input."""
     longest = max(len(completion) for completion in completions)
     if longest > T:
@@ -69,12 +73,12 @@ def room_for_context(T, completions):
     return T + 1 - longest
 
 
-def cut_contexts(T, examples):
+def cut_contexts(T: int, examples: list[Example]) -> int:
     """How many examples lose the beginning of their context at T positions."""
     return sum(len(context) > room_for_context(T, completions) for _, context, completions in examples)
 
 
-def score(model, examples, progress=None):
+def score(model: Model, examples: list[Example], progress: Callable[[int], object] | None = None) -> Score:
     """The Score of a model on multiple-choice examples; of equal losses the first counts, as in llm.c."""
     if not examples:
         return Score(0, 0, 0)
@@ -84,12 +88,12 @@ def score(model, examples, progress=None):
     return Score(int((means.argmin(1) == labels).sum()), int((sums.argmin(1) == labels).sum()), len(examples))
 
 
-def score_line(s):
+def score_line(s: Score) -> str:
     """llm.c's line, with the accuracy by summed loss behind it."""
     return f"HellaSwag: {s.correct}/{s.total} = {s.correct / s.total:f} (by summed loss: {s.correct_sum / s.total:f})"
 
 
-def load_examples(path, vocab_size, T):
+def load_examples(path: str, vocab_size: int, T: int) -> tuple[list[Example], str | None]:
     """(examples, what to say about them or None) of an eval set; UserError for tokens that the model does not have."""
     examples = read_eval_set(path)
     for i, (_, context, completions) in enumerate(examples):
@@ -102,7 +106,7 @@ def load_examples(path, vocab_size, T):
     return examples, f"{cut} of {len(examples)} contexts lose their beginning: -t {T} is too short" if cut else None
 
 
-def find_hellaswag(train_pattern):
+def find_hellaswag(train_pattern: str) -> tuple[str | None, str | None]:
     """Where -h 1 finds its data: llm.c's place, $LLMC_DATA_DIR, beside the training shards; (path or None, a line)."""
     places = [os.path.join("dev", "data", HELLASWAG), os.path.join(os.path.dirname(train_pattern), "hellaswag_val.bin")]
     if os.environ.get("LLMC_DATA_DIR"):
@@ -114,7 +118,7 @@ def find_hellaswag(train_pattern):
     return None, f"-h 1: there is no {', '.join(places)}: running without HellaSwag. {hint}"
 
 
-def score_over_ranks(model, examples, sums):
+def score_over_ranks(model: Model, examples: list[Example], sums: Any) -> Score:
     """score() of all examples, of which each rank does every P-th. sums: the communicator, None for one process."""
     result = score(model, examples[model.rank :: model.num_ranks])
     return Score(*(round(n) for n in sums.sums(result))) if sums else result

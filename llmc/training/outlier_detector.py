@@ -1,6 +1,7 @@
 """How unusual a loss or gradient norm is among the last 128: its z-score (llm.c llmc/outlier_detector.h)."""
 
 import math
+from typing import Any
 
 from llmc.files import parse
 
@@ -10,10 +11,11 @@ WINDOW = 128
 class OutlierDetector:
     """A ring of the last WINDOW values with their running sum and sum of squares, in float64."""
 
-    def __init__(self):
-        self.values, self.at, self.sum, self.sum_squares = [], 0, 0.0, 0.0
+    def __init__(self) -> None:
+        self.values: list[float] = []
+        self.at, self.sum, self.sum_squares = 0, 0.0, 0.0
 
-    def update(self, value):
+    def update(self, value: float) -> float:
         """Take in a value; returns (value - mean) / std over the window that includes it, NaN for the first WINDOW."""
         if len(self.values) < WINDOW:
             self.values.append(value)
@@ -28,11 +30,11 @@ class OutlierDetector:
         std = math.sqrt(max(self.sum_squares / WINDOW - mean * mean, 0.0))
         return (value - mean) / std if std > 0 else 0.0
 
-    def state(self):
+    def state(self) -> dict[str, Any]:
         """Everything as a dict that JSON can hold exactly; llm.c does not keep this in its checkpoints."""
         return dict(values=self.values, at=self.at, sum=self.sum, sum_squares=self.sum_squares)
 
-    def load_state(self, state, what="the state"):
+    def load_state(self, state: dict[str, Any] | None, what: str = "the state") -> None:
         """Continue from state(); None, as of a checkpoint by llm.c, starts afresh. Errors: UserError about `what`."""
         if state is None:
             return

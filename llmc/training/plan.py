@@ -5,6 +5,7 @@ It works for the cuda op set on machines without a GPU or CuPy: what kernels wan
 
 import contextlib
 import re
+from types import ModuleType
 
 from llmc import devices, gpt2
 from llmc.data import tokenizer
@@ -12,10 +13,11 @@ from llmc.data.shards import vocabulary_of
 from llmc.errors import UserError
 from llmc.model import memory_plan
 from llmc.training import memory
+from llmc.training.settings import Settings
 from llmc.training.setup import model_config, model_source, partition_of, precision_of, total_batch_of
 
 
-def print_plan(settings, ops, line, memory_size=None):
+def print_plan(settings: Settings, ops: ModuleType, line: str, memory_size: int | None = None) -> None:
     """Print the plan of the run that the settings describe. UserError, after it, where the device does not hold it.
 
     line: which device it is for, as plan_device() tells; memory_size: bytes of that device, None for what it has.
@@ -48,7 +50,7 @@ def print_plan(settings, ops, line, memory_size=None):
     memory.check(needs, B, T, s.recompute, budget, most, divides)
 
 
-def plan_config(settings):
+def plan_config(settings: Settings) -> gpt2.GPT2Config:
     """The GPT2Config of a run whose data need not be there: the vocabulary is then the tokenizer's."""
     name = settings.model_name
     if not re.match(r"(gpt2:)?d\d|gpt3:|tiny:", name):
@@ -59,7 +61,7 @@ def plan_config(settings):
     return gpt2.config_from_descriptor(name, vocab_size, settings.sequence_length)
 
 
-def plan_device(device, dtype, threads=None):
+def plan_device(device: str, dtype: str | None, threads: int | None = None) -> tuple[ModuleType, str, str]:
     """pick_device, but for the cuda op set, asked for or meant by a 16-bit --dtype, no GPU is needed."""
     from llmc import cuda
 

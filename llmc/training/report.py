@@ -1,21 +1,25 @@
 """What a run prints besides its steps: llm.c's start-up tables, the memory plan, and what it says at the end."""
 
 import sys
+from typing import Any
 
 from llmc import gpt2
 from llmc.files.checkpoints import unchecked
 from llmc.model import memory_plan
 from llmc.training import memory
-from llmc.training.setup import memory_needs
+from llmc.training.setup import Run, memory_needs
+from llmc.training.step import Speed
+
+Row = tuple[str, Any] | None  # None: a rule between groups
 
 
-def print_start(run):
+def print_start(run: Run) -> None:
     """The device, notices, the tables of settings and model, and the memory plan."""
     print(run.machine.line)
     for line in run.notices:
         print(line)
     if run.folder.resume_step is not None:
-        remark = unchecked(run.folder.path, run.folder.resume_step)
+        remark = unchecked(run.folder.place, run.folder.resume_step)
         print(f"resuming from step {run.folder.resume_step} in {run.folder.path}" + (remark and f"; {remark}"))
     print(table(settings_rows(run)))
     print(table(model_rows(run)))
@@ -25,7 +29,7 @@ def print_start(run):
     print(memory.plan_text(plan, ops, run.dtype))
 
 
-def print_batch(run):
+def print_batch(run: Run) -> None:
     """How the batch of an update comes about."""
     B, T, P, M = run.settings.batch_size, run.T, run.settings.num_processes, run.micro_steps
     each = "1 micro-step" if M == 1 else f"{M} micro-steps"
@@ -33,7 +37,7 @@ def print_batch(run):
     print(f"batch {batch} tokens; total batch {run.total_batch} => {each} a step")
 
 
-def print_end(run, speed, val_loss, baseline):
+def print_end(run: Run, speed: Speed, val_loss: float | None, baseline: int) -> None:
     """Time, the default job's loss on all validation data, memory, and what can be done next.
 
     speed: the step.Speed of the run; val_loss: the last one, or None; baseline: peak_memory() before the model.
@@ -48,7 +52,7 @@ def print_end(run, speed, val_loss, baseline):
         print(f'more text: python -m llmc.generate {run.folder.path} --prompt "ROMEO:"')
 
 
-def print_memory_used(run, baseline):
+def print_memory_used(run: Run, baseline: int) -> None:
     """What the run took, beside its plan; baseline: what this process had before the model, in bytes."""
     plan_mib, peak = memory_needs(run)(run.settings.batch_size, run.settings.recompute) / 2**20, peak_memory()
     if run.settings.device == "cuda":
@@ -59,14 +63,14 @@ def print_memory_used(run, baseline):
         print(f"peak memory: {peak / 2**20:.0f} MiB ({parts})")
 
 
-def table(rows):
+def table(rows: list[Row]) -> str:
     """llm.c's start-up table of (label, value) rows; None makes a rule between groups."""
     rule = f"+-{'-' * 21}-+-{'-' * 50}-+"
     lines = [f"| {row[0]:<21} | {row[1]!s:<50} |" if row else rule for row in rows]
     return "\n".join([rule, f"| {'Parameter':<21} | {'Value':<50} |", rule, *lines, rule])
 
 
-def settings_rows(run):
+def settings_rows(run: Run) -> list[Row]:
     """Rows of the start-up table: the settings."""
     s = run.settings
     return [
@@ -99,7 +103,7 @@ def settings_rows(run):
     ]
 
 
-def model_rows(run):
+def model_rows(run: Run) -> list[Row]:
     """Rows of the start-up table: the device, the model and what follows from it."""
     s, config = run.settings, run.config
     return [
@@ -126,7 +130,7 @@ def model_rows(run):
     ]
 
 
-def peak_memory():
+def peak_memory() -> int:
     """The largest resident size of this process so far in bytes; 0 where the system does not tell."""
     try:
         with open("/proc/self/status") as file:  # Linux: ru_maxrss there starts from that of the parent process

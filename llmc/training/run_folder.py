@@ -27,6 +27,12 @@ class Folder:
     resume_step: int | None = None  # the step of the checkpoint that the run continues
     line: str | None = None  # what there is to say about it
 
+    @property
+    def place(self) -> str:
+        """The path of a folder that is somewhere."""
+        assert self.path is not None
+        return self.path
+
 
 NOWHERE = Folder(None)
 
@@ -43,7 +49,7 @@ def opened(path: str | None, resume: bool, default_job: bool, ranks: Any = None)
         raise UserError("-y 1 resumes from -o, which is not given. HINT: give -o DIR.")
     with contextlib.ExitStack() as stack:
 
-        def enter():
+        def enter() -> tuple[str | None, int | None, str | None]:
             found = path if path or not default_job else stack.enter_context(new_folder(DEFAULT))
             if found is None:
                 return None, None, None

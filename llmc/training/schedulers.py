@@ -18,13 +18,20 @@ from llmc.errors import UserError
 NAMES = ("cosine", "linear", "constant", "wsd")
 
 
-def check(name):
+def check(name: str) -> None:
     """Raise UserError unless `name` is a schedule."""
     if name not in NAMES:
         raise UserError(f"unknown learning-rate schedule {name!r} (-k). HINT: use one of {', '.join(NAMES)}")
 
 
-def get_learning_rate(name, step, learning_rate, warmup_iterations, train_num_batches, final_learning_rate_frac):
+def get_learning_rate(
+    name: str,
+    step: int,
+    learning_rate: float,
+    warmup_iterations: int,
+    train_num_batches: int,
+    final_learning_rate_frac: float,
+) -> float:
     """Learning rate of the 0-based `step` as a float that float32 holds exactly.
 
     warmup_iterations, train_num_batches in steps; step < train_num_batches unless the schedule is constant.

@@ -1,6 +1,9 @@
 """What a run is: one frozen Settings, made once of the flags or by hand, and the same on all ranks of the run."""
 
+import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 from llmc.devices import check_dtype
 
@@ -66,17 +69,17 @@ class Settings:
     zero_stage: int = 0  # 1: each process keeps AdamW's state for a share of every tensor alone
 
     @property
-    def default_job(self):
+    def default_job(self) -> bool:
         """Whether the run names neither data nor model."""
         return self.input_bin is None and self.model is None
 
     @property
-    def model_name(self):
+    def model_name(self) -> str:
         """The model that was named, else the device's default."""
         return self.model or DEFAULT_MODEL[self.device]
 
     @property
-    def data_tokenizer(self):
+    def data_tokenizer(self) -> str:
         """The tokenizer of data that this run prepares: the one named, else that of the model's kind."""
         return self.tokenizer or ("bytes" if self.model_name.startswith("tiny:") else "gpt2")
 
@@ -115,16 +118,17 @@ TINY_SHAKESPEARE = {
 AT_THE_END = 10**9  # sample_every of a run that samples once, whose number of steps is not known yet
 
 
-def settings_from(args, device, num_processes=1):
+def settings_from(args: argparse.Namespace, device: str, num_processes: int = 1) -> tuple[Settings, list[str]]:
     """(Settings, lines to print about them) of parsed flags, on a device "cpu" or "cuda"; the only reader of flags.
 
     A flag that was not given is None, and the field's default or the default job's value holds.
     Errors: UserError for a precision that the device does not have.
     """
-    given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name, None) is not None}
-    given = {name: kind(given[name]) for name, kind in KINDS.items() if name in given} | {
-        name: value for name, value in given.items() if name not in KINDS
-    }
+    given: dict[str, Any] = {}
+    for field in fields(Settings):
+        value = getattr(args, field.name, None)
+        if value is not None:
+            given[field.name] = KINDS.get(field.name, lambda value: value)(value)
     given |= dict(device=device, num_processes=num_processes, dtype=check_dtype(given.get("dtype"), device))
     lines = []
     if given.get("zero_stage", 0) > 1:
@@ -134,11 +138,12 @@ def settings_from(args, device, num_processes=1):
     if settings.default_job:
         given = TINY_SHAKESPEARE[device] | given
         steps = given["max_steps"]
-        settings = Settings(**{"sample_every": steps if steps > 0 else AT_THE_END} | given)
+        at_the_end: dict[str, Any] = dict(sample_every=steps if steps > 0 else AT_THE_END)
+        settings = Settings(**at_the_end | given)
     return settings, lines
 
 
-KINDS = dict(
+KINDS: dict[str, Callable[[Any], Any]] = dict(
     resume=bool, overfit_single_batch=bool, hellaswag=bool, use_master_weights=bool, no_graph=bool, check=bool,
     kernel=tuple,
 )  # fmt: skip

@@ -4,6 +4,7 @@ prepare() finds what is wrong with the settings or with files, and allocates not
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from llmc.cuda import ladder
 from llmc.data.loader import DataLoader, EveryPair
 from llmc.data.prepare import prepare_default
 from llmc.data.shards import check_apart, vocabulary_of
-from llmc.data.tokenizer import tokenizer_for, tokenizer_name
+from llmc.data.tokenizer import Tokenizer, tokenizer_for, tokenizer_name
 from llmc.errors import UserError
 from llmc.files import checkpoints
 from llmc.model import Model
@@ -22,6 +23,8 @@ from llmc.training.loss_scaler import LossScaler
 from llmc.training.outlier_detector import OutlierDetector
 from llmc.training.run_folder import NOWHERE, Folder
 from llmc.training.settings import Settings
+
+Detectors = dict[str, Any]  # what is kept about the steps so far, by its name in a checkpoint
 
 
 class Machine(NamedTuple):
@@ -33,7 +36,7 @@ class Machine(NamedTuple):
     sums: Any  # their communicator, Mpi or Nccl, or None
 
     @property
-    def rank(self):
+    def rank(self) -> int:
         return self.ranks.rank if self.ranks else 0
 
 
@@ -64,17 +67,17 @@ class Run:
     gpu_stats: Any  # what reads the GPU for -lg, or None
 
     @property
-    def total_batch(self):
+    def total_batch(self) -> int:
         """Tokens of one update."""
         return self.micro_steps * self.settings.batch_size * self.T * self.settings.num_processes
 
     @property
-    def precision(self):
+    def precision(self) -> dict[str, Any]:
         """What the memory plan and the model take of -w, --grad-dtype and -z."""
         return precision_of(self.settings, self.partition)
 
 
-def prepare(settings, machine, folder, notices=()):
+def prepare(settings: Settings, machine: Machine, folder: Folder, notices: Sequence[str] = ()) -> Run:
     """The Run of these settings on this machine, in this Folder; notices: lines about the settings. All ranks call it.
 
     Errors: UserError for whatever is wrong with the settings or with files.
@@ -88,7 +91,7 @@ def prepare(settings, machine, folder, notices=()):
     train_data, val_data, data_line = launch.rank0_first(ranks, lambda: prepare_data(s, model_path))
     config = model_config(s, model_path, train_data, folder)
     if folder.resume_step is not None:
-        checkpointing.check_resume(folder.path, folder.resume_step, config, dtype, s.use_master_weights)
+        checkpointing.check_resume(folder.place, folder.resume_step, config, dtype, s.use_master_weights)
     for text in s.kernel:
         ladder.use(ops, text, s.dtype, config.channels // config.num_heads)
     T = s.sequence_length or min(1024, config.max_seq_len)
@@ -108,7 +111,7 @@ def prepare(settings, machine, folder, notices=()):
     )  # fmt: skip
 
 
-def build(run, limits):
+def build(run: Run, limits: memory.Limits) -> tuple[Model, Detectors]:
     """(model, detectors) of a Run: allocated, and with the weights and the state that the first step starts from.
 
     limits: what check_memory() has returned. Errors: UserError where the memory cannot be had.
@@ -122,20 +125,20 @@ def build(run, limits):
         )  # fmt: skip
     except MemoryError:
         memory.check(memory_needs(run), s.batch_size, run.T, s.recompute, *limits, failed=True)
-    detectors = {"loss": OutlierDetector(), "grad_norm": OutlierDetector()}
+    detectors: Detectors = {"loss": OutlierDetector(), "grad_norm": OutlierDetector()}
     if s.dtype == "fp16":
         detectors["loss_scale"] = LossScaler()
-    folder, step = run.folder.path, run.folder.resume_step
+    step = run.folder.resume_step
     if step is not None:
-        checkpointing.load(folder, step, model, run.train_loader, detectors, s.use_master_weights)
+        checkpointing.load(run.folder.place, step, model, run.train_loader, detectors, s.use_master_weights)
     elif run.model_path:
         loading.read_weights(model, run.model_path)
     else:
         model.init_weights(s.seed)
     if s.resume and run.machine.rank == 0:  # nothing can be refused any more
-        checkpoints.prune_stray(folder)
+        checkpoints.prune_stray(run.folder.place)
         if step is not None:  # a kill may have come between its save and the removal of an old one
-            checkpointing.let_go(folder, step, s)
+            checkpointing.let_go(run.folder.place, step, s)
     return model, detectors
 
 
@@ -143,17 +146,18 @@ def build(run, limits):
 # files
 
 
-def data_tokenizer(settings, model_path):
+def data_tokenizer(settings: Settings, model_path: str | None) -> str:
     """The tokenizer of data that this run prepares: the one named, else that of the model."""
     if settings.tokenizer or model_path is None:
         return settings.data_tokenizer
     vocab_size = loading.model_header(model_path)["vocab_size"]
-    if tokenizer_name(vocab_size) is None:
+    name = tokenizer_name(vocab_size)
+    if name is None:
         raise UserError(f"{model_path}: no tokenizer has {vocab_size} tokens, as this model. HINT: give it -i and -j.")
-    return tokenizer_name(vocab_size)
+    return name
 
 
-def prepare_data(settings, model_path):
+def prepare_data(settings: Settings, model_path: str | None) -> tuple[str, str, str | None]:
     """(training pattern, validation pattern, a line about the default data or None), the data prepared where needed.
 
     What the user named is never substituted. Errors: UserError.
@@ -174,7 +178,9 @@ def prepare_data(settings, model_path):
     return train, s.input_val_bin or val, text
 
 
-def open_data(settings, train_data, val_data, config, T, rank):
+def open_data(
+    settings: Settings, train_data: str, val_data: str, config: gpt2.GPT2Config, T: int, rank: int
+) -> tuple[DataLoader, tuple[EveryPair, EveryPair]]:
     """(training loader, (pairs of one validation, all pairs)), every token id checked.
 
     -a 1 trains on validation data, unshuffled. P processes take turns in the order that one has, so that a step has the
@@ -192,13 +198,13 @@ def open_data(settings, train_data, val_data, config, T, rank):
     return train_loader, (pairs, all_pairs)
 
 
-def open_hellaswag(train_data, config, T):
+def open_hellaswag(train_data: str, config: gpt2.GPT2Config, T: int) -> tuple[list[Any], str | None]:
     """(the examples of -h 1, or none where their file is not, and what there is to say about them)."""
     path, line = multiple_choice.find_hellaswag(train_data)
     return multiple_choice.load_examples(path, config.vocab_size, T) if path else ([], line)
 
 
-def sample_tokenizer(config, name):
+def sample_tokenizer(config: gpt2.GPT2Config, name: str | None) -> tuple[Tokenizer | None, str | None]:
     """(tokenizer or None, a line about it or None). Without one, samples are printed as token ids, as llm.c does."""
     try:
         return tokenizer_for(config.vocab_size, name), None
@@ -208,7 +214,7 @@ def sample_tokenizer(config, name):
         return None, f"samples are printed as token ids: {error}"
 
 
-def open_gpu_stats(every, gpu):
+def open_gpu_stats(every: int, gpu: tuple | None) -> mfu.GpuStats | None:
     """What reads the GPU every so many steps, or None. gpu: mfu.current_gpu(), None on a CPU."""
     if not every:
         return None
@@ -221,18 +227,21 @@ def open_gpu_stats(every, gpu):
 # the model and its sizes
 
 
-def model_source(settings, folder=NOWHERE):
+def model_source(settings: Settings, folder: Folder = NOWHERE) -> str | None:
     """Where the weights come from: the checkpoint to resume, or the file that -e means; None for fresh weights."""
     if folder.resume_step is not None:
-        return checkpoints.model_path(folder.path, folder.resume_step)
+        return checkpoints.model_path(folder.place, folder.resume_step)
     name = settings.model_name
     return loading.model_file(name) if loading.names_a_file(name) else None
 
 
-def model_config(settings, model_path, train_data, folder=NOWHERE):
+def model_config(
+    settings: Settings, model_path: str | None, train_data: str | None, folder: Folder = NOWHERE
+) -> gpt2.GPT2Config:
     """The GPT2Config of what model_source() found, or of a descriptor, whose vocabulary is that of the data."""
     name = settings.model_name
     if model_path is None:
+        assert train_data is not None
         return gpt2.config_from_descriptor(name, vocabulary_of(train_data), settings.sequence_length)
     config = gpt2.config_from_header(loading.model_header(model_path))
     if folder.resume_step is not None and settings.model and (os.path.exists(name) or not name.endswith(".bin")):
@@ -244,7 +253,7 @@ def model_config(settings, model_path, train_data, folder=NOWHERE):
     return config
 
 
-def total_batch_of(settings, T):
+def total_batch_of(settings: Settings, T: int) -> tuple[int, int]:
     """(tokens of one update, micro-steps that each of P processes makes of it)."""
     B, P = settings.batch_size, settings.num_processes
     at_once = B * T * P
@@ -255,7 +264,9 @@ def total_batch_of(settings, T):
     return total_batch, total_batch // at_once
 
 
-def partition_of(settings, config, rank=0):
+def partition_of(
+    settings: Settings, config: gpt2.GPT2Config, rank: int = 0
+) -> tuple[zero.Partition | None, str | None]:
     """(how AdamW's state is cut over the processes or None, a line about -z 1 where it has no effect or None)."""
     P = settings.num_processes
     if settings.zero_stage == 0:
@@ -268,13 +279,13 @@ def partition_of(settings, config, rank=0):
     return partition, None
 
 
-def precision_of(settings, partition):
+def precision_of(settings: Settings, partition: zero.Partition | None) -> dict[str, Any]:
     """What memory_plan and Model take of -w, --grad-dtype and -z."""
     grad_dtype = "float32" if settings.grad_dtype == "fp32" else None  # None: that of the model
     return dict(use_master_weights=settings.use_master_weights, grad_dtype=grad_dtype, partition=partition)
 
 
-def count_steps(settings, num_tokens, total_batch, folder):
+def count_steps(settings: Settings, num_tokens: int, total_batch: int, folder: Folder) -> int:
     """Steps of the run: -x, or one epoch of the training tokens."""
     steps = num_tokens // total_batch if settings.max_steps == -1 else settings.max_steps
     if steps == 0:
@@ -289,12 +300,12 @@ def count_steps(settings, num_tokens, total_batch, folder):
 # memory
 
 
-def memory_needs(run):
+def memory_needs(run: Run) -> memory.Needs:
     """needs(B, recompute): bytes of the plan of this run."""
     return memory.needs_of(run.config, run.machine.ops, run.T, run.dtype, **run.precision)
 
 
-def check_memory(run):
+def check_memory(run: Run) -> memory.Limits:
     """The limits of the device, as memory.limits() gives them; UserError for a plan that it does not hold.
 
     All ranks call it, before anything is allocated.

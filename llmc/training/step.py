@@ -4,10 +4,14 @@ Source: llm.c train_gpt2.cu main.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-from llmc.model import AdamW
+import numpy as np
+
+from llmc.model import AdamW, Model
 from llmc.training.schedulers import get_learning_rate
+from llmc.training.settings import Settings
 
 
 class StepResult(NamedTuple):
@@ -21,7 +25,17 @@ class StepResult(NamedTuple):
     notice: str | None  # a line about what was out of line, or None
 
 
-def train_step(model, loader, settings, step, steps, inputs, targets, detectors, output_dir=None):
+def train_step(
+    model: Model,
+    loader: Any,
+    settings: Settings,
+    step: int,
+    steps: int,
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    detectors: Mapping[str, Any],
+    output_dir: str | None = None,
+) -> StepResult:
     """One update over micro-batches that are loaded into inputs, targets (M, B, T) i32; returns a StepResult.
 
     step is 0-based, steps that of the whole run, for the learning rate. output_dir: where a step that is not finite is
@@ -68,7 +82,7 @@ def train_step(model, loader, settings, step, steps, inputs, targets, detectors,
     return StepResult(loss, loss_z, grad_norm, norm_z, adamw.lr, skip or notice)
 
 
-def adamw_of(settings, step, steps):
+def adamw_of(settings: Settings, step: int, steps: int) -> AdamW:
     """The numbers of AdamW in the 0-based step."""
     s = settings
     schedule = (s.learning_rate, s.warmup_iterations, steps, s.final_learning_rate_frac)
@@ -76,7 +90,7 @@ def adamw_of(settings, step, steps):
     return AdamW(lr, s.beta1, s.beta2, s.eps, s.weight_decay, s.grad_clip)
 
 
-def skip_notice(settings, loss_z, norm_z):
+def skip_notice(settings: Settings, loss_z: float, norm_z: float) -> str | None:
     """llm.c's line when -sl or -sg lets an update go, else None. A z-score is NaN, above no limit, for 128 steps."""
     if settings.skip_update_loss_z and loss_z > settings.skip_update_loss_z:
         return f"skipping update due to loss z-score of {loss_z:f}"
@@ -88,10 +102,10 @@ def skip_notice(settings, loss_z, norm_z):
 class Speed:
     """Milliseconds and tokens/s of the steps so far, as llm.c averages them: the first step of a run does not count."""
 
-    def __init__(self, total_batch):
+    def __init__(self, total_batch: int) -> None:
         self.total_batch, self.steps, self.total_ms, self.smoothed = total_batch, 0, 0.0, 0.0
 
-    def update(self, ms):
+    def update(self, ms: float) -> float:
         """Tokens/s to show after a step of ms: its own at first, then an exponential average."""
         rate = self.total_batch / ms * 1e3
         self.steps += 1
@@ -101,6 +115,6 @@ class Speed:
         self.smoothed = 0.95 * self.smoothed + 0.05 * rate
         return self.smoothed / (1.0 - 0.95 ** (self.steps - 1))
 
-    def average_ms(self):
+    def average_ms(self) -> float | None:
         """Mean ms of the steps that count, None where there are none."""
         return self.total_ms / (self.steps - 1) if self.steps > 1 else None
