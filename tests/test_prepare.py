@@ -2,12 +2,14 @@
 
 import bz2
 import codecs
+import fnmatch
 import gzip
 import hashlib
 import io
 import lzma
 import os
 import random
+import re
 import subprocess
 import sys
 import tarfile
@@ -29,7 +31,7 @@ from llmc.data.__main__ import main
 from llmc.data.cache import cache_dir, writable_cache_dir
 from llmc.data.loader import DataLoader
 from llmc.data.prepare import dataset, prepare
-from llmc.data.shards import read_shard, read_shard_header, write_shard
+from llmc.data.shards import read_shard, read_shard_header, shard_paths, write_shard
 from llmc.data.texts import EOT_TEXT, SPLITS, find_texts, pieces
 from llmc.data.tokenizer import get
 from llmc.errors import UserError
@@ -405,6 +407,20 @@ def test_more_shards_than_names_are_refused(folder, monkeypatch):
     assert len(prepare(["x.txt"], "bytes", shard_size=90).files) == 10 + 2
 
 
+def test_readme_s_patterns_are_those_of_what_its_commands_make(folder):
+    """For a small text and for one of several shards; they match no shard of the other split, whatever it is called."""
+    readme = (Path(data.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    patterns = re.findall(r"-([ij]) '?(book-bytes/[^' ]+)", readme)
+    assert {flag for flag, _ in patterns} == {"i", "j"}
+    (folder / "book.txt").write_text("some words of a book " * 100)
+    for shard_size in (10**8, 300):
+        prepared = prepare(["book.txt"], "bytes", shard_size=shard_size, overwrite=True)
+        expected = {flag: shard_paths(p) for flag, p in (("i", prepared.train), ("j", prepared.val))}
+        for flag, pattern in patterns:
+            assert [Path(path) for path in shard_paths(pattern)] == [Path(path) for path in expected[flag]]
+            assert not fnmatch.fnmatch("book-bytes/train_val.bin", pattern) or flag == "j"
+
+
 def test_other_content_is_not_overwritten_silently(tmp_path, capsys):
     path, out = tmp_path / "x.txt", tmp_path / "out"
     command = ["prepare", str(path), "--tokenizer", "bytes", "--out", str(out)]
@@ -737,6 +753,9 @@ def test_dataset_of_a_name_a_folder_and_a_text(cache, tmp_path, monkeypatch, off
         dataset("book-bytes", "gpt2")
     with pytest.raises(UserError, match="none.txt is neither"):
         dataset("none.txt", "bytes")
+    os.link(made.train, os.path.join("book-bytes", "a_train_val.bin"))
+    with pytest.raises(UserError, match="is trained on .* and validated on"):
+        dataset("book-bytes", "bytes")
 
 
 def test_dataset_shakespeare(cache):

@@ -21,6 +21,7 @@ from llmc.data.cache import DownloadError, cache_dir, download, read_bytes, sha2
 from llmc.data.shards import (
     MAX_TOKENS,
     Dataset,
+    check_apart,
     incomplete_marker,
     put_shard,
     read_shard,
@@ -413,5 +414,8 @@ def dataset(name_or_path: str, tokenizer: str = "gpt2") -> Dataset:
         if vocabulary_of(patterns[0]) != vocab_size:
             found = f"its shards have a vocabulary of {vocabulary_of(patterns[0])} tokens, {tokenizer} has {vocab_size}"
             raise UserError(f"{name_or_path}: {found}. HINT: name the tokenizer that they were made with")
-        return Dataset(patterns[0], patterns[1] if glob.glob(patterns[1]) else None, tokenizer, vocab_size)
+        if not glob.glob(patterns[1]):
+            return Dataset(patterns[0], None, tokenizer, vocab_size)
+        check_apart(*patterns)
+        return Dataset(*patterns, tokenizer, vocab_size)
     return Dataset(*prepare([name_or_path], tokenizer)[:2], tokenizer, vocab_size)
