@@ -169,7 +169,8 @@ template <bool A_BY_K, bool B_BY_K> __device__ inline void wgmma(float (&d)[32],
                  "wgmma.mma_async.sync.aligned.m64n64k16.f32." WGMMA_TYPES " {" D0_31 "}, %32, %33, p, 1, 1, %35, %36;}"
                  : D16(0), D16(16)
                  : "l"(a), "l"(b), "r"((int)add), "n"((int)A_BY_K), "n"((int)B_BY_K));
-}template <bool A_BY_K, bool B_BY_K> __device__ inline void wgmma(float (&d)[4], u64 a, u64 b, bool add) {
+}
+template <bool A_BY_K, bool B_BY_K> __device__ inline void wgmma(float (&d)[4], u64 a, u64 b, bool add) {
     asm volatile("{.reg .pred p; setp.ne.b32 p, %6, 0;"
                  "wgmma.mma_async.sync.aligned.m64n8k16.f32." WGMMA_TYPES " {%0,%1,%2,%3}, %4, %5, p, 1, 1, %7, %8;}"
                  : D4(0)
