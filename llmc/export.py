@@ -58,7 +58,7 @@ def tokenizer_files(tokenizer: "Tokenizer", max_seq_len: int) -> dict[str, bytes
     """{file name: bytes} that transformers makes the tokenizer from; it gives the same ids."""
     characters = byte_characters()
 
-    def text(piece):
+    def text(piece: bytes) -> str:
         return "".join([characters[b] for b in piece])
 
     eot = tokenizer.pieces[tokenizer.eot].decode()
