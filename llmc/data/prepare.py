@@ -417,5 +417,5 @@ def dataset(name_or_path: str, tokenizer: str = "gpt2") -> Dataset:
         if not glob.glob(patterns[1]):
             return Dataset(patterns[0], None, tokenizer, vocab_size)
         check_apart(*patterns)
-        return Dataset(*patterns, tokenizer, vocab_size)
+        return Dataset(patterns[0], patterns[1], tokenizer, vocab_size)
     return Dataset(*prepare([name_or_path], tokenizer)[:2], tokenizer, vocab_size)
