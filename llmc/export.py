@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from llmc.data.tokenizer import Tokenizer
 
-KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}  # --dtype -> that of a .safetensors file
 
 
 # ----------------------------------------------------------------------------------------------------------------------

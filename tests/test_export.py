@@ -153,7 +153,7 @@ def test_there_and_back_is_the_same_file(files, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("value, dtype, message", [
-    (1e5, "fp16", r"transformer.wte.weight\[1, 12\] is 100000, more than F16 holds. HINT: --dtype fp32"),
+    (1e5, "fp16", r"transformer.wte.weight\[1, 12\] is 100000, more than fp16 holds. HINT: --dtype fp32"),
     (-3.4e38, "bf16", r"transformer.wte.weight\[1, 12\] is -inf"),
     (np.nan, "fp32", r"transformer.wte.weight\[1, 12\] is nan. HINT"),
     (np.inf, "bin", r"wte\[1, 12\] is inf. HINT"),

@@ -45,6 +45,7 @@ DTYPES: dict[str, Any] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
 }  # bf16 as its 16 bits
+NAMES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}  # as --dtype has them
 LEGACY = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # their organisation, openai-community, may be left out
 SAVE = "HINT: save the model with transformers: model.save_pretrained(DIR)"
 WHOLE = "HINT: it is not a whole GPT-2; save the model with transformers: model.save_pretrained(DIR)"
@@ -319,7 +320,7 @@ def _finite(name: str, array: np.ndarray, kind: str) -> np.ndarray:
         value = float(io.convert(was, np.float32)[0])
         where = f"{name}{list(map(int, np.unravel_index(bad, array.shape)))} is {value:g}"
         if np.isfinite(value):
-            raise UserError(f"{where}, more than {kind} holds. HINT: --dtype fp32")
+            raise UserError(f"{where}, more than {NAMES[kind]} holds. HINT: --dtype fp32")
         raise UserError(f"{where}. HINT: export an earlier checkpoint, or with --dtype fp32 if that one is finite")
     return out
 
