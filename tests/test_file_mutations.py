@@ -251,7 +251,8 @@ def test_what_is_no_file(made, folder, capfd):
             (evaluate.main, ["run", "-j", name, *CPU]),
         ):
             assert assert_one_line(main, argv, capfd, f"{main.__module__} {argv}") == 2
-    for path in ("hf/config.json", "hf/model.safetensors", "run/DONE_00000002", "run/state_00000002_00000.bin"):
+    files = ("DONE_00000002", "state_00000002_00000.bin", "model_00000002.bin", "main.log", "metrics.jsonl")
+    for path in ("hf/config.json", "hf/model.safetensors", *(f"run/{name}" for name in files)):
         good = (folder / path).read_bytes()
         os.remove(path)
         os.mkfifo(path)

@@ -16,7 +16,7 @@ from typing import Any
 from llmc.command import say, silence
 from llmc.errors import UserError
 from llmc.files import parse
-from llmc.files.io import atomic_write
+from llmc.files.io import atomic_write, open_regular
 
 
 class Logger:
@@ -109,7 +109,7 @@ def keep_lines_before(path: str, step_of: Callable[[bytes], int | None], step: i
     kept = []
     if step > 0 and os.path.exists(path):
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 lines = file.read().split(b"\n")[:-1]  # what follows the last newline is torn, or nothing
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}. HINT: check -o") from error
