@@ -5,17 +5,19 @@ of our own current, which is what a CUDA graph is captured on.
 """
 
 import collections
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from llmc.buffers import Array
 from llmc.errors import UserError
 
 from . import module
 from .global_norm import global_norm_scratch_size, global_norm_squared
 
 
-def start():
+def start() -> None:
     """Makes a stream of our own current and launches a kernel: UserError where no GPU can be used, and why."""
     module.capability()  # driver and device
     cupy = module.import_cupy()
@@ -61,7 +63,7 @@ def step_modules(
     return found
 
 
-def try_hopper(dtype, HS=64, tall=False):
+def try_hopper(dtype: Any, HS: int = 64, tall: bool = False) -> str | None:
     """Launches Hopper's matmuls and attention once and compares them with the portable ones -> None, or a line that
     says that these are used from now on, and why. A kernel that breaks the CUDA context itself raises: nothing can
     follow it. HS: size of the heads; tall: whether the model's widths want the other tile too (matmul.turned)."""
@@ -71,15 +73,15 @@ def try_hopper(dtype, HS=64, tall=False):
 
     rng, dtype = np.random.default_rng(0), np.dtype(dtype)
 
-    def filled(*shape):
+    def filled(*shape: int) -> Array:
         array = alloc(int(np.prod(shape)) * dtype.itemsize).view(dtype).reshape(shape)
         upload(array, rng.standard_normal(shape, np.float32).astype(dtype))
         return array
 
-    def room(size):
+    def room(size: int) -> Array:
         return alloc(4 * size).view(np.float32)
 
-    def compare(names, run, portable, own):
+    def compare(names: tuple[str, ...], run: Callable, portable: tuple, own: tuple) -> None:
         """run(forward, backward) -> arrays; portable, own: the functions of an op, forward and backward"""
         results = [[download(array).astype(np.float32) for array in run(*op)] for op in (portable, own)]
         for name, right, array in zip(names, *results, strict=True):
@@ -91,14 +93,14 @@ def try_hopper(dtype, HS=64, tall=False):
     inp, weight, bias, dout = filled(1, BT, C), filled(OC, C), filled(OC), filled(1, BT, OC)
     qkvr, datty, att = filled(1, T, 3 * NH * HS), filled(1, T, NH * HS), room(NH * T).reshape(1, NH, T)
 
-    def products(forward, backward):
+    def products(forward: Callable, backward: Callable) -> tuple:
         pre_gelu, out, gelu, dinp = filled(1, BT, OC), filled(1, BT, OC), filled(1, BT, C), filled(1, BT, C)
         dweight, dbias, scratch = filled(OC, C), filled(OC), room(matmul.matmul_scratch_size(1, BT, C, OC))
         forward(out, inp, weight, bias, pre_gelu)
         backward(dinp, dweight, dbias, scratch, dout, gelu, weight, inp, accumulate=False, recompute=True)
         return pre_gelu, out, gelu, dinp, dweight, dbias
 
-    def heads(forward, backward):
+    def heads(forward: Callable, backward: Callable) -> tuple:
         atty, dqkvr = filled(1, T, NH * HS), filled(1, T, 3 * NH * HS)
         forward(atty, att, qkvr)
         scratch = room(attention.attention_scratch_size(1, T, NH * HS, NH))
@@ -119,19 +121,19 @@ def try_hopper(dtype, HS=64, tall=False):
         return f"the kernels for Hopper do not work here, portable ones are used: {module.no_hopper}"
 
 
-def alloc(nbytes):
+def alloc(nbytes: int) -> Array:
     """A zeroed uint8 array of nbytes on the device, aligned to 256 bytes. MemoryError when it does not fit."""
     module.capability()  # driver and device, checked before the first use of either
     return module.import_cupy().zeros(nbytes, np.uint8)
 
 
-def zero(array):
+def zero(array: Array) -> None:
     """array = 0"""
     assert array.flags.c_contiguous, array.strides
     module.import_cupy().cuda.runtime.memsetAsync(array.data.ptr, 0, array.nbytes, current_stream().ptr)
 
 
-def upload(array, host):
+def upload(array: Array, host: np.ndarray) -> None:
     """array = host (a NumPy array of the same shape and dtype), in order with the work queued before and after.
 
     Returns at once: the bytes are copied to pinned memory first, so `host` may be changed again.
@@ -152,25 +154,25 @@ def upload(array, host):
 
 
 SMALL = 16 << 20
-_in_flight = collections.deque()
+_in_flight: collections.deque[tuple[Any, np.ndarray]] = collections.deque()
 
 
-def download(array):
+def download(array: Array) -> np.ndarray:
     """A NumPy copy of array, taken after the work queued before it."""
     return array.get()
 
 
-def host_view(array):
+def host_view(array: Array) -> np.ndarray:
     """array where NumPy can read and write it: a copy, which upload() brings back."""
     return array.get()
 
 
-def scratch_bytes():
+def scratch_bytes() -> int:
     """Memory of the ops beside the plan: none."""
     return 0
 
 
-def capture(launch):
+def capture(launch: Callable[[], None]) -> Callable[[], None]:
     """What replays the kernels of launch() as one CUDA graph on the current stream. launch() must not synchronise."""
     on = current_stream()
     on.begin_capture()
@@ -181,18 +183,18 @@ def capture(launch):
     return graph.launch
 
 
-def synchronize():
+def synchronize() -> None:
     """Waits for everything queued on the device; an error of an earlier kernel is raised here."""
     module.import_cupy().cuda.runtime.deviceSynchronize()
 
 
-def timer():
+def timer() -> Callable[[], float]:
     """Starts a timer on the current stream; calling what it returns waits for the work queued since, and gives ms."""
     cuda = module.import_cupy().cuda
     start, stop = cuda.Event(), cuda.Event()
     start.record()
 
-    def elapsed():
+    def elapsed() -> float:
         stop.record()
         stop.synchronize()
         return cuda.get_elapsed_time(start, stop)
@@ -200,7 +202,7 @@ def timer():
     return elapsed
 
 
-def memory():
+def memory() -> tuple[int, int]:
     """(free, total) bytes of device memory. Blocks that CuPy's pool keeps for reuse count as used."""
     module.capability()
     return module.import_cupy().cuda.runtime.memGetInfo()
@@ -210,12 +212,12 @@ CONTEXT = 640 << 20  # what CUDA, the loaded kernels and graphs take beside the 
 LEFT = 128 << 20  # of that, what is still to come after start()
 
 
-def budget(total=None):
+def budget(total: int | None = None) -> int | None:
     """Bytes that a memory plan may take: of what is free on this device now, or on an empty one of `total` bytes."""
     return memory()[0] - LEFT if total is None else max(0, total - CONTEXT)
 
 
-def max_positions(C, Vp, dtype):
+def max_positions(C: int, Vp: int, dtype: Any) -> int:
     """The largest B*T of a micro-batch. Offsets in the kernels are 64-bit, but not every count and grid is.
 
     encoder_forward counts 16-byte pieces of (B*T, C) in 32 bits. The fp32 matmul has B*T / 128 blocks in the second
@@ -230,7 +232,7 @@ def max_positions(C, Vp, dtype):
     return min(pieces, rows * 128, 2**30)
 
 
-def describe():
+def describe() -> str:
     """One line that names the GPU: name, capability, multiprocessors, memory, driver and CuPy."""
     capability = module.capability()
     cupy = module.import_cupy()
@@ -247,23 +249,23 @@ def describe():
 # streams and asynchronous copies
 
 
-def stream():
+def stream() -> Any:
     """A new stream that does not wait for the default one. `with stream():` makes it current."""
     return module.import_cupy().cuda.Stream(non_blocking=True)
 
 
-def current_stream():
+def current_stream() -> Any:
     return module.import_cupy().cuda.get_current_stream()
 
 
-def pinned(shape, dtype):
+def pinned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An uninitialised NumPy array in page-locked memory, which the GPU can read while the CPU does something else."""
     count, dtype = int(np.prod(shape)), np.dtype(dtype)
     room = module.import_cupy().cuda.alloc_pinned_memory(max(count * dtype.itemsize, 1))
     return np.frombuffer(room, dtype, count).reshape(shape)
 
 
-def copy_async(to, source, nbytes, on):
+def copy_async(to: int, source: int, nbytes: int, on: Any) -> None:
     """Queues a copy between two addresses, host or device, on the stream `on`."""
     runtime = module.import_cupy().cuda.runtime
     runtime.memcpyAsync(to, source, nbytes, runtime.memcpyDefault, on.ptr)

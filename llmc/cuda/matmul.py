@@ -400,7 +400,7 @@ def ranges_sm90(BT: int, C: int, OC: int) -> tuple[int, int]:
     tiles = tiles_sm90(OC, C)
     tail = tiles % MULTIPROCESSORS
 
-    def tokens(splits):  # that each multiprocessor has to do for the tail
+    def tokens(splits: int) -> float:  # that each multiprocessor has to do for the tail
         extra = RANGE_TOKENS * splits * tail / MULTIPROCESSORS if splits > 1 else 0
         return BT * ceil_div(tail * splits, MULTIPROCESSORS) / splits + extra
 

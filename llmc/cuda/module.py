@@ -144,12 +144,12 @@ def options(dtype_name: str, defines: tuple[str, ...] = (), arch: str | None = N
 
 def resources(log: str) -> dict[str, tuple[int, int, bool]]:
     """{kernel: (registers, spill bytes, serialised wgmma)} from a ptxas -v log."""
-    found = {}
+    found: dict[str, tuple[int, int, bool]] = {}
     for part in re.split(r"Compiling entry function '", log)[1:]:
         name = part.split("'", 1)[0]
-        registers = re.search(r"Used (\d+) registers", part)
+        used = re.search(r"Used (\d+) registers", part)
         spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", part))
-        found[name] = (int(registers.group(1)) if registers else 0, spills, False)
+        found[name] = (int(used.group(1)) if used else 0, spills, False)
     for name in re.findall(r"wgmma.*serialized.*function '(\w+)'", log):
         registers, spills, _ = found.get(name, (0, 0, False))
         found[name] = (registers, spills, True)
@@ -247,10 +247,10 @@ def _tensor_map(address: int, is_bfloat16: bool, rows: int, columns: int, box_ro
     found = room[start : start + 128].view("V128")  # CuPy passes an array of one element by value
     sizes, strides = (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(columns * 2)
     box, steps = (ctypes.c_uint32 * 2)(64, box_rows), (ctypes.c_uint32 * 2)(1, 1)
-    at, address = ctypes.c_void_p(found.ctypes.data), ctypes.c_void_p(address)
+    at, to = ctypes.c_void_p(found.ctypes.data), ctypes.c_void_p(address)
     # type; 2-D; no interleaving, 128-byte swizzle, L2 reads 256 bytes at a time, zeros outside: the numbers of cuda.h
     encode, dtype = libcuda().cuTensorMapEncodeTiled, 9 if is_bfloat16 else 6
-    error = encode(at, dtype, 2, address, sizes, strides, box, steps, 0, 3, 3, 0)
+    error = encode(at, dtype, 2, to, sizes, strides, box, steps, 0, 3, 3, 0)
     assert error == 0, (error, address, rows, columns, box_rows)
     return found
 

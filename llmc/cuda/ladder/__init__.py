@@ -36,7 +36,7 @@ def why_not(rung: Rung, dtype: str, head_size: int | None = None) -> str | None:
         return f"a rung for {' and '.join(rung.dtypes)}, not {dtype}"
     if rung.arch is not None and (sm := module.capability()) != rung.arch:
         return f"a rung for Hopper, sm_{rung.arch}; this is sm_{sm}"
-    if None not in (rung.head_sizes, head_size) and head_size not in rung.head_sizes:
+    if rung.head_sizes is not None and head_size is not None and head_size not in rung.head_sizes:
         return f"a rung for head sizes {' and '.join(map(str, rung.head_sizes))}, not {head_size}"
     return None
 

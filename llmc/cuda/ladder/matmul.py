@@ -100,7 +100,10 @@ def _forward(
     launch("forward", out.dtype, BT, OC, (out, pre_gelu, inp, weight, bias, i32(BT), i32(OC), i32(C)))
 
 
-def _backward(launch, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate, recompute) -> None:
+def _backward(
+    launch: Callable, dinp: Array, dweight: Array, dbias: Array | None, scratch: Array, dout: Array, inp: Array,
+    weight: Array, pre_gelu: Array | None, accumulate: bool, recompute: bool,
+) -> None:  # fmt: skip
     """matmul_backward by launch(name, dtype, M, N, args, defines), which makes a product with (M, N) outputs."""
     BT, C, OC = check_backward(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, recompute)
     if recompute:
@@ -193,7 +196,10 @@ def forward_hopper(
     _launch_hopper("forward", rung, out.dtype, tiles(BT, OC), args)
 
 
-def _backward_hopper(rung, dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, accumulate, recompute) -> None:
+def _backward_hopper(
+    rung: str, dinp: Array, dweight: Array, dbias: Array | None, scratch: Array, dout: Array, inp: Array,
+    weight: Array, pre_gelu: Array | None, accumulate: bool, recompute: bool,
+) -> None:  # fmt: skip
     check_backward(dinp, dweight, dbias, scratch, dout, inp, weight, pre_gelu, recompute)
     if recompute:
         gelu.gelu_forward(inp, pre_gelu)
@@ -233,7 +239,9 @@ def ranges(BT: int, C: int, OC: int, room: int) -> int:
     idle least, as far as `room` floats are enough for the sums."""
     count, most = tiles(OC, C), max(1, min(16, BT // 128, room // (tiles(OC, C) * 128 * 192)))
 
-    def tokens(splits):  # that each multiprocessor has to do; the sums of 132 tiles take as long as 1350 tokens
+    def tokens(
+        splits: int,
+    ) -> float:  # that each multiprocessor has to do; the sums of 132 tiles take as long as 1350 tokens
         return BT * ceil_div(count * splits, 132) / splits + (1350 * splits * count / 132 if splits > 1 else 0)
 
     return min(range(1, most + 1), key=tokens)
