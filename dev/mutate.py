@@ -254,6 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--count", type=int, default=200, metavar="N", help="mutations that compile (200)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="what is drawn (0)")
     p.add_argument("--op", metavar="NAME", help="the kernels of one op, such as layernorm, or common.cuh (all)")
+    p.add_argument("--barriers", action="store_true", help="only drop barriers, fences, waits and arrivals, each once")
     p.add_argument("--out", metavar="FILE", help="append the results here, and leave out what is there already")
     p.add_argument("--report", metavar="FILE", help="print an earlier run's results")
     args = p.parse_args(argv)
@@ -268,6 +269,8 @@ def main(argv: list[str] | None = None) -> None:
     done = {(row["file"], row["start"], row["end"], row["new"]) for row in rows}
     draw = random.Random(args.seed)
     pool = [m for file in files for m in candidates(file, (ROOT / "kernels" / file).read_text())]
+    if args.barriers:
+        pool = list(dict.fromkeys(mutation for mutation in pool if mutation.new == ";"))
     draw.shuffle(pool)
     with tempfile.TemporaryDirectory(prefix="llmc-mutate-") as name:
         folder = Path(name)
