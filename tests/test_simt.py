@@ -272,12 +272,14 @@ HOPPER_FAULTS = [
     ("refilled_bad", "missing fence", "load"),
     ("exit_bad", "TMA store in flight", "store"),
     ("reuse_bad", "timing-dependent result", None),
-    ("sums_bad", "timing-dependent result", None),
-    ("refill_bad", "timing-dependent result", None),
+    ("sums_bad", "race", "refill"),
+    ("refill_bad", "race", "refill"),
     ("load_bad", "TMA load in flight", "load"),
     ("phase_bad", "deadlock", None),
     ("few_bad", "deadlock", "few_bad"),
     ("outside_bad", "out of bounds, shared", "load"),
+    ("released_bad", "race", "load"),
+    ("begin_bad", "missing fence", "released"),
     ("ring_bad", "race", "load"),
     ("ring_shuffle_bad", "race", "load"),
     ("ring_wgmma_bad", "race", "load"),
@@ -353,7 +355,7 @@ def test_correct_twins_of_hopper():
     np.testing.assert_array_equal(out, np.r_[2 * inp, 4 * inp])
     launch_hopper("square_good", out, inp)
     np.testing.assert_array_equal(out[:64], inp @ inp.T)
-    for name in ("refilled_good", "ring_good", "ring_all_good", "plain_good"):
+    for name in ("refilled_good", "ring_good", "ring_all_good", "plain_good", "released_good"):
         launch_hopper(name, out, inp)
     np.testing.assert_array_equal(out[:64], inp @ inp.T)
     launch_hopper("store_good", out, inp)

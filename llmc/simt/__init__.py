@@ -62,12 +62,13 @@ What it catches, with kernel, source line, block, thread, array and element
     race                    in shared memory: of two threads' ordinary accesses, ldmatrix and stmatrix among them, or of
                             one of them and a TMA copy that another thread asks for. Order comes of __syncthreads, named
                             barriers, __syncwarp and of arrivals at mbarriers that the other waits for; not of wgmma or
-                            shuffles. So lane 0 arrives for a warp that has read only after __syncwarp, and fence_async
-                            comes before the arrival that it is for
+                            shuffles. So lane 0 arrives for a warp that has read only after __syncwarp; fence_async, and
+                            the wait for a wgmma that reads, come before the arrival that they are for
     timing-dependent result different bits when TMA copies and wgmma happen as late as the waits allow, or with other
                             garbage in arrays that are marked by `poison`
     missing fence           a write, then TMA or wgmma on the same bytes; ldmatrix, then a TMA load into them; without
-                            fence_async between by the thread that wrote, or gave the row's address
+                            fence_async between by the thread that wrote, or gave the row's address. wgmma without
+                            wgmma_begin since all of the thread's were waited for
     TMA load, TMA store, wgmma in flight    at the end of the thread or block
     deadlock                mbarriers, named barriers
 
@@ -78,8 +79,8 @@ What it cannot see
     write after read. Neighbouring bytes of one 2-byte pair are told apart only for 1-byte accesses. A step past the end
     of a local array of arrays or of classes, taken through a pointer and not by its index. Inline assembly, __device__
     variables that are written, textures, clusters. In kernels for sm_90a: races in global memory, and of cp.async;
-    races of single bytes; what wgmma reads is checked by the timings alone, and an ordinary read (not ldmatrix) needs
-    no fence_async before a TMA load comes to its bytes, as CUTLASS has none there either.
+    races of single bytes; whether TMA has brought what wgmma reads is checked by the timings, and an ordinary read (not
+    ldmatrix) needs no fence_async before a TMA load comes to its bytes, as CUTLASS has none there either.
     Rounding of approximate instructions (__expf, rsqrtf) and the order of sums inside the tensor cores are the CPU's;
     denormals are flushed as with -ftz=true; a * b + c is not contracted. Registers, occupancy and speed.
 

@@ -22,14 +22,16 @@ float simt_f16_value(u32 bits);
 void simt_check_fenced(u32 shared, u32 size, At at);
 void simt_fence_async();
 void simt_named_barrier(int number, int threads, At at);
-void simt_product(void (*run)(const void*), const void* closure, int size);
+void simt_product_read(u32 shared);
+void simt_product_begin();
+void simt_product(void (*run)(const void*), const void* closure, int size, At at);
 void simt_product_commit();
 void simt_product_wait(int pending);
 }
 
 // f() now, or when this thread waits for its group of products.
-template <class F> SIMT_UNCHECKED inline void product(F f) {
-    simt_product([](const void* closure) SIMT_UNCHECKED { (*(const F*)closure)(); }, &f, sizeof f);
+template <class F> SIMT_UNCHECKED inline void product(F f, At at) {
+    simt_product([](const void* closure) SIMT_UNCHECKED { (*(const F*)closure)(); }, &f, sizeof f, at);
 }
 
 SIMT_UNCHECKED inline float value_at(const void* p) {
@@ -87,7 +89,10 @@ SIMT_UNCHECKED inline void stmatrix_x4(void* smem, const u32 (&r)[4]) {
 
 // .sync.aligned: no lane goes on before all have come, which orders no memory.
 inline void wgmma_together(SIMT_AT) { simt::simt_warp(simt::WGMMA, ~0u, 0, 0, 32, SIMT_HERE); }
-inline void wgmma_begin(SIMT_AT) { wgmma_together(file_, line_); }
+inline void wgmma_begin(SIMT_AT) {
+    wgmma_together(file_, line_);
+    simt::simt_product_begin();
+}
 inline void wgmma_commit() { simt::simt_product_commit(); }
 template <int N> inline void wgmma_wait(SIMT_AT) {
     simt::simt_product_wait(N);
@@ -102,13 +107,25 @@ inline u64 wgmma_operand(const void* smem, u32 panel_bytes) {
     return (shared_address(smem) & 0x3ffffu) >> 4 | (u64)(panel_bytes >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
 }
 
-// Element (i, k) of an operand, i its m or n.
-template <bool BY_K> SIMT_UNCHECKED inline float wgmma_element(u64 operand, int i, int k) {
+// Shared address of element (i, k) of an operand, i its m or n.
+template <bool BY_K> SIMT_UNCHECKED inline u32 wgmma_address(u64 operand, int i, int k) {
     u32 begin = (operand & 0x3fff) << 4, panel = (operand >> 16 & 0x3fff) << 4;
     u32 eight_rows = (operand >> 32 & 0x3fff) << 4;
     u32 at = BY_K ? begin + i / 64 * panel + k / 8 * eight_rows + k % 8 * 128 + i % 64 * 2
                   : begin + i / 8 * eight_rows + i % 8 * 128 + k * 2;
-    at ^= (at >> 7 & 7) << 4;
+    return at ^ (at >> 7 & 7) << 4;
+}
+
+// Tells which pieces of 16 bytes a product reads: rows (or columns) first to first + count of its operand.
+template <bool BY_K> SIMT_UNCHECKED inline void wgmma_reads(u64 operand, int first, int count) {
+    if (threadIdx.x % 32) { return; }
+    for (int i = first; i < first + count; i += BY_K ? 8 : 1) {
+        for (int k = 0; k < 16; k += BY_K ? 1 : 8) { simt::simt_product_read(wgmma_address<BY_K>(operand, i, k)); }
+    }
+}
+
+template <bool BY_K> SIMT_UNCHECKED inline float wgmma_element(u64 operand, int i, int k) {
+    u32 at = wgmma_address<BY_K>(operand, i, k);
     if (simt::simt_unfenced_writes) { simt::simt_check_fenced(at, 2, simt::At{__builtin_FILE(), __builtin_LINE()}); }
     return simt::value_at(simt::simt_shared_memory() + at);
 }
@@ -129,22 +146,25 @@ SIMT_UNCHECKED inline void wgmma_rows(float (&d)[SIZE], const float (&rows)[2][1
 }
 
 template <bool A_BY_K, bool B_BY_K, int SIZE>
-SIMT_UNCHECKED inline void wgmma(float (&d)[SIZE], u64 a, u64 b, bool add) {
+SIMT_UNCHECKED inline void wgmma(float (&d)[SIZE], u64 a, u64 b, bool add, SIMT_AT) {
     int thread = threadIdx.x % 128, row = thread / 32 * 16 + thread % 32 / 4;
+    wgmma_reads<A_BY_K>(a, thread / 32 * 16, 16);
+    wgmma_reads<B_BY_K>(b, 0, SIZE * 2);
     simt::product([=, &d]() SIMT_UNCHECKED {
         float rows[2][16];
         for (int i = 0; i < 2; i++) {
             for (int k = 0; k < 16; k++) { rows[i][k] = wgmma_element<A_BY_K>(a, row + 8 * i, k); }
         }
         wgmma_rows<B_BY_K>(d, rows, b, add);
-    });
+    }, SIMT_HERE);
 }
 
 // a in registers: lane l has k = 2 (l % 4), + 1, + 8, + 9 of two rows, its three neighbours the rest. They are read
 // with the operand in shared memory, so a must be what it was until the wait.
 template <bool B_BY_K, int SIZE>
-SIMT_UNCHECKED inline void wgmma(float (&d)[SIZE], const u32 (&a)[4], u64 b, bool add) {
+SIMT_UNCHECKED inline void wgmma(float (&d)[SIZE], const u32 (&a)[4], u64 b, bool add, SIMT_AT) {
     int lane = threadIdx.x % 32;
+    wgmma_reads<B_BY_K>(b, 0, SIZE * 2);
     simt::product([=, &d, &a]() SIMT_UNCHECKED {
         float rows[2][16];
         for (int i = 0; i < 4; i++) {
@@ -156,5 +176,5 @@ SIMT_UNCHECKED inline void wgmma(float (&d)[SIZE], const u32 (&a)[4], u64 b, boo
             }
         }
         wgmma_rows<B_BY_K>(d, rows, b, add);
-    });
+    }, SIMT_HERE);
 }

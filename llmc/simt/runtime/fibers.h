@@ -47,6 +47,8 @@ struct Fiber {
     std::vector<Box> stores;   // TMA stores not waited for
     std::vector<Product> products;
     int store_group, product_group;
+    bool registers_fenced;                            // wgmma_begin since the last wait
+    std::vector<std::pair<int, u32>> product_reads;   // group and 16-byte piece of shared memory
     std::vector<u32> unfenced;       // shared addresses written by stmatrix since the last fence_async
     std::vector<u32> matrix_reads;   // shared addresses, of 2 bytes, that it got by ldmatrix since then
     std::vector<u32> unfenced_rows;  // 16-byte rows of shared memory read by ldmatrix since then, address / 16
@@ -154,6 +156,7 @@ static void make_fiber(Fiber& f) {
 #endif
     f.state = READY;
     f.copies.clear(), f.stores.clear(), f.products.clear(), f.unfenced.clear(), f.unfenced_rows.clear(), f.matrix_reads.clear();
+    f.product_reads.clear(), f.registers_fenced = false;
     f.group = f.store_group = f.product_group = 0;
 }
 

@@ -193,13 +193,23 @@ extern "C" void simt_tma_store_wait(int pending) {
     }
 }
 
-extern "C" void simt_product(void (*run)(const void*), const void* closure, int size) {
+// A wgmma reads a piece of shared memory; lane 0 tells for its warp.
+extern "C" void simt_product_read(u32 at) {
+    if (launch.followed) { start_product_read(at); }
+}
+extern "C" void simt_product_begin() { self->registers_fenced = true; }
+extern "C" void simt_product(void (*run)(const void*), const void* closure, int size, At at) {
+    if (!self->registers_fenced) {
+        fail("missing fence", at, "%s calls wgmma without wgmma_begin since its last wait", name_of(self));
+    }
     if (!launch.late) { return run(closure); }
     self->products.push_back({self->product_group, run, {}});
     memcpy(self->products.back().closure, closure, size);
 }
 extern "C" void simt_product_commit() { ++self->product_group; }
 extern "C" void simt_product_wait(int pending) {
+    if (launch.followed) { end_product_reads(pending); }
+    if (pending == 0) { self->registers_fenced = false; }
     std::vector<Product>& products = self->products;
     size_t done = 0;
     for (; done < products.size() && products[done].group < self->product_group - pending; ++done) {

@@ -65,6 +65,37 @@ static void hear(u64* barrier) {
     for (u32 i = 0; i < thread_count; ++i) { known_until[me][i] = std::max(known_until[me][i], a.ended[i]); }
 }
 
+// What wgmma reads of shared memory, in pieces of 16 bytes, by the warp, in whose name lane 0 stands: the clock at which
+// its product was waited for, UNDER_WAY before. That wait, not the call, has to come before TMA overwrites the piece.
+static const u32 UNDER_WAY = ~0u;
+static u32 product_read[MAX_THREADS / 32][ARENA / 16];
+
+static void start_product_read(u32 at) {
+    product_read[me / 32][at / 16] = UNDER_WAY;
+    self->product_reads.push_back({self->product_group, at / 16});
+}
+static void end_product_reads(int pending) {
+    auto& reads = self->product_reads;
+    size_t done = 0;
+    for (; done < reads.size() && reads[done].first < self->product_group - pending; ++done) {
+        product_read[me / 32][reads[done].second] = known_until[me][me];
+    }
+    reads.erase(reads.begin(), reads.begin() + done);
+}
+static void check_product_reads(u32 begin, u32 size, At at) {
+    for (u32 warp = 0; warp < (thread_count + 31) / 32; ++warp) {
+        for (u32 piece = begin / 16; piece < (begin + size) / 16; ++piece) {
+            u32& clock = product_read[warp][piece];
+            if (clock && warp != me / 32 && known_until[me][warp * 32] < clock) {
+                fail("race", at, "%s lets TMA overwrite shared memory that a wgmma of warp %u reads%s", name_of(self), warp,
+                     clock == UNDER_WAY ? " and has not been waited for"
+                                        : ": its wait does not come before the arrival that lets TMA go on");
+            }
+            clock = 0;
+        }
+    }
+}
+
 // `begin` and `end` of the shared variable that holds an offset; none: both 0.
 static const SharedVariable* variable_at(size_t offset) {
     for (const SharedVariable& v : shared_variables) {
@@ -123,6 +154,7 @@ static void follow_shared(size_t offset, int size, bool write, u32 pc) {
 // TMA is about to overwrite bytes of shared memory, at the running thread's request.
 static void follow_load(u32 begin, u32 size, At at) {
     if (!launch.followed) { return; }
+    check_product_reads(begin, size, at);
     for (size_t g = begin / 2; g < (begin + size) / 2; ++g) {
         const char* hint = ": nobody waits for that thread before the arrival that lets TMA go on";
         const char* what = "lets TMA overwrite";
@@ -165,6 +197,9 @@ static void follow_global(uintptr_t a, int size, bool write, void* pc) {
 static void forget_touches(size_t offset, size_t size) {
     for (Touch* all : {written, read_last, read_before}) {
         std::fill(all + offset / 2, all + (offset + size + 1) / 2, Touch{});
+    }
+    for (u32 warp = 0; warp < (thread_count + 31) / 32; ++warp) {
+        std::fill(product_read[warp] + offset / 16, product_read[warp] + (offset + size + 15) / 16, 0);
     }
 }
 

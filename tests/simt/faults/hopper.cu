@@ -106,7 +106,7 @@ template <bool WAIT_FIRST, int PENDING> __device__ inline void square(const Tens
     named_barrier(1, 128);
     if (threadIdx.x == 0) {
         mbarrier_expect(&s.other, 8192);
-        tma_load(s.tile, inp, 0, 64, &s.other);
+        tma_load(s.tile, inp, 0, 64, &s.other);  // refill
     }
     if (!WAIT_FIRST) { wgmma_wait<0>(); }
     int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
@@ -132,6 +132,37 @@ template <bool WAIT_FIRST, int PENDING> __device__ inline void square(const Tens
 SQUARE(square_good, true, 0)
 SQUARE(sums_bad, true, 1)
 SQUARE(refill_bad, false, 0)
+
+// A product reads the tile; each warp arrives for TMA to fill it again, before its product is waited for or after. BEGIN:
+// wgmma_begin stands before the product.
+template <bool BEGIN, bool WAIT_FIRST> __device__ inline void released(const TensorMap& inp) {
+    Shared& s = shared();
+    if (threadIdx.x == 0) {
+        mbarrier_init(&s.other, 4);
+        mbarrier_init_done();
+    }
+    __syncthreads();
+    load(s.tile, inp, &s.full);
+    mbarrier_wait(&s.full, 0);
+    float d[32] = {};
+    u64 operand = wgmma_operand(s.tile, 8192);
+    if (BEGIN) { wgmma_begin(); }
+    wgmma<false, false>(d, operand, operand, false);  // released
+    wgmma_commit();
+    if (WAIT_FIRST) { wgmma_wait<0>(); }
+    if (threadIdx.x % 32 == 0) { mbarrier_arrive(&s.other); }
+    if (!WAIT_FIRST) { wgmma_wait<0>(); }
+    if (threadIdx.x == 0) { mbarrier_wait(&s.other, 0); }
+    load(s.tile, inp, &s.full);
+    mbarrier_wait(&s.full, 1);
+}
+#define RELEASED(name, ...)                                                                                       \
+    extern "C" __global__ void name(const __grid_constant__ TensorMap out, const __grid_constant__ TensorMap inp) { \
+        released<__VA_ARGS__>(inp);                                                                               \
+    }
+RELEASED(released_good, true, true)
+RELEASED(released_bad, true, false)
+RELEASED(begin_bad, false, true)
 
 // TMA fills the tile again, which all warps have read, but the first UNFENCED threads without a fence since.
 template <int UNFENCED> __device__ inline void refilled(const TensorMap& inp) {
