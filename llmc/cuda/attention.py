@@ -306,9 +306,8 @@ def sm90_bytes(HS: int) -> tuple[int, int, int]:
     rows = SM90_ROWS * HS * 2  # bytes of a block's own rows, of a forward tile, and of two backward tiles
     forward, dq, dkv = SM90_STAGES[HS]
 
-    def total(
-        stages: int, own: int, statistics: int = 0
-    ) -> int:  # and staging of 8 warps, two barriers for each stage and for the own rows
+    def total(stages: int, own: int, statistics: int = 0) -> int:
+        """The bytes with staging for 8 warps, and two barriers for each stage and for the block's own rows."""
         return stages * (rows + statistics) + own * rows + 8 * 16 * HS * 2 + 8 * (2 * stages + 2) + 1024
 
     statistics = 2 * SM90_COLUMNS * 4

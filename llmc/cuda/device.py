@@ -109,7 +109,7 @@ def try_hopper(dtype: Any, HS: int = 64, tall: bool = False) -> str | None:
 
     try:
         names = "forward", "forward's GELU", "recomputed GELU", "dgrad", "wgrad", "bias gradient"
-        portable = matmul.forward_mma, matmul.backward_mma
+        portable: tuple = matmul.forward_mma, matmul.backward_mma
         compare(names, products, portable, (matmul.forward_sm90, matmul.backward_sm90))
         if attention.uses_sm90(HS, dtype):
             portable = attention.forward_mma, attention.backward_mma
@@ -119,6 +119,7 @@ def try_hopper(dtype: Any, HS: int = 64, tall: bool = False) -> str | None:
         synchronize()
         module.no_hopper = module.one_line(error)
         return f"the kernels for Hopper do not work here, portable ones are used: {module.no_hopper}"
+    return None
 
 
 def alloc(nbytes: int) -> Array:

@@ -222,7 +222,7 @@ def wgrad_hopper(rung: str, dweight: Array, scratch: Array, dout: Array, inp: Ar
     splits, defines = ranges(BT, C, OC, scratch.size), module.grad_defines(inp.dtype, (dweight,))
     assert splits == 1 or scratch.size >= splits * tiles(OC, C) * 128 * 192, (splits, scratch.size)
     maps = module.tensor_map(dout, BT, OC, 64), module.tensor_map(inp, BT, C, 64)
-    args = (dweight, scratch, *maps, i32(OC), i32(C), i32(BT), i32(splits), i32(accumulate))
+    args: tuple = (dweight, scratch, *maps, i32(OC), i32(C), i32(BT), i32(splits), i32(accumulate))
     _launch_hopper("wgrad", rung, inp.dtype, tiles(OC, C) * splits, args, defines)
     if splits > 1:
         kernel = _kernel_hopper("wgrad_reduce", rung, inp.dtype, defines)
@@ -239,9 +239,8 @@ def ranges(BT: int, C: int, OC: int, room: int) -> int:
     idle least, as far as `room` floats are enough for the sums."""
     count, most = tiles(OC, C), max(1, min(16, BT // 128, room // (tiles(OC, C) * 128 * 192)))
 
-    def tokens(
-        splits: int,
-    ) -> float:  # that each multiprocessor has to do; the sums of 132 tiles take as long as 1350 tokens
+    def tokens(splits: int) -> float:
+        """What each multiprocessor has to do; the sums of 132 tiles take as long as 1350 tokens."""
         return BT * ceil_div(count * splits, 132) / splits + (1350 * splits * count / 132 if splits > 1 else 0)
 
     return min(range(1, most + 1), key=tokens)
