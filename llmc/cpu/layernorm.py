@@ -10,19 +10,24 @@ EPS = 1e-5
 BLOCK = 1 << 17  # elements in a block of rows; a few blocks fit a core's cache
 
 
-def _rows(N: int, C: int) -> list[tuple[int, int]]:
-    """The blocks of rows, (start, stop) each.
+def _starts(N: int, C: int) -> range:
+    """Where the blocks of rows start.
 
     They depend on the shape alone, so that sums over rows have the same bits on any number of threads.
     """
     pieces = -(-N * C // BLOCK)
-    step = -(-N // (pieces + pieces % 2))
-    return [(a, min(a + step, N)) for a in range(0, N, step)]
+    return range(0, N, -(-N // (pieces + pieces % 2)))
+
+
+def _rows(N: int, C: int) -> list[tuple[int, int]]:
+    """The blocks of rows, (start, stop) each."""
+    starts = _starts(N, C)
+    return [(a, min(a + starts.step, N)) for a in starts]
 
 
 def layernorm_scratch_size(B: int, T: int, C: int) -> int:
     """f32 elements of scratch that layernorm_backward wants: a partial dweight and dbias for each block of rows."""
-    return len(_rows(B * T, C)) * 2 * C
+    return len(_starts(B * T, C)) * 2 * C
 
 
 def _normalize(out: Array, mean: Array, rstd: Array, x: Array, weight: Array, bias: Array) -> None:
