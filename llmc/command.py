@@ -158,7 +158,7 @@ def _parse(text: str, kind: Callable[[str], Any], what: str, allowed: Callable[[
     except (ValueError, OverflowError):
         value, good = None, False
     if not good:
-        raise argparse.ArgumentTypeError(f"{text} is not {what}")
+        raise argparse.ArgumentTypeError(f"{text or repr(text)} is not {what}")
     if most is not None and value > most:
         largest = most if isinstance(most, int) else f"{most:.4g}"
         raise argparse.ArgumentTypeError(f"{text} is not {what} and at most {largest}")
@@ -168,6 +168,13 @@ def _parse(text: str, kind: Callable[[str], Any], what: str, allowed: Callable[[
 def _float32(value: float) -> float:
     """The number that the kernels compute with."""
     return float(struct.unpack("f", struct.pack("f", value))[0])
+
+
+def named(text: str) -> str:
+    """A file, folder, pattern or name; an empty one is a variable of a script that was not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' names nothing")
+    return text
 
 
 def positive(text: str) -> int:

@@ -3,7 +3,7 @@
 import sys
 
 from llmc import loading
-from llmc.command import Parser, add_device_flags, command, count, positive
+from llmc.command import Parser, add_device_flags, command, count, named, positive
 from llmc.errors import UserError
 
 
@@ -14,7 +14,7 @@ def parser() -> Parser:
         allow_abbrev=False,
     )
     add = p.add_argument
-    add("model", help=loading.MODEL_HELP)
+    add("model", type=named, help=loading.MODEL_HELP)
     add(
         "--verify",
         action="store_true",
@@ -22,10 +22,11 @@ def parser() -> Parser:
     )
     add(
         "--hellaswag",
+        type=named,
         metavar="FILE",
         help="a multiple-choice set: llm.c's .bin, or of llmc.data prepare hellaswag",
     )
-    add("-j", "--input-val-bin", metavar="GLOB", help="validation shards")
+    add("-j", "--input-val-bin", type=named, metavar="GLOB", help="validation shards")
     add("-m", "--val-max-steps", type=count, default=-1, metavar="N", help="batches of them (-1 = all)")
     add("-b", "--batch-size", type=positive, default=4, metavar="B", help="rows of a batch (4)")
     add("-t", "--sequence-length", type=positive, metavar="T", help="tokens in a row (1024, or what the model allows)")

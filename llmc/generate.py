@@ -3,12 +3,12 @@
 import sys
 
 from llmc import loading
-from llmc.command import Parser, add_device_flags, command, natural, number, positive, random_state
+from llmc.command import Parser, add_device_flags, command, named, natural, number, positive, random_state
 
 
 def parser() -> Parser:
     p = Parser(prog="llmc.generate", description="Continue a text with a trained model.", allow_abbrev=False)
-    p.add_argument("model", help=loading.MODEL_HELP)
+    p.add_argument("model", type=named, help=loading.MODEL_HELP)
     p.add_argument("-p", "--prompt", default="", help="text to continue (default: none, a fresh start)")
     p.add_argument("-g", "--tokens", type=positive, default=256, help="tokens to generate (256)")
     p.add_argument("--temperature", type=number, default=0.8, help="0 is greedy, 1 the model's own distribution (0.8)")

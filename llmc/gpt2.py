@@ -25,7 +25,7 @@ from . import rand
 from .buffers import Array, TensorSpec, Views
 from .command import did_you_mean
 from .errors import UserError
-from .model import Model, head_shape, pieces, rows
+from .model import Model, head_shape, piece_sizes, pieces, rows
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def scratch_sizes(config: GPT2Config, ops: ModuleType, B: int, T: int) -> tuple[
         ops.layernorm_scratch_size(B, T, C),
         ops.attention_scratch_size(B, T, C, NH),
         *(ops.matmul_scratch_size(B, T, c, oc) for c, oc in layer),
-        *(ops.matmul_scratch_size(1, piece.stop - piece.start, C, Vp) for piece in pieces(B * T)),
+        *(ops.matmul_scratch_size(1, positions, C, Vp) for positions in piece_sizes(B * T)),
     )
     return f32, ops.encoder_scratch_size(B, T, C, Vp)
 

@@ -43,6 +43,11 @@ def pieces(positions: int) -> list[slice]:
     return [slice(i, min(i + HEAD_ROWS, positions)) for i in range(0, positions, HEAD_ROWS)]
 
 
+def piece_sizes(positions: int) -> set[int]:
+    """The numbers of positions in pieces(positions): those of the last one, and of all others."""
+    return {min(positions, HEAD_ROWS), (positions - 1) % HEAD_ROWS + 1}
+
+
 def head_shape(B: int, T: int) -> tuple[int, int]:
     """Batch and positions of the logits that a batch B x T has in memory: its own, or those of one piece."""
     return (B, T) if B * T <= HEAD_ROWS else (1, HEAD_ROWS)

@@ -6,7 +6,7 @@ import re
 import sys
 from typing import Any
 
-from llmc.command import Parser, command
+from llmc.command import Parser, command, named
 from llmc.errors import UserError
 
 Streams = dict[str, dict[int, float]]
@@ -68,8 +68,10 @@ def draw(logs: dict[str, Streams]) -> Any:
 
 def parser() -> Parser:
     p = Parser(prog="llmc.plot", description="Draw the loss curves of runs.", allow_abbrev=False)
-    p.add_argument("runs", nargs="+", metavar="RUN", help="output folders of runs, or main.log files of llm.c")
-    p.add_argument("-o", "--output", default="loss.png", help="the picture to write (loss.png)")
+    p.add_argument(
+        "runs", type=named, nargs="+", metavar="RUN", help="output folders of runs, or main.log files of llm.c"
+    )
+    p.add_argument("-o", "--output", type=named, default="loss.png", help="the picture to write (loss.png)")
     return p
 
 

@@ -31,7 +31,7 @@ def test_values(kind, good, bad):
     for text in [*bad, "9" * 400 + "e", "-" + "9" * 400]:
         with pytest.raises(argparse.ArgumentTypeError, match="is not a (whole )?number") as error:
             kind(text)
-        assert str(error.value).startswith(f"{text} is not ")  # the value, and after it the limit
+        assert str(error.value).startswith(f"{text or repr(text)} is not ")  # the value, and after it the limit
 
 
 def test_numbers_too_large_for_a_float():
@@ -66,6 +66,14 @@ def test_what_wraps_is_refused(kind, good, bad):
     for text in bad:
         with pytest.raises(argparse.ArgumentTypeError, match=f"^{text} is not "):
             kind(text)
+
+
+@pytest.mark.parametrize("flag", ("-i", "-j", "-e", "-o", "-k", "--replay", "--kernel"))
+def test_an_empty_name_is_a_variable_that_was_not_set(flag, capsys):
+    """Not a run without that flag."""
+    with pytest.raises(SystemExit):
+        flags.parse([flag, ""])
+    assert "'' names nothing" in capsys.readouterr().err
 
 
 def parse_many(*argv):

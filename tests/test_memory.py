@@ -16,7 +16,7 @@ from llmc.command import memory_size
 from llmc.data.shards import write_shard
 from llmc.errors import UserError
 from llmc.gpt2 import GPT2Config, parameter_specs
-from llmc.model import AdamW, Model
+from llmc.model import AdamW, Model, piece_sizes, pieces
 from llmc.parallel import launch as launching
 from llmc.parallel import zero
 from llmc.training import memory
@@ -372,6 +372,15 @@ def test_hopper_launches_at_the_largest_size(C, NH, V, monkeypatch):
         launch_all(monkeypatch, most // T, T, C, NH, V, dtype, capability=90)
     with pytest.raises((AssertionError, OverflowError)):
         launch_all(monkeypatch, 2**31 - 128, 1, C, NH, V, dtype, capability=90)
+
+
+def test_the_largest_batch_is_refused_at_once(capsys, monkeypatch):
+    """Not after a list of its pieces has been made."""
+    without_cupy(monkeypatch)
+    for size in (1, 7, 16896, 16897, 50000):
+        assert piece_sizes(size) == {piece.stop - piece.start for piece in pieces(size)}
+    code, _, err = run(capsys, "--plan", "-e", "tiny:d1", "--device", "cpu", "-t", 256, "-b", 2**31 - 1)
+    assert code == 2 and "-b 2147483647" in err and err.count("\n") == 1
 
 
 def test_a_plan_beyond_it_is_refused(capsys, monkeypatch):

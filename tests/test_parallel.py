@@ -63,6 +63,7 @@ def test_world_and_meeting_place(environ, flags, place_flags, expected, place):
         (dict(RANK="4", WORLD_SIZE="4"), {}, "RANK=4 with WORLD_SIZE=4: no such rank"),
         (dict(RANK="a", WORLD_SIZE="4"), {}, "RANK=a with WORLD_SIZE=4: no such rank"),
         ({}, dict(process_count=2), "-pn 2 needs -pr"),
+        ({}, dict(process_rank=1), "-pr 1: with 1 processes"),
     ],
 )
 def test_contradicting_variables(environ, flags, text):

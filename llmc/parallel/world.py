@@ -73,6 +73,9 @@ def world(
         one, other = (f"{n[0]}={w.rank}, {n[1]}={w.size}" for w, n in zip(told, found.values(), strict=True))
         raise UserError(f"{one} contradicts {other}. HINT: one launcher only; unset what another one left.")
     if not told:
+        if process_rank is not None and process_rank >= (process_count or 1):
+            alone = f"with {process_count or 1} processes (-pn) the ranks are 0 to {(process_count or 1) - 1}"
+            raise UserError(f"-pr {process_rank}: {alone}. HINT: give -pn, or start with mpirun, which tells both.")
         if process_rank is None and (process_count or 1) > 1:
             text = f"-pn {process_count} needs -pr, the rank of this process"
             raise UserError(f"{text}. HINT: mpirun -n {process_count} tells both.")

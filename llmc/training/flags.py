@@ -14,6 +14,7 @@ from llmc.command import (
     count,
     fraction,
     memory_size,
+    named,
     natural,
     number,
     period,
@@ -61,15 +62,22 @@ def parser() -> Parser:
 
 
 def add_files(add: Callable[..., Any]) -> None:
-    add("-i", "--input-bin", metavar="GLOB", help="training shards (default: Tiny Shakespeare, prepared as needed)")
-    add("-j", "--input-val-bin", metavar="GLOB", help="validation shards (default: Tiny Shakespeare's)")
+    add(
+        "-i",
+        "--input-bin",
+        type=named,
+        metavar="GLOB",
+        help="training shards (default: Tiny Shakespeare, prepared as needed)",
+    )
+    add("-j", "--input-val-bin", type=named, metavar="GLOB", help="validation shards (Tiny Shakespeare's)")
     add(
         "-e",
         "--model",
+        type=named,
         metavar="MODEL",
         help="a .bin file, a run's folder, hf:DIR, hf:NAME, or a descriptor: d12, tiny:d4",
     )
-    add("-o", "--output-dir", metavar="DIR", help="logs and checkpoints (default: none, or runs/...)")
+    add("-o", "--output-dir", type=named, metavar="DIR", help="logs and checkpoints (default: none, or runs/...)")
     add("-n", "--checkpoint-every", type=natural, metavar="N", help="checkpoint every N steps and at the end (0)")
     add("-nk", "--checkpoints-keep", type=natural, metavar="N", help="keep the newest N (0 = all)")
     text = "multiples that -nk spares (0 = none)"
@@ -87,7 +95,7 @@ def add_batch(add: Callable[..., Any]) -> None:
 
 def add_optimization(add: Callable[..., Any]) -> None:
     add("-x", "--max-steps", type=count, metavar="N", help="steps (-1 = one epoch)")
-    add("-k", "--lr-scheduler", metavar="NAME", help="cosine, linear, constant or wsd")
+    add("-k", "--lr-scheduler", type=named, metavar="NAME", help="cosine, linear, constant or wsd")
     add("-l", "--learning-rate", type=number, metavar="LR", help="peak learning rate (3e-4)")
     add("-u", "--warmup-iterations", type=natural, metavar="N", help="steps of linear warm-up (0)")
     text = "final learning rate / peak (1 = no decay)"
@@ -137,7 +145,7 @@ def add_nonfinite(add: Callable[..., Any]) -> None:
     text = "the weights stay, where it came from is printed and saved; then stop, or skip this update (stop)"
     add("--on-nonfinite", choices=("stop", "skip"), help=text)
     text = "do the step that such a run saved again, op by op; also with another --dtype. Exit code 1 if as bad"
-    add("--replay", metavar="FILE", help=text)
+    add("--replay", type=named, metavar="FILE", help=text)
 
 
 def add_machine(add: Callable[..., Any]) -> None:
@@ -148,7 +156,7 @@ def add_machine(add: Callable[..., Any]) -> None:
     text = "GPU: wait for each kernel and name the one that fails (implies --no-graph)"
     add("--check", action="store_true", help=text)
     text = "GPU: rung N of an op, matmul_forward=4, instead of the one in production; may be repeated"
-    add("--kernel", action="append", metavar="OP=N", help=text)
+    add("--kernel", action="append", type=named, metavar="OP=N", help=text)
     add("--threads", type=thread_count, metavar="N", help="CPU threads (default: all cores this process may use)")
 
 
