@@ -302,13 +302,13 @@ def hopper(monkeypatch):
         assert columns * 2 % 16 == 0 and rows * columns <= array.size, (rows, columns, array.shape)
         return array
 
-    def launch_sm90(name, version, dtype, M, N, args, items=0, defines=()):
-        assert max(-(-M // 128) * -(-N // 192), items) + 132 < 2**31 and max(M, N) < 2**31 - 256, (name, M, N, items)
-        launch(name, version, dtype, M, N, args, items, defines)
+    def launch_sm90(name, dtype, tile, items, args, defines=()):
+        assert 0 < items + 132 < 2**31, (name, items)
+        launch(name, dtype, tile, items, args, defines)
 
     matmul = importlib.import_module("llmc.cuda.matmul")
-    launch = matmul.launch_sm90
-    monkeypatch.setattr(matmul, "launch_sm90", launch_sm90)
+    launch = matmul._launch_sm90
+    monkeypatch.setattr(matmul, "_launch_sm90", launch_sm90)
     monkeypatch.setattr(cuda.module, "tensor_map", tensor_map)
     monkeypatch.setattr(cuda.module, "multiprocessors", lambda: 132)
     monkeypatch.setattr(cuda.module, "no_hopper", None)
