@@ -180,6 +180,19 @@ def test_a_reader_that_goes_away_is_no_reason_to_lose_work():
     assert_same_run("out", "full", 60)
 
 
+def test_a_reader_of_several_ranks_that_goes_away():
+    """Without -o there is nothing to go on for: all ranks end, with one line."""
+    pytest.importorskip("mpi4py")
+    if not MPIRUN:
+        pytest.skip("no mpirun: pip install mpich")
+    code = "import os, sys; from mpi4py import MPI; r, w = os.pipe(); os.close(r); MPI.COMM_WORLD.rank or os.dup2(w, 1)"
+    code += "; from llmc import train; sys.exit(train.main(sys.argv[1:]))"
+    command = [MPIRUN, "-n", "2", sys.executable, "-c", code, *BASE, "-x", "9", "--threads", "1"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1, (done.returncode, done.stderr)
+    assert_one_line(done.stderr, "nobody reads stdout any more", "HINT: with -o DIR")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 def test_a_full_disk_behind_stdout(capsys):
     def to_full(*argv):

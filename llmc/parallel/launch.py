@@ -82,6 +82,8 @@ def launched(who: World, place: Place | None, device: str = "auto") -> "Iterator
         ranks.fail(str(error), error.code)
     except KeyboardInterrupt:
         ranks.fail("interrupted", 130)
+    except BrokenPipeError:
+        ranks.fail("nobody reads stdout any more. HINT: with -o DIR the run goes on without", 1)
     except BaseException as error:
         print(f"rank {who.rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         ranks.fail(f"{type(error).__name__}: {error}", 1)
