@@ -239,7 +239,7 @@ def _unpacked(name: str, file: _Counted) -> Iterator[bytes]:
 def _unpacked_zstd(name: str, file: _Counted) -> Iterator[bytes]:
     """Yield the bytes of one or more zstd frames. Few are given in at a time, as a frame can swell 30,000 fold."""
     try:
-        from compression import zstd  # type: ignore[import-not-found]  # Python 3.14
+        from compression import zstd  # type: ignore[import-not-found]  # Python has it from 3.14 on.
 
         new, failure = zstd.ZstdDecompressor, zstd.ZstdError
     except ImportError:
