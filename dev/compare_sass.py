@@ -152,13 +152,13 @@ def compile_cubin(file, dtype, defines, arch):
     _, program = nvrtc.nvrtcCreateProgram(source.encode(), file.encode(), 0, [], [])
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
-    log = b" " * size
+    log = bytes(bytearray(size + 1))  # an object of its own: a bytes of one character is shared by the whole process
     nvrtc.nvrtcGetProgramLog(program, log)
     log = log.rstrip(b"\0").decode()
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise SystemExit(f"kernels/{file} does not compile for {arch} in {dtype} with {defines}:\n{log}")
     _, size = nvrtc.nvrtcGetCUBINSize(program)
-    cubin = b" " * size
+    cubin = bytes(bytearray(size))
     nvrtc.nvrtcGetCUBIN(program, cubin)
     nvrtc.nvrtcDestroyProgram(program)
     resources = {}

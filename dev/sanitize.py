@@ -212,7 +212,8 @@ def steps(ops: Any, dtype: Any, config: Any, B: int, T: int, **options: Any) -> 
         model.backward(x, y)
         model.update(adamw, model.steps + 1)
         assert np.isfinite(model.mean_loss()), (config, dtype)
-    model.round_master()
+    if model.master is not None:  # fp32 weights are their own master
+        model.round_master()
 
 
 def other_ops(ops: Any, dtype: Any) -> None:

@@ -43,7 +43,7 @@
 //   MMA_THREADS                         of a block
 //   FFMA_SHARED_BYTES, FFMA_BACKWARD_SHARED_BYTES, FORWARD_SHARED_BYTES, DQ_SHARED_BYTES, DKV_SHARED_BYTES   dynamic
 constexpr int HS = HEAD_SIZE;
-constexpr float LOG2E = 1.4426950408889634f;
+[[maybe_unused]] constexpr float LOG2E = 1.4426950408889634f;
 
 static_assert(HS % 8 == 0 && HS > 0, "HEAD_SIZE must be a multiple of 8");
 

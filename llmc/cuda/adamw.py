@@ -51,6 +51,7 @@ def init_from_master(params: Array, master: Array, ends: Array, seeds: Array) ->
     Cost: (4 + itemsize) bytes per parameter.   Source: llm.c llmc/adamw.cuh init_from_master.
     """
     check(params, master, ends, seeds)
+    assert master is not None, "there are no master weights to round"
     kernel = module.kernel("adamw.cu", "init_from_master_kernel", params.dtype, defines(ends.size))
     kernel((blocks(params),), (BLOCK,), (params, master, ends, seeds, np.int64(params.size)))
 
