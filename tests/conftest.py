@@ -106,9 +106,13 @@ def rungs_to_test(kind, dtype, name):
 
 
 def is_further(kind, dtype, rung):
-    """Whether a test of a rung runs with --full only: on the executor the rungs below production, and fp16, whose
-    kernels differ from those of bf16 by conversions alone."""
-    return kind == "executor" and (dtype == "fp16" or (rung is not None and not rung.production))
+    """Whether a test of a rung runs with --full only: on the executor fp16, whose kernels differ from those of bf16 by
+    conversions alone, the rungs below production, and one that is production for fp32 alone in another dtype."""
+    if kind != "executor" or rung is None:
+        return kind == "executor" and dtype == "fp16"
+    of_16_bits = any(r.production and "fp32" not in r.dtypes for r in ladder.of(rung.op))
+    for_fp32 = of_16_bits and "fp32" in rung.dtypes
+    return dtype == "fp16" or not rung.production or (for_fp32 and dtype != "fp32")
 
 
 def pytest_generate_tests(metafunc):

@@ -466,6 +466,7 @@ def test_sanitize_fails_on_what_is_not_explained(tmp_path, monkeypatch, capsys):
 # mutate.py
 
 
+@pytest.mark.full
 def test_mutate_judges(tmp_path):
     """One mutation that no code shows, and one that a test catches."""
     text = (mutate.ROOT / "kernels" / "gelu.cu").read_text()

@@ -88,6 +88,7 @@ def compiled_for_turing(tmp_path):
     return kernel
 
 
+@pytest.mark.full
 @SETS
 @pytest.mark.parametrize("dtype", ("fp32", "fp16"))
 def test_passes_on_turing(ops, dtype, monkeypatch, tmp_path):
@@ -153,7 +154,7 @@ def test_ten_steps_in_16_bits_follow_float64(ops, dtype, tolerance):
 
 
 @SETS
-@pytest.mark.parametrize("dtype", ("fp32", "bf16"))
+@pytest.mark.parametrize("dtype", (pytest.param("fp32", marks=pytest.mark.full), "bf16"))
 def test_recomputation_changes_no_bit(ops, dtype):
     pairs, results = batches(CONFIG, B, T, 4), []
     for recompute in (0, 1, 2):

@@ -14,6 +14,7 @@ from test_gpt2_cuda import CONFIG, SETS, B, T, batches, build, to_host
 SMALL_VOCABULARIES = [(2, 3, 1, 128), (1, 5, 3, 128), (1, 3, 65, 128), (1, 2, 257, 384), (1, 2, 1023, 1024)]
 
 
+@pytest.mark.full
 @pytest.mark.op("matmul_backward", public=True, shapes=[(1, 3, 8, 8456)], big=[(2, 33, 40, 8456)])
 def test_bias_gradient_accumulates_at_many_output_channels(op, shape):
     """Above 8448 output channels (H100) llm.c's bias kernel has one block a column and overwrites instead of adding:

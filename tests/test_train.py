@@ -929,7 +929,7 @@ def test_resume_without_a_checkpoint_starts_afresh(capsys):
     assert "resuming from step 2" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_killed_at_fifty_instants():
     """SIGKILL at 50 random instants, of start-up, steps and checkpoint writes: every run ends in the undisturbed bits.
 
