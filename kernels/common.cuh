@@ -1,5 +1,5 @@
 // What every kernel file shares: the model's number type, 16-byte packs, warp and block reductions, noise for
-// stochastic rounding, GELU. One file per op includes it; there is no other shared code.
+// stochastic rounding, GELU. The file of every op includes it.
 //
 // floatX is the type of parameters, activations and their gradients, fixed by one -D option per compilation:
 // ENABLE_FP32 | ENABLE_FP16 | ENABLE_BF16. All arithmetic is in fp32: read with (float)x, write with (floatX)f, which
@@ -43,7 +43,7 @@ template <class T> __host__ __device__ constexpr T ceil_div(T a, T b) { return (
 // ---------------------------------------------------------------------------------------------------------------------
 
 #ifndef LLMC_SIMT
-#define CHECK_INDEX(i, size)  // is the CPU executor's (llmc/simt)
+#define CHECK_INDEX(i, size)  // nothing on a GPU; the CPU executor (llmc/simt) checks the index
 #endif
 
 // 8 bf16/fp16 or 4 fp32 values that are loaded and stored at once. The address must be 16-byte aligned.
@@ -99,17 +99,18 @@ template <class T> __device__ inline void store128cg(T* address, const Packed128
     __stcg(reinterpret_cast<int4*>(address), bits128(pack));
 }
 
-// Makes the compiler forget what it has computed from a pack. It then converts the 16-bit values again where they are used
-// next, instead of keeping twice the registers full of fp32 copies (and spilling them) until then.
+// Makes the compiler forget what it has computed from a pack. It then converts the 16-bit values again where they are
+// used next. Otherwise it keeps their fp32 copies until then, which take twice the registers and are spilled.
 template <class T> __device__ inline void forget128(Packed128<T>& pack) {
     int4 bits = bits128(pack);
     asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w));
     pack = unpack128<T>(bits);
 }
 
-// All values of a pack of floatX as fp32, and back, rounded to nearest even: an instruction for a value, and one for a pair.
+// to_floats gives all values of a pack of floatX as fp32, with one instruction for each value. to_pack is the way back:
+// it rounds to nearest even, with one instruction for each pair of values.
 __device__ inline void to_floats(float (&values)[x128::size], const x128& pack) {
-#ifdef ENABLE_BF16  // the upper half of an fp32 number; the library's conversion of odd elements takes two instructions
+#ifdef ENABLE_BF16  // bf16 is the upper half of an fp32 number; the library takes two instructions for odd elements
     u32 pairs[x128::size / 2];
     memcpy(pairs, &pack, 16);
     for (int i = 0; i < x128::size / 2; i++) {
@@ -137,7 +138,7 @@ __device__ inline x128 to_pack(const float (&values)[x128::size]) {
     return pack;
 }
 
-// W consecutive values as fp32, W = 1 or a multiple of a pack's size: in 16-byte accesses.
+// Reads W consecutive values as fp32. W is 1, or a multiple of a pack's size; the accesses are then of 16 bytes.
 template <int W, class T> __device__ inline void load_floats(float (&v)[W], const T* address) {
     if constexpr (W == 1) {
         v[0] = (float)address[0];
@@ -167,7 +168,8 @@ template <int W, class T> __device__ inline void store_floats(T* address, const 
     }
 }
 
-// Eight values at `to` (+)= the sums of those at `partials` and each `step` further on, `count` in all, in their order.
+// Adds up `count` partial sums of eight values each. The first lies at `partials`, every next one `step` values further
+// on; they are added in this order. The eight sums are written to `to`, or added to what is there if `accumulate`.
 template <class T>
 __device__ inline void add_partials(T* to, const float* partials, i64 step, int count, bool accumulate) {
     float sum[8], other[8];
@@ -228,8 +230,8 @@ __device__ inline float blockReduceMax(float value) {
 // Stochastic rounding
 // ---------------------------------------------------------------------------------------------------------------------
 
-// 32 random-looking bits of (position, seed): the integer hash SquirrelNoise5 of S. Eiserloh, that llm.c uses. Positions
-// past 2^32 fold in with a prime, as in its two-dimensional form.
+// 32 random-looking bits that depend on (position, seed) alone: the integer hash SquirrelNoise5 of S. Eiserloh, which
+// llm.c uses. The upper half of a position is multiplied by a prime and added, as in the hash's two-dimensional form.
 __device__ inline u32 noise(unsigned long long position, u32 seed) {
     u32 m = ((u32)position + 198491317u * (u32)(position >> 32)) * 0xd2a80a3fu + seed;
     m = (m ^ (m >> 9)) + 0xa884f197u;
@@ -247,8 +249,8 @@ template <class T = floatX> __device__ inline T stochastic_round(float value, u3
     if constexpr (sizeof(T) == 2) {
         u32 bits = __float_as_uint(value);
         u32 kept = (bits & 0xffffu) > (random & 0xffffu) ? bits | 0xffffu : bits & 0xffff0000u;
-        // all 16 low bits set: the conversion below rounds up; all clear: it is exact. NaN is passed on unchanged, because
-        // clearing its low bits could turn it into infinity.
+        // If all 16 low bits are set, the conversion below rounds up; if all are clear, it is exact. NaN is passed on
+        // unchanged, because clearing its low bits could turn it into infinity.
         return __float2bfloat16_rn(value == value ? __uint_as_float(kept) : value);
     } else {
         return value;
@@ -261,8 +263,9 @@ template <class T = floatX> __device__ inline T stochastic_round(float value, u3
 // ---------------------------------------------------------------------------------------------------------------------
 // GELU, tanh form: 0.5 x (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3).
 // 0.5 (1 + tanh u) = s = 1 / (1 + exp(-2u)), which loses no digits for negative x, where 1 + tanh u cancels.
-// exp as 2^y and the division are one instruction of the hardware each, right to some 2^-21. The exact expf and division
-// take 40 instructions an element, more time than its 4 bytes take; tanh.approx has an error of 2^-11, and cancels.
+// exp is computed as 2^y. It and the division are one hardware instruction each, with an error of about 2^-21. The
+// exact expf and division take 40 instructions an element, which last longer than moving its 4 bytes. tanh.approx has
+// an error of 2^-11, and 1 + tanh u cancels.
 // ---------------------------------------------------------------------------------------------------------------------
 
 #define GELU_SCALE 0.7978845608028654f  // sqrt(2/pi)
@@ -276,8 +279,8 @@ __device__ inline float gelu_factor(float x) {
 
 __device__ inline float gelu(float x) { return x * gelu_factor(x); }
 
-// d gelu / dx = s + x * ds/dx, ds/dx = s (1 - s) du/dx, of s = gelu_factor(x). Both in as few instructions as there are:
-// in the epilogue of a matmul each costs a percent of its time.
+// d gelu / dx = s + x * ds/dx with s = gelu_factor(x) and ds/dx = 2 s (1 - s) du/dx. gelu and gelu_grad use as few
+// instructions as they can, because in the epilogue of a matmul each one costs a percent of the matmul's time.
 __device__ inline float gelu_grad(float x, float s) {
     return s + (s - s * s) * (x * (2 * GELU_SCALE + 6 * GELU_SCALE * GELU_CUBIC * (x * x)));
 }

@@ -1,5 +1,5 @@
 // The tensor-core and asynchronous-copy instructions that CUDA C++ has no function for: one inline function each.
-// All inline assembly of the project is in this file.
+// Hopper's own are in ptx_sm90.cuh.
 //
 // Fragments (PTX ISA, "Matrix Fragments for mma.m16n8k16"). Lane l, group g = l / 4, t = l % 4. Each register of a and
 // b holds two 16-bit values, the lower k in the lower half; d = a @ b + c in fp32.
@@ -11,8 +11,8 @@
 // ldmatrix: lane 8i + r gives the address of row r (16 bytes = 8 values) of the 8 x 8 matrix i. Result register i: lane
 // l receives row l/4, columns 2t, 2t+1 of matrix i; with _trans, rows 2t, 2t+1 of column l/4.
 //
-// sm_75 has neither m16n8k16 nor cp.async: two m16n8k8 and a plain 16-byte copy stand in, so that the fp16 kernels run
-// there unchanged. bf16 needs sm_80.
+// sm_75 has neither m16n8k16 nor cp.async. Two m16n8k8 and a plain 16-byte copy take their place there, so that the
+// fp16 kernels run unchanged. bf16 needs sm_80.
 #pragma once
 #include "common.cuh"
 
@@ -91,8 +91,8 @@ __device__ inline void ldmatrix_x4_trans(u32 r[4], const void* smem) {
                  : "r"(shared_address(smem)));
 }
 
-// Copies 16 bytes to shared memory without passing through registers; writes zeros and reads nothing if !pred. The data
-// is there after cp_async_commit, cp_async_wait and, for other threads, a barrier.
+// Copies 16 bytes to shared memory without passing through registers; if !pred, it writes zeros and reads nothing. This
+// thread sees the data after cp_async_commit and cp_async_wait, other threads after a barrier that follows.
 __device__ inline void cp_async_16(void* smem, const void* gmem, bool pred) {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(smem)), "l"(gmem),

@@ -1,16 +1,18 @@
 // Hopper's own instructions (sm_90a): mbarriers, TMA, wgmma, moving registers between warps. One inline function each.
 //
-// mbarrier: 8 bytes of shared memory that count arrivals, and bytes that TMA still has to bring. When both counts reach
-//   zero a phase ends and the next begins. A wait names the parity of the phase that has to have ended: 0 for the
-//   first, 1 for the second, 0 for the third; on a fresh barrier a wait for 1 passes. It cannot tell phases two apart.
+// mbarrier: 8 bytes of shared memory that count the arrivals and the bytes of TMA that are still to come. When both
+//   counts reach zero, a phase ends and the next begins. A wait names the parity of the phase that has to have ended: 0
+//   for the first, 1 for the second, 0 for the third. On a fresh barrier a wait for parity 1 passes at once. A wait
+//   cannot tell a phase from the one two later, so no thread may fall that far behind.
 // TMA: one thread asks for a box of a 2-D array to be copied to shared memory. A TensorMap (llmc/cuda/module.py) holds
-//   the array's address and sizes and the box's: rows x 64 columns of 16 bits. Column and row may lie outside, where it
-//   brings zeros. In shared memory a row is 128 bytes, and the 16-byte piece c of row r lies at piece c ^ (r & 7):
-//   128-byte swizzle, by address bits, so a box starts at a multiple of 1024 bytes.
+//   the array's address and sizes and those of the box, which is rows x 64 columns of 16 bits. The box may reach out of
+//   the array; TMA fills that part with zeros. In shared memory a row takes 128 bytes, and the 16-byte piece c of row r
+//   lies at piece c ^ (r & 7). This is the 128-byte swizzle: the hardware takes r from the address, so a box must start
+//   at a multiple of 1024 bytes.
 // wgmma: a warpgroup (4 warps, the first a multiple of 4) computes d += a @ b for a (64 x 16) and b (16 x N) in shared
-//   memory, as TMA left them. An operand "by k" has a row of 64 m or n for every k; otherwise a row of 64 k for every m
-//   or n. Thread t of the warpgroup, w = t / 32, l = t % 32: its d[j] is row 16 w + l / 4 + 8 (j / 2 % 2), column
-//   8 (j / 4) + 2 (l % 4) + j % 2.
+//   memory, as TMA left them. An operand "by k" has a row of 64 m or n for every k; any other has a row of 64 k for
+//   every m or n. Let w = t / 32 and l = t % 32 for thread t of the warpgroup: its d[j] is in row 16 w + l / 4 + 8 (j /
+//   2 % 2) and column 8 (j / 4) + 2 (l % 4) + j % 2.
 //
 // Source: PTX ISA, "mbarrier", "Tensors", "cp.async.bulk.tensor", "Asynchronous Warpgroup Level Matrix Instructions".
 #pragma once
@@ -30,14 +32,15 @@ __device__ inline void mbarrier_init(u64* barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 
-// After the inits and before the __syncthreads that lets others, TMA among them, use the barriers.
+// Makes initialised barriers visible to others, TMA among them. It belongs between the inits and the __syncthreads
+// after which others use the barriers.
 __device__ inline void mbarrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 __device__ inline void mbarrier_arrive(u64* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// Arrives, and announces bytes that TMA will bring.
+// Arrives, and announces how many bytes TMA will bring in this phase.
 __device__ inline void mbarrier_expect(u64* barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
@@ -61,9 +64,10 @@ __device__ inline void tma_load(void* smem, const TensorMap& map, int column, in
                  : "memory");
 }
 
-// The way back, of what lies inside the array. What threads wrote to shared memory is seen after fence_async by each of
-// them and then a barrier. A commit closes a group of copies of this thread; tma_store_wait<N> returns when all but the
-// last N groups have read their shared memory, which may then be overwritten. A thread must not exit before.
+// Copies a box from shared memory to the array; what lies outside the array is left out. TMA sees what threads wrote to
+// shared memory only after each of them has called fence_async and then a barrier. A commit closes a group of this
+// thread's copies. tma_store_wait<N> returns when all but the last N groups have read their shared memory, which may
+// then be overwritten. A thread must not exit before its groups have done so.
 __device__ inline void tma_store(const TensorMap& map, int column, int row, const void* smem) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
                  ::"l"(&map), "r"(column), "r"(row), "r"(shared_address(smem))
@@ -75,19 +79,20 @@ template <int N> __device__ inline void tma_store_wait() {
 }
 __device__ inline void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// __syncthreads of `threads` threads alone, whole warps. Numbers 1 .. 15; 0 is that of __syncthreads.
+// A __syncthreads among `threads` threads of the block only, which make up whole warps. The number is 1 .. 15, because
+// __syncthreads itself uses 0.
 __device__ inline void named_barrier(int number, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
-// Copies bytes, a multiple of 16, as they lie. Both addresses are multiples of 16.
+// Copies `bytes` bytes to shared memory in the order they have. Their number and both addresses are multiples of 16.
 __device__ inline void bulk_load(void* smem, const void* gmem, u32 bytes, u64* barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(shared_address(smem)), "l"(gmem), "r"(bytes), "r"(shared_address(barrier))
                  : "memory");
 }
 
-// Registers per thread of this warpgroup from here on: 24 .. 256, a multiple of 8.
+// Each thread of this warpgroup has N registers from here on. N is a multiple of 8 from 24 to 256.
 template <int N> __device__ inline void fewer_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
@@ -101,9 +106,9 @@ __device__ inline void stmatrix_x4(void* smem, const u32 (&r)[4]) {
                  : "memory");
 }
 
-// wgmma_begin before the first use of registers by wgmma, wgmma_commit after a group, wgmma_wait<N> until at most N
-// groups are under way. Between them the registers of d must not be touched; wgmma_tie stops the compiler from moving
-// uses across.
+// wgmma_begin comes before wgmma first uses a register, and wgmma_commit closes a group. wgmma_wait<N> returns when at
+// most N groups are under way. Until then the registers of d must not be touched. wgmma_tie stops the compiler from
+// moving such a use to the other side of it.
 __device__ inline void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int N> __device__ inline void wgmma_wait() {
@@ -119,13 +124,15 @@ template <int SIZE> __device__ inline void wgmma_tie(u32 (&a)[SIZE][4]) {
     for (int i = 0; i < SIZE * 4; i++) { asm volatile("" : "+r"(a[i / 4][i % 4])::"memory"); }
 }
 
-// What wgmma has to know of an operand in 128-byte swizzle: its address and two strides, all in units of 16 bytes.
-// Bits 0-13 address | 16-29 by k: from 64 of m or n to the next | 32-45 from 8 rows on, 1024 bytes | 62: swizzle
+// The descriptor of an operand in 128-byte swizzle. The address and the two strides are in units of 16 bytes.
+// Bits 0-13: address | 16-29: for an operand by k, the stride from one 64 of m or n to the next | 32-45: the stride
+// from one group of 8 rows to the next, 1024 bytes | 62: 128-byte swizzle
 __device__ inline u64 wgmma_operand(const void* smem, u32 panel_bytes) {
     return (shared_address(smem) & 0x3ffffu) >> 4 | (u64)(panel_bytes >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
 }
 
-// Keeps a wait that follows behind the arithmetic that makes `value`, at least 0: by itself ptxas takes waits first.
+// Keeps the wait that follows behind the arithmetic that makes `value`, which is never negative. Left alone, ptxas puts
+// waits before arithmetic.
 __device__ inline void hold_until(float value) {
     if (value < 0.0f) { asm volatile("nanosleep.u32 1;"); }
 }
@@ -149,7 +156,7 @@ __device__ inline void hold_until(float value) {
     "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79," \
     "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
 
-// d = a @ b, or d += a @ b if `add`, for N = twice the size of d.
+// d += a @ b if `add`, else d = a @ b. N is twice the size of d.
 template <bool A_BY_K, bool B_BY_K> __device__ inline void wgmma(float (&d)[96], u64 a, u64 b, bool add) {
     asm volatile("{.reg .pred p; setp.ne.b32 p, %98, 0;"
                  "wgmma.mma_async.sync.aligned.m64n192k16.f32." WGMMA_TYPES
@@ -177,8 +184,8 @@ template <bool A_BY_K, bool B_BY_K> __device__ inline void wgmma(float (&d)[4], 
                  : "l"(a), "l"(b), "r"((int)add), "n"((int)A_BY_K), "n"((int)B_BY_K));
 }
 
-// The same with a in registers: 64 x 16, each warp 16 rows as mma.m16n8k16 has them (ptx.cuh). Neither d nor a may be
-// touched until the wait.
+// The same with a (64 x 16) in registers: each warp holds 16 rows, laid out as for mma.m16n8k16 (ptx.cuh). Neither d
+// nor a may be touched until wgmma_wait has returned.
 template <bool B_BY_K> __device__ inline void wgmma(float (&d)[32], const u32 (&a)[4], u64 b, bool add) {
     asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0;"
                  "wgmma.mma_async.sync.aligned.m64n64k16.f32." WGMMA_TYPES
@@ -203,7 +210,8 @@ template <bool B_BY_K> __device__ inline void wgmma(float (&d)[64], const u32 (&
 
 #endif  // LLMC_SIMT
 
-// Makes the compiler forget what it knows of a value, so that it does not compute what depends on it long before.
+// Makes the compiler forget what it knows of a value. It can then not compute what depends on the value long before it
+// is needed, which would keep registers occupied.
 __device__ inline void forget(i64& value) {
 #ifndef LLMC_SIMT
     asm volatile("" : "+l"(value));
@@ -215,7 +223,7 @@ __device__ inline void forget(int& value) {
 #endif
 }
 
-// Place of the 16-byte piece `piece` of a row, 0 .. 7, in a box as TMA leaves it.
+// The address of the 16-byte piece `piece` (0 .. 7) of a row, in a box as TMA leaves it.
 __device__ inline char* swizzled(char* box, int row, int piece) { return box + row * 128 + (piece ^ row % 8) * 16; }
 
 // Waits until the phase with this parity has ended.
