@@ -11,8 +11,8 @@
 //   at a multiple of 1024 bytes.
 // wgmma: a warpgroup (4 warps, the first a multiple of 4) computes d += a @ b for a (64 x 16) and b (16 x N) in shared
 //   memory, as TMA left them. An operand "by k" has a row of 64 m or n for every k; any other has a row of 64 k for
-//   every m or n. Let w = t / 32 and l = t % 32 for thread t of the warpgroup: its d[j] is in row 16 w + l / 4 + 8 (j /
-//   2 % 2) and column 8 (j / 4) + 2 (l % 4) + j % 2.
+//   every m or n. Let w = t / 32 and l = t % 32 for thread t of the warpgroup: its d[j] is in
+//   row 16 w + l / 4 + 8 (j / 2 % 2) and column 8 (j / 4) + 2 (l % 4) + j % 2.
 //
 // Source: PTX ISA, "mbarrier", "Tensors", "cp.async.bulk.tensor", "Asynchronous Warpgroup Level Matrix Instructions".
 #pragma once

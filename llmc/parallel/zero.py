@@ -1,7 +1,8 @@
-"""ZeRO-1: AdamW's state in shares, one on each rank.
+"""ZeRO-1: AdamW's state is cut into shares, one for each rank.
 
-A rank's share is the r-th of P equal parts of every tensor of every layer, in the order of llm.c's shards: tensor by
-tensor as in the checkpoint, layer by layer. m, v and master weights exist for the share alone. In a step
+Every layer of every tensor is cut into P equal parts; the share of rank r is the r-th part of each. The parts are in
+the order of llm.c's shards: tensor by tensor as in the checkpoint, and layer by layer within a tensor. A rank has m, v
+and master weights for its share alone. In a step
 
     gradients of a layer --reduce_scatter--> share.grads --AdamW--> share.params --all_gather--> parameters
 
@@ -18,8 +19,8 @@ import numpy as np
 
 from llmc.buffers import Array, TensorSpec, Views
 
-NOISE = 0xD2A80A3F, 198491317  # the hash of kernels/common.cuh: noise(low + 2^32 high, seed) starts from
-# (low + 198491317 high) * 0xD2A80A3F + seed, so that to count from another element is to have another seed
+NOISE = 0xD2A80A3F, 198491317  # of the hash in kernels/common.cuh: noise(low + 2^32 high, seed) starts from
+# (low + 198491317 high) * 0xD2A80A3F + seed. So a kernel that counts from another element needs only another seed.
 
 
 class Row(NamedTuple):
@@ -28,12 +29,12 @@ class Row(NamedTuple):
     tensor: int
     layer: int  # -1 for a tensor that belongs to no layer
     size: int  # elements of the share
-    at: int  # its place in the share
-    start: int  # place of the whole layer in the flat parameters
+    at: int  # where it starts in the share
+    start: int  # where the whole layer starts in the flat parameters
 
 
 class Partition:
-    """The cut of all parameters into P equal shares, and which of them is this rank's. It holds no device memory."""
+    """How all parameters are cut into P equal shares, and which share is this rank's. It holds no device memory."""
 
     def __init__(self, tensors: Sequence[TensorSpec], rank: int, P: int, parts: list[list[Row]]) -> None:
         self.tensors, self.rank, self.P, self.parts = tensors, rank, P, parts
@@ -41,7 +42,7 @@ class Partition:
         self.size = sum(row.size for row in self.rows)  # elements of a share: N / P
 
     def specs(self, grad_dtype: str = "X") -> list[TensorSpec]:
-        """The buffer beside the optimizer state: the share of parameters and gradients, AdamW's tables for each part.
+        """The tensors beside the optimizer state: this share of parameters and gradients, AdamW's tables for each part.
 
         grad_dtype is a dtype letter, as in a TensorSpec.
         """
@@ -83,7 +84,7 @@ class Partition:
         return table
 
     def seeds(self, seeds: np.ndarray) -> np.ndarray:
-        """(parts, tensors) u32 from seeds (tensors,) u32: a row's noise is that of its place in the whole tensor."""
+        """(parts, tensors) u32 from seeds (tensors,) u32: a row gets the noise of its place in the whole tensor."""
         table = np.zeros((len(self.parts), len(self.tensors)), np.uint32)
         for k, rows in enumerate(self.parts):
             for j, row in enumerate(rows):
@@ -104,10 +105,11 @@ class Partition:
 
 
 def partition(specs: Sequence[TensorSpec], rank: int, P: int) -> Partition | None:
-    """The cut of the parameters `specs` for P ranks; None where P does not divide each layer of each tensor, that is C.
+    """The Partition of the parameters `specs` for P ranks; None if P does not divide every layer of every tensor.
 
-    One call of AdamW takes as many rows as there are tensors, and its arrays start at multiples of 8 elements: the rows
-    are cut into such parts.
+    Every layer has a multiple of C elements, so P has to divide C. One call of AdamW takes at most as many rows as
+    there are tensors, and its arrays start at multiples of 8 elements. So the rows are grouped into parts, one for each
+    call.
     """
     rows, at, start = [], 0, 0
     for i, spec in enumerate(specs):

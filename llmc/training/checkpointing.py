@@ -1,6 +1,6 @@
-"""A run's checkpoints: what of a model, its loader and detectors is saved, and how a run goes on from it.
+"""A run's checkpoints: what is saved of a model, its loader and detectors, and how a run goes on from it.
 
-llmc/files has the files. Everything the next step reads gets the bits that it had.
+The formats are in llmc/files. After a resume, everything that the next step reads has the bits that it had.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,8 +27,8 @@ def save(
 ) -> None:
     """Write model, train state of this rank and DONE marker of this step.
 
-    All ranks call it. loader: None where the data has no state to go on from; detectors: by name, whose state is kept.
-    share: gives a number of each rank to all of them, so it also waits for all.
+    All ranks call it. loader: None where the data has no state to go on from; detectors: name -> an object whose state
+    is saved; share: gives a number of each rank to all of them, so it also waits for all.
     """
     host = model.ops.device.host_view
     header = {field: getattr(model.config, field) for field in model_file.MODEL_WORDS}
@@ -70,11 +70,12 @@ def load(
 ) -> None:
     """Continue from the checkpoint of this step: everything the next step reads gets the bits it had.
 
-    It may be of any number of ranks, with or without -z 1; a share of the optimizer state is cut out of theirs.
-    use_master_weights False: the weights are those of the model file. True: the master weights of the state, or the
-    model file of an fp32 run, which has no others; without either it is an error. If the precision is not that of the
-    file, the parameters are rounded from the master weights anew, with the noise of the last update: a run can change
-    its precision.
+    Any number of ranks may have written it, with or without -z 1; this rank's optimizer state is put together from
+    theirs.
+    use_master_weights False: the weights come from the model file. True: they come from the master weights of the
+    state; that of an fp32 run has none, its model file takes their place. A checkpoint with neither is an error.
+    A run can change its precision: if the file has another one, the parameters are rounded from the master weights
+    anew, with the noise of the last update.
     """
     model_path, N = checkpoints.model_path(folder, step), model.params_flat.size
     version = loading.read_weights(model, model_path)

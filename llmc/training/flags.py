@@ -1,6 +1,6 @@
 """The flags of llmc.train: llm.c's letters (train_gpt2.cu error_usage and main), each with a long name, and more.
 
-A flag that is not given is None; settings.py has what then holds. -h is HellaSwag's, as in llm.c: help is --help alone.
+A flag that is not given is None; settings.py has the defaults. -h is HellaSwag's, as in llm.c, so only --help is help.
 """
 
 import argparse

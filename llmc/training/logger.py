@@ -24,10 +24,10 @@ class Logger:
 
     main.log is llm.c's: `s:%d trl:%.4f lr:%.6f norm:%.2f`, `s:%d tel:%.4f`, `s:%d eval:%.4f` with the 0-based step.
     metrics.jsonl has one strict JSON object a line with the key `step`; NaN and Inf are null.
-    output_dir None: every call does nothing. Use it on rank 0 only.
-    resume_step None: both files are new; those of an earlier run in the folder are kept as main.log.1 and
-    metrics.jsonl.1, or with the next number that is free. A run that resumes at step s keeps the lines before s: step s
-    itself, validation included, is done and logged again, so the files end as those of a run that was never killed.
+    output_dir None: every call does nothing. Only rank 0 has a Logger with a folder.
+    resume_step None: both files are new. Those of an earlier run are renamed to main.log.1 and metrics.jsonl.1, or to
+    the next number that is free. A run that resumes at step s keeps the lines before s. It does step s again, with its
+    validation, and logs it again, so the files end up as those of a run that was never killed.
     Errors: UserError where the files cannot be written.
     """
 
@@ -94,7 +94,7 @@ def metrics_step(line: bytes) -> int | None:
 
 
 def set_aside(paths: list[str]) -> None:
-    """Rename the files of an earlier run to NAME.N, with the first number N that is free for all; empty ones stay."""
+    """Rename the files of an earlier run to NAME.N. N is the first number free for all of them; empty files stay."""
     N = next(n for n in itertools.count(1) if not any(os.path.lexists(f"{path}.{n}") for path in paths))
     for path in paths:
         try:
@@ -105,7 +105,7 @@ def set_aside(paths: list[str]) -> None:
 
 
 def keep_lines_before(path: str, step_of: Callable[[bytes], int | None], step: int) -> None:
-    """Rewrite a log atomically with only the lines of steps before `step`; other lines, and a torn last one, go."""
+    """Rewrite a log atomically with only the lines of steps before `step`. All others go, as does a torn last line."""
     kept = []
     if step > 0 and os.path.exists(path):
         try:
@@ -141,10 +141,10 @@ def step_line(
 class Display:
     """Progress of a run on stdout: a calm bar with ETA on a terminal (live), plain lines where stdout is piped.
 
-    live: sys.stdout.isatty(). Then step() moves the bar and write() prints above it; else step() prints its line,
-    and no escape code is ever written. first_step: steps done before this run (resume).
-    folder: where the run has its files. With one, a stdout that can take no more, its reader or terminal gone or its
-    disk full, is no reason to stop: stderr says so once. Without, the first such write raises OSError.
+    live: sys.stdout.isatty(). If it is set, step() moves the bar and write() prints above it. Otherwise step() prints
+    its line, and no escape code is ever written. first_step: steps done before this run (resume).
+    folder: where the run has its files, or None. stdout may fail: its reader or terminal is gone, or its disk is full.
+    A run with a folder says so once on stderr and goes on. For a run without one the first such write raises OSError.
     """
 
     def __init__(self, total_steps: int, live: bool, first_step: int = 0, folder: str | None = None) -> None:
@@ -152,7 +152,7 @@ class Display:
         if live:
             from tqdm import tqdm  # only here: its import takes longer than the rest of the start
 
-            try:  # what tqdm will ask, too; $COLUMNS may say otherwise
+            try:  # as tqdm asks the terminal itself; $COLUMNS may say something else
                 columns = os.get_terminal_size(sys.stdout.fileno()).columns
             except (OSError, ValueError):
                 columns = 0  # a terminal that does not know its width
@@ -193,7 +193,7 @@ class Display:
 
     @contextlib.contextmanager
     def going_on(self) -> Iterator[None]:
-        """A write to stdout that may fail, see the class."""
+        """Around a write to stdout: what happens if it fails, as the class describes."""
         try:
             yield
         except OSError as error:

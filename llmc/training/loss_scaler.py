@@ -1,9 +1,9 @@
 """Dynamic loss scaling for fp16: by how much the gradients are multiplied so that they neither vanish nor overflow.
 
-fp16 holds magnitudes from 6e-8 to 65504; the gradients of a loss averaged over many tokens lie mostly below. The loss
-is multiplied by a power of two, and AdamW divides by it again in fp32 (llmc/model.py loss_scale): no bit changes but
-those of gradients that fp16 could not hold. Source: Micikevicius et al. 2018, arXiv:1710.03740, section 3.2; the
-constants are those of torch.amp.GradScaler.
+fp16 holds magnitudes from 6e-8 to 65504. Most gradients of a loss averaged over many tokens are smaller. Therefore the
+loss is multiplied by a power of two, and AdamW divides by it again in fp32 (llmc/model.py loss_scale). This changes the
+bits only of gradients that fp16 could not hold otherwise. Source: Micikevicius et al. 2018, arXiv:1710.03740, section
+3.2; the constants are those of torch.amp.GradScaler.
 """
 
 from typing import Any
@@ -18,8 +18,8 @@ class LossScaler:
     """The scale, halved for each overflow and doubled after GROWTH_INTERVAL steps in a row without one.
 
     A step that overflowed is done again with half the scale, on the same batch and with the same random numbers, until
-    it fits: the weights and everything else go on as if the scale had been right from the start. (GradScaler drops the
-    batch instead.) At scale 1 there is nothing left to halve: then the gradients themselves are not finite.
+    it fits. The weights and everything else go on as if the scale had been right from the start. (GradScaler drops the
+    batch instead.) A scale of 1 is not halved: gradients that overflow there are themselves not finite.
     """
 
     def __init__(self, scale: float = INITIAL_SCALE) -> None:

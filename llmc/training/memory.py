@@ -1,7 +1,8 @@
 """Memory before it is allocated: the largest batch that fits, and what to say where one does not.
 
-The plan is model.memory_plan, from which Model allocates, too: the two agree to the byte. `needs(B, recompute)` below
-is its sum for the run at hand. The budget is what a device has for it, without what CUDA itself takes.
+The plan is model.memory_plan. Model allocates from the same plan, so the two agree to the byte. `needs(B, recompute)`
+below is the sum of the plan for the run at hand. The budget is what a device has for it, without what CUDA itself
+takes.
 """
 
 from collections.abc import Callable
@@ -16,9 +17,10 @@ Limits = tuple[int | None, int, int | None]  # see limits()
 
 
 def largest_batch(needs: Needs, recompute: int, budget: int, most: int, divides: int | None = None) -> int:
-    """The largest B <= most with needs(B, recompute) <= budget, 0 if there is none; divides: only divisors of it.
+    """The largest B <= most with needs(B, recompute) <= budget, or 0 if there is none.
 
-    needs grows with B, but for a few MiB of scratch that split sums take: another B near the answer may fit as well.
+    divides: a number that B has to divide, or None. The search takes it that needs grows with B. That is not so for a
+    few MiB of scratch, which split sums take: a B slightly above the answer may fit as well.
     """
     low, high = 0, 1
     while high <= most and needs(high, recompute) <= budget:
@@ -42,16 +44,17 @@ def check(
     divides: int | None = None,
     failed: bool = False,
 ) -> None:
-    """UserError, with what does fit, for a plan that the budget does not hold; failed: for one whose allocation failed.
+    """UserError, with what does fit, for a plan that is larger than the budget.
 
     B, T: the micro-batch; budget: bytes, None where it is not known; most: the largest B*T that the op set can index;
-    divides: rows of one update, of which B has to be a divisor, or None. Source of the idea: llm.c's batch estimate.
+    divides: rows of one update, of which B has to be a divisor, or None; failed: the allocation has failed, so the plan
+    is too large whatever the budget says. Source of the idea: llm.c's batch estimate.
     """
     if B * T > most:
         limit = f"{B * T} tokens in a micro-batch, the kernels count to {most}"
         raise UserError(f"-b {B} -t {T}: {limit}. HINT: -b {most // T} or less, with -d for more micro-steps.")
     wanted = needs(B, recompute)
-    if failed:  # the device had less than it said, or in pieces
+    if failed:  # the device had less than it said, or not in one piece
         had = "the allocation failed" if budget is None else f"of the {size(budget)} for it the allocation failed"
         budget = int(0.9 * min(wanted, budget or wanted))
     elif budget is None or wanted <= budget:
@@ -109,8 +112,8 @@ def limits(
 ) -> Limits:
     """(budget, most, divides) for check(): bytes of this device, positions that its kernels index, rows of an update.
 
-    total_batch_size: tokens of one update over P processes, None for one micro-batch; sharing: how many processes the
-    device is for; memory: bytes of the device to plan for, None for this one. The budget is None where it is not known.
+    total_batch_size: tokens of one update over P processes, None for one micro-batch; sharing: how many processes share
+    the device; memory: bytes of the device to plan for, None for this one. A budget that is not known is None.
     """
     try:
         budget = ops.device.budget(memory)
@@ -122,7 +125,7 @@ def limits(
 
 
 def plan_text(plan: list[Any], ops: ModuleType, dtype: Any) -> str:
-    """The plan as text, with what the op set has beside it."""
+    """The plan as text, and below it the scratch that the threads of the op set have besides."""
     from llmc.model import format_plan
 
     text, threads = format_plan(plan, dtype), ops.device.scratch_bytes()

@@ -3,12 +3,12 @@
     MFU = FLOPs of the step (gpt2.flops_per_token) / its seconds / peak FLOP/s of the device
     peak = multiprocessors x FLOPs of one in a clock x clock
 
-The peak is that of dense tensor-core matmuls with fp32 sums. Multiprocessors are counted by the driver, so that a MIG
-slice is measured against itself; the rest is known for the product names below. Laptop GPUs, and whatever else is not
-listed to the letter, have no peak and their MFU is n/a.
+The peak is that of dense tensor-core matmuls with fp32 sums. The driver counts the multiprocessors, so a MIG slice is
+measured against itself. The other two factors are listed below by product name. A GPU whose exact name is not listed,
+as of a laptop, has no peak, and its MFU is n/a.
 
-Sources: for each product its maker's boost clock and stated tensor rate, which agree; of H100, H200, B200 and B100 the
-rate and multiprocessors alone, from which the clock follows. llm.c llmc/mfu.h for GeForce 30 and 40.
+Sources: for most products their maker states a boost clock and a tensor rate, which agree. For H100, H200, B200 and
+B100 the clock is computed from the stated rate and the multiprocessors. GeForce 30 and 40 are from llm.c llmc/mfu.h.
 """
 
 from typing import Any
@@ -16,10 +16,10 @@ from typing import Any
 from llmc.errors import UserError
 
 # FLOPs of a multiprocessor in a clock (16-bit, dense), whether it has bf16 and TF32, {name without NVIDIA: MHz}. The
-# clock is the one that the stated tensor rates hold at: H100 SXM runs at up to 1980 MHz, its 989 TFLOP/s are at 1830.
-# GeForce cards sum in fp32 at half the rate of the same chip on a workstation or data-centre board; L40 too.
-# Left out, as sources disagree or none was found: NVL and GH200 boards, A800, H800, GB200, B300, A10G, RTX A5500 to
-# A4500, RTX Ada and RTX PRO Blackwell workstation cards, GeForce 20.
+# clock is the one at which the stated tensor rate holds: H100 SXM runs at up to 1980 MHz, but its 989 TFLOP/s are those
+# of 1830 MHz. GeForce cards and L40 sum in fp32 at half the rate of the same chip on other boards.
+# These are left out, as their sources disagree or none was found: NVL and GH200 boards, A800, H800, GB200, B300, A10G,
+# RTX A5500 to A4500, RTX Ada and RTX PRO Blackwell workstation cards, GeForce 20.
 FAMILIES = (
     (8192, True, {"B200": 1856, "B100": 1444}),
     (
@@ -105,7 +105,7 @@ FAMILIES = (
 
 
 def peak_flops(name: str, multiprocessors: int, dtype: str) -> float | None:
-    """FLOP/s that a GPU of this name and size can at most do in dtype (bf16, fp16 or fp32); None where unknown.
+    """The most FLOP/s that a GPU of this name and size can do in dtype (bf16, fp16 or fp32); None where unknown.
 
     fp32 is measured against the TF32 rate, half of the 16-bit one, as in llm.c.
     """
@@ -135,8 +135,8 @@ def current_gpu() -> tuple[str, int, str]:
 class GpuStats:
     """Readings of one GPU through NVML. What the board does not tell (passive ones have no fan) is n/a.
 
-    pci_bus_id: CUDA's. NVML counts all devices of the machine, CUDA those that CUDA_VISIBLE_DEVICES leaves, in another
-    order: the index of one is not that of the other.
+    pci_bus_id: as CUDA names the GPU. An index would not do: NVML counts all devices of the machine, and CUDA, in
+    another order, only those that CUDA_VISIBLE_DEVICES leaves.
     Errors: UserError where nvidia-ml-py or the driver's library is missing, or the device is not found.
     """
 
@@ -179,7 +179,7 @@ class GpuStats:
         return " " * 18 + " | ".join(parts)
 
     def slowed_by(self) -> str:
-        """power cap, thermal cap, other cap or no cap; n/a where it is not told."""
+        """What holds the clock down: power cap, thermal cap, other cap or no cap; n/a if the driver does not tell."""
         reasons, nvml = self.query("CurrentClocksThrottleReasons"), self.nvml
         if reasons is None:
             return "n/a"

@@ -1,11 +1,11 @@
 """Multiple-choice accuracy: HellaSwag in the training loop, and any such set in llmc.evaluate.
 
 A multiple-choice example is a context and four completions. The model gives each completion a loss, that of its tokens
-after the context; the answer is the completion with the lowest. acc_norm, the number llm.c reports, compares the mean
-over the tokens, acc their sum, which favours short completions.
+after the context. Its answer is the completion with the lowest loss. acc_norm, the number that llm.c reports, compares
+the mean loss over the tokens; acc compares the sum, which favours short completions.
 
-llm.c scores B/4 examples at a time in rows of T tokens. Rows here are as long as their completions ask for, and as many
-as fit the model's B*T tokens: for HellaSwag at T = 1024 a tenth of the work.
+llm.c scores B/4 examples at a time in rows of T tokens. Here a row is only as long as its completion needs, and a batch
+has as many rows as fit the model's B*T tokens. For HellaSwag at T = 1024 that is a tenth of the work.
 
 Source: llm.c llmc/dataloader.h (EvalLoader), train_gpt2.cu main, dev/data/hellaswag.py.
 """
@@ -20,7 +20,7 @@ from llmc.data.eval_sets import Example, read_eval_set
 from llmc.errors import UserError
 from llmc.model import Model
 
-BLOCK = 64  # rows have a multiple of it in tokens, so that there are few shapes
+BLOCK = 64  # the length of a row is a multiple of this many tokens, so that there are few shapes
 HELLASWAG = os.path.join("hellaswag", "hellaswag_val.bin")
 
 
@@ -37,9 +37,9 @@ def completion_losses(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Summed loss in nats and number of tokens of each completion: two (examples, 4) float64 arrays.
 
-    examples: (label, context, completions), the latter as lists of token ids. A context that with the longest of its
-    completions has more tokens than model.T + 1 loses its first ones; UserError for a completion longer than model.T.
-    The result of a completion does not depend on the others, but for the rounding of other matrix shapes.
+    examples: (label, context, completions), the latter two as token ids. A context loses its first tokens where it has,
+    with the longest of its completions, more than model.T + 1 tokens. UserError for a completion longer than model.T.
+    The result of a completion does not depend on the others, except that other matrix shapes may round otherwise.
     progress: called with the number of completions done after each batch.
     """
     rows = []  # (number of tokens, place in the result, tokens, tokens of the context)
@@ -66,7 +66,7 @@ def completion_losses(
 
 
 def room_for_context(T: int, completions: list[list[int]]) -> int:
-    """The most tokens of context that fit T positions with the longest of the completions, whose last is no input."""
+    """The most context tokens that T positions hold with the longest completion; its last token is no input."""
     longest = max(len(completion) for completion in completions)
     if longest > T:
         raise UserError(f"-t {T}: a completion of the evaluation set has {longest} tokens. HINT: -t {longest} or more.")
@@ -107,7 +107,7 @@ def load_examples(path: str, vocab_size: int, T: int) -> tuple[list[Example], st
 
 
 def find_hellaswag(train_pattern: str) -> tuple[str | None, str | None]:
-    """Where -h 1 finds its data: llm.c's place, $LLMC_DATA_DIR, beside the training shards; (path or None, a line)."""
+    """(file for -h 1 or None, a line or None). It is llm.c's, or beside the training shards, or in $LLMC_DATA_DIR."""
     places = [os.path.join("dev", "data", HELLASWAG), os.path.join(os.path.dirname(train_pattern), "hellaswag_val.bin")]
     if os.environ.get("LLMC_DATA_DIR"):
         places.append(os.path.join(os.environ["LLMC_DATA_DIR"], HELLASWAG))
@@ -119,6 +119,6 @@ def find_hellaswag(train_pattern: str) -> tuple[str | None, str | None]:
 
 
 def score_over_ranks(model: Model, examples: list[Example], sums: Any) -> Score:
-    """score() of all examples, of which each rank does every P-th. sums: the communicator, None for one process."""
+    """score() of all examples. Each rank does every P-th of them. sums: the communicator, None for one process."""
     result = score(model, examples[model.rank :: model.num_ranks])
     return Score(*(round(n) for n in sums.sums(result))) if sums else result

@@ -1,6 +1,6 @@
 """`llmc.train --plan`: the memory plan of a run, and the largest batch. Nothing is allocated, and data need not exist.
 
-It works for the cuda op set on machines without a GPU or CuPy: what kernels want as scratch follows from shapes alone.
+It works for the cuda op set on machines without a GPU or CuPy, as the scratch of a kernel follows from shapes alone.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from llmc.training.setup import model_config, model_source, partition_of, precis
 
 
 def print_plan(settings: Settings, ops: ModuleType, line: str, memory_size: int | None = None) -> None:
-    """Print the plan of the run that the settings describe. UserError, after it, where the device does not hold it.
+    """Print the plan of the run that the settings describe, then raise UserError if the device is too small for it.
 
     line: which device it is for, as plan_device() tells; memory_size: bytes of that device, None for what it has.
     """
@@ -29,7 +29,7 @@ def print_plan(settings: Settings, ops: ModuleType, line: str, memory_size: int 
     stand_in = False
     try:
         dtype = devices.model_dtype(s.dtype)
-    except ImportError:  # ml_dtypes, which only bf16 arrays need: the other 16-bit type has the same plan
+    except ImportError:  # bf16 arrays need ml_dtypes, a plan does not: that of the other 16-bit type is the same
         dtype, stand_in = "float16", True
     partition, notice = partition_of(s, config)
     precision = precision_of(s, partition)
@@ -51,7 +51,7 @@ def print_plan(settings: Settings, ops: ModuleType, line: str, memory_size: int 
 
 
 def plan_config(settings: Settings) -> gpt2.GPT2Config:
-    """The GPT2Config of a run whose data need not be there: the vocabulary is then the tokenizer's."""
+    """The GPT2Config of a run. Its data need not exist: without data the vocabulary is the tokenizer's."""
     name = settings.model_name
     if not re.match(r"(gpt2:)?d\d|gpt3:|tiny:", name):
         return model_config(settings, model_source(settings), settings.input_bin)
@@ -62,7 +62,7 @@ def plan_config(settings: Settings) -> gpt2.GPT2Config:
 
 
 def plan_device(device: str, dtype: str | None, threads: int | None = None) -> tuple[ModuleType, str, str]:
-    """pick_device, but for the cuda op set, asked for or meant by a 16-bit --dtype, no GPU is needed."""
+    """pick_device for a plan, where the cuda op set needs no GPU. auto with a 16-bit --dtype means cuda here."""
     from llmc import cuda
 
     if device == "cpu" or (device == "auto" and dtype not in ("bf16", "fp16")):

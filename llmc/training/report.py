@@ -53,7 +53,7 @@ def print_end(run: Run, speed: Speed, val_loss: float | None, baseline: int) -> 
 
 
 def print_memory_used(run: Run, baseline: int) -> None:
-    """What the run took, beside its plan; baseline: what this process had before the model, in bytes."""
+    """What the run took, next to its plan; baseline: bytes that this process had before the model was built."""
     plan_mib, peak = memory_needs(run)(run.settings.batch_size, run.settings.recompute) / 2**20, peak_memory()
     if run.settings.device == "cuda":
         free, total = run.machine.ops.device.memory()
@@ -133,7 +133,7 @@ def model_rows(run: Run) -> list[Row]:
 def peak_memory() -> int:
     """The largest resident size of this process so far in bytes; 0 where the system does not tell."""
     try:
-        with open("/proc/self/status") as file:  # Linux: ru_maxrss there starts from that of the parent process
+        with open("/proc/self/status") as file:  # on Linux ru_maxrss would include that of the parent process
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         pass

@@ -1,4 +1,4 @@
-"""The folder of a run, -o: one run at a time is in it, and a command that is refused leaves no trace.
+"""The folder of a run, -o: only one run at a time uses it, and a command that is refused leaves no trace in it.
 
 The run holds an OS lock on DIR/.lock, whose text names its process and machine. A process that dies lets go of the lock
 by itself, on NFS too where the server has locks. Only rank 0 of a run looks at the folder before the first step.
@@ -25,11 +25,11 @@ class Folder:
 
     path: str | None  # None: nothing is written
     resume_step: int | None = None  # the step of the checkpoint that the run continues
-    line: str | None = None  # what there is to say about it
+    line: str | None = None  # a line to print about it
 
     @property
     def place(self) -> str:
-        """The path of a folder that is somewhere."""
+        """The path, of a Folder that has one."""
         assert self.path is not None
         return self.path
 
@@ -41,8 +41,8 @@ NOWHERE = Folder(None)
 def opened(path: str | None, resume: bool, default_job: bool, ranks: Any = None) -> Iterator[Folder]:
     """Yield the Folder of a run, locked until the block ends; all ranks call it, with the Ranks of the run or None.
 
-    path None: the default job takes a new folder in runs/, another run writes nothing. resume: continue from the newest
-    checkpoint. What the folder has is looked at and not changed; folders that were made and stay empty are removed.
+    path None: the default job takes a new folder in runs/, any other run writes nothing. resume: continue from the
+    newest checkpoint. No file in the folder is changed here. Folders made here that are empty at the end are removed.
     Errors: UserError for a folder that cannot be written to, that another run is in, or that holds an earlier run.
     """
     if path is None and resume:
@@ -76,7 +76,7 @@ def begin(folder: str, resume: bool) -> tuple[int | None, str | None]:
 
 @contextlib.contextmanager
 def new_folder(pattern: str) -> Iterator[str]:
-    """Make and yield the first folder of a numbered pattern that is not there; of several processes one gets each."""
+    """Make and yield the first folder of a numbered pattern that does not exist; no two processes get the same one."""
     for number in range(1, 10**6):
         folder = pattern.format(number)
         if not os.path.lexists(folder):
@@ -89,7 +89,7 @@ def new_folder(pattern: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def made(folder: str) -> Iterator[list[str]]:
-    """Make a folder and those above it; yield the ones that were not there. At the end those that are empty go."""
+    """Make a folder and those above it, and yield the ones that are new. At the end the empty ones of these go."""
     new: list[str] = []
     missing, above = [], folder
     while above and not os.path.isdir(above):

@@ -6,7 +6,8 @@ linear                         d = (s - W) / (N - W),  lr = M - d (M - f M)
 wsd (warm-up, stable, decay)   D = int(0.8 N); M until D, then d = (s - D) / (N - D), lr = f M + (1 - sqrt(d)) (M - f M)
 constant                       lr = M, also in the first W steps
 
-Source: llm.c llmc/schedulers.h get_learning_rate. In float32 as there; wsd: Haegele et al. 2024, arXiv:2405.18392.
+Source: llm.c llmc/schedulers.h get_learning_rate, which also computes in float32; wsd: Haegele et al. 2024,
+arXiv:2405.18392.
 """
 
 import math

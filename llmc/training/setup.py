@@ -24,7 +24,7 @@ from llmc.training.outlier_detector import OutlierDetector
 from llmc.training.run_folder import NOWHERE, Folder
 from llmc.training.settings import Settings
 
-Detectors = dict[str, Any]  # what is kept about the steps so far, by its name in a checkpoint
+Detectors = dict[str, Any]  # name in a checkpoint -> an object with a state about the steps so far
 
 
 class Machine(NamedTuple):
@@ -73,7 +73,7 @@ class Run:
 
     @property
     def precision(self) -> dict[str, Any]:
-        """What the memory plan and the model take of -w, --grad-dtype and -z."""
+        """The arguments of the memory plan and the model that follow from -w, --grad-dtype and -z."""
         return precision_of(self.settings, self.partition)
 
 
@@ -135,7 +135,7 @@ def build(run: Run, limits: memory.Limits) -> tuple[Model, Detectors]:
         loading.read_weights(model, run.model_path)
     else:
         model.init_weights(s.seed)
-    if s.resume and run.machine.rank == 0:  # nothing can be refused any more
+    if s.resume and run.machine.rank == 0:  # files are removed only now, when nothing can refuse the run any more
         checkpoints.prune_stray(run.folder.place)
         if step is not None:  # a kill may have come between its save and the removal of an old one
             checkpointing.let_go(run.folder.place, step, s)
@@ -183,8 +183,8 @@ def open_data(
 ) -> tuple[DataLoader, tuple[EveryPair, EveryPair]]:
     """(training loader, (pairs of one validation, all pairs)), every token id checked.
 
-    -a 1 trains on validation data, unshuffled. P processes take turns in the order that one has, so that a step has the
-    same batches however many there are.
+    -a 1 trains on validation data, unshuffled. P processes take turns at the batches of one process, in its order. So a
+    step sees the same batches whatever P is.
     """
     B, P, overfit, V = settings.batch_size, settings.num_processes, settings.overfit_single_batch, config.vocab_size
     pattern, limit = val_data if overfit else train_data, settings.val_max_steps
@@ -199,7 +199,7 @@ def open_data(
 
 
 def open_hellaswag(train_data: str, config: gpt2.GPT2Config, T: int) -> tuple[list[Any], str | None]:
-    """(the examples of -h 1, or none where their file is not, and what there is to say about them)."""
+    """(the examples of -h 1, none without their file; a line to print about them or None)."""
     path, line = multiple_choice.find_hellaswag(train_data)
     return multiple_choice.load_examples(path, config.vocab_size, T) if path else ([], line)
 
@@ -215,7 +215,7 @@ def sample_tokenizer(config: gpt2.GPT2Config, name: str | None) -> tuple[Tokeniz
 
 
 def open_gpu_stats(every: int, gpu: tuple | None) -> mfu.GpuStats | None:
-    """What reads the GPU every so many steps, or None. gpu: mfu.current_gpu(), None on a CPU."""
+    """The reader of the GPU for -lg, or None if `every` is 0. gpu: mfu.current_gpu(), None on a CPU."""
     if not every:
         return None
     if gpu is None:
@@ -238,7 +238,7 @@ def model_source(settings: Settings, folder: Folder = NOWHERE) -> str | None:
 def model_config(
     settings: Settings, model_path: str | None, train_data: str | None, folder: Folder = NOWHERE
 ) -> gpt2.GPT2Config:
-    """The GPT2Config of what model_source() found, or of a descriptor, whose vocabulary is that of the data."""
+    """The GPT2Config of model_path, or of the descriptor of -e, which takes its vocabulary from the data."""
     name = settings.model_name
     if model_path is None:
         assert train_data is not None
@@ -280,7 +280,7 @@ def partition_of(
 
 
 def precision_of(settings: Settings, partition: zero.Partition | None) -> dict[str, Any]:
-    """What memory_plan and Model take of -w, --grad-dtype and -z."""
+    """The arguments of memory_plan and Model that follow from -w, --grad-dtype and -z."""
     grad_dtype = "float32" if settings.grad_dtype == "fp32" else None  # None: that of the model
     return dict(use_master_weights=settings.use_master_weights, grad_dtype=grad_dtype, partition=partition)
 
@@ -306,7 +306,7 @@ def memory_needs(run: Run) -> memory.Needs:
 
 
 def check_memory(run: Run) -> memory.Limits:
-    """The limits of the device, as memory.limits() gives them; UserError for a plan that it does not hold.
+    """The limits of the device, as memory.limits() gives them; UserError if it is too small for the plan.
 
     All ranks call it, before anything is allocated.
     """

@@ -27,14 +27,15 @@ class Interrupted(UserError):
 class Signals:
     """Signals while a run lives: `with Signals(...) as signals`.
 
-    Until `finishing` is set a signal raises Interrupted where the program is. After that it is kept in `seen`, for the
-    loop to look at between steps. Then another Ctrl-C ends the program at once; of what launchers and schedulers
-    send again, nothing comes of it. A signal that was ignored at the start stays ignored, and a thread other than the
-    main one, in which Python has no handlers, leaves them all alone. At the end everything is as it was.
+    Until `finishing` is set, a signal raises Interrupted wherever the program is. After that the first signal is kept
+    in `seen`, which the loop looks at between steps. Another Ctrl-C then ends the program at once; any other signal has
+    no further effect, as launchers and schedulers send theirs more than once. A signal that was ignored at the start
+    stays ignored. Python has handlers only in the main thread, so in another thread all signals are left alone. At the
+    end the handlers are what they were.
     """
 
     def __init__(self, patience: float = 0.0):
-        """patience: seconds after a signal in which Ctrl-C is taken for the same one, passed on by a launcher."""
+        """patience: for so many seconds after a signal, Ctrl-C counts as the same one, passed on by a launcher."""
         self.patience, self.at, self.finishing = patience, 0.0, False
         self.seen: int | None = None
         self.previous: dict[int, Any] = {}

@@ -1,4 +1,4 @@
-"""One update: the micro-batches forward and backward, the norms, AdamW, and what is done where a number is out of line.
+"""One update: the micro-batches forward and backward, the norms, AdamW, and what happens if a number is out of line.
 
 Source: llm.c train_gpt2.cu main.
 """
@@ -38,8 +38,9 @@ def train_step(
 ) -> StepResult:
     """One update over micro-batches that are loaded into inputs, targets (M, B, T) i32; returns a StepResult.
 
-    step is 0-based, steps that of the whole run, for the learning rate. output_dir: where a step that is not finite is
-    saved. In fp16 a step whose gradients overflow is done again with a smaller loss scale, on the same batch.
+    step: 0-based; steps: those of the whole run, on which the learning rate depends; output_dir: where a step that is
+    not finite is saved. In fp16 a step whose gradients overflow is done again with a smaller loss scale, on the same
+    batch.
     Errors: UserError of --on-nonfinite stop.
     """
     adamw = adamw_of(settings, step, steps)
@@ -57,7 +58,7 @@ def train_step(
         if may_skip:
             model.measure_norm()
         else:
-            model.update(adamw, step + 1)  # at once: a GPU has it queued before the host waits for the loss
+            model.update(adamw, step + 1)  # queued before the host waits for the loss, so that a GPU has work
         loss, grad_norm = model.mean_loss(len(inputs)), model.grad_norm()
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite or not (scaler and math.isfinite(loss) and scaler.overflow()):
@@ -91,7 +92,7 @@ def adamw_of(settings: Settings, step: int, steps: int) -> AdamW:
 
 
 def skip_notice(settings: Settings, loss_z: float, norm_z: float) -> str | None:
-    """llm.c's line when -sl or -sg lets an update go, else None. A z-score is NaN, above no limit, for 128 steps."""
+    """llm.c's line when -sl or -sg skips an update, else None. For 128 steps z-scores are NaN and skip nothing."""
     if settings.skip_update_loss_z and loss_z > settings.skip_update_loss_z:
         return f"skipping update due to loss z-score of {loss_z:f}"
     if settings.skip_update_grad_z and norm_z > settings.skip_update_grad_z:

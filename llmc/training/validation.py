@@ -11,7 +11,7 @@ from llmc.parallel.communicators import total
 def validate(model: Any, pairs: EveryPair) -> float:
     """Mean loss in nats over every (input, target) pair of a set, each counted once; the same on all ranks.
 
-    pairs: this rank's share of the set. Its batches may be smaller than the model's B x T, none is larger.
+    pairs: this rank's share of the set. No batch of it is larger than the model's B x T; some may be smaller.
     """
     loss = 0.0
     for inputs, targets in pairs:
