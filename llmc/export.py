@@ -3,9 +3,10 @@
 hf makes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load: config.json, model.safetensors and the
 tokenizer's files. bin makes llm.c's model file, version 3 (fp32) or 5 (bf16). No torch is needed.
 
-transformers wants GPT-2's tokenizer as merges: which two tokens make a longer one, in the order in which they are
-tried. tiktoken's ranks are that order, and the two parts are what is left of a token's bytes when all merges before its
-own are done. Bytes appear as printable characters. The byte-level tokenizer is the same without any merge.
+transformers wants GPT-2's tokenizer as merges: pairs of tokens that make a longer one, in the order in which they are
+tried. tiktoken's ranks are that order. To find the pair of a token, all merges before its own are applied to its bytes;
+two parts are left, and they are the pair. Bytes appear as printable characters. The byte-level tokenizer is the same
+without any merge.
 
 Source: llm.c dev/eval/export_hf.py; Hugging Face transformers' GPT2Tokenizer (bytes_to_unicode).
 """
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from llmc.data.tokenizer import Tokenizer
 
-KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}  # --dtype -> that of a .safetensors file
+KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}  # --dtype -> its name in a .safetensors file
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -34,14 +35,14 @@ KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}  # --dtype -> that of a .
 
 
 def byte_characters() -> dict[int, str]:
-    """The printable character that stands for each byte: itself where it is one, else one from U+0100 on."""
+    """The printable character for each byte: a printable byte is itself, the others take characters from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 def merges(pieces: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
-    """[(left, right)] of each piece longer than a byte, in the order of the pieces, which is that of the merges."""
+    """[(left, right)]: the merge that makes each piece longer than a byte, in the order of the pieces."""
     ranks, pairs = {piece: rank for rank, piece in enumerate(pieces)}, []
     for rank, piece in enumerate(pieces):
         parts = [piece[i : i + 1] for i in range(len(piece))]
@@ -55,7 +56,7 @@ def merges(pieces: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
 
 
 def tokenizer_files(tokenizer: "Tokenizer", max_seq_len: int) -> dict[str, bytes]:
-    """{file name: bytes} that transformers makes the tokenizer from; it gives the same ids."""
+    """{file name: bytes} from which transformers makes a tokenizer that gives the same ids."""
     characters = byte_characters()
 
     def text(piece: bytes) -> str:
@@ -104,7 +105,7 @@ def tokenizer_files(tokenizer: "Tokenizer", max_seq_len: int) -> dict[str, bytes
 
 
 def read_model(path: str, dtype: str) -> "tuple[dict[str, int], np.ndarray]":
-    """(header, params (N,)) of what loading.model_file() found, in float32, or for "bf16" as uint16."""
+    """(header, params (N,)) of a path from loading.model_file(). params is float32, or uint16 for "bf16"."""
     import numpy as np
 
     from llmc.files import huggingface, model_file
@@ -125,7 +126,7 @@ def read_model(path: str, dtype: str) -> "tuple[dict[str, int], np.ndarray]":
 
 
 def file_dtype(path: str) -> str:
-    """The precision of what loading.model_file() found: "fp32", "fp16" or "bf16"."""
+    """The precision of the weights at a path from loading.model_file(): "fp32", "fp16" or "bf16"."""
     from llmc.files import huggingface
 
     if path.startswith("hf:"):
@@ -136,7 +137,7 @@ def file_dtype(path: str) -> str:
 
 
 def export_hf(path: str, out: str, dtype: str, tokenizer: "Tokenizer | None") -> None:
-    """Write the folder `out`; config.json comes last: without it there is no model. Errors: UserError."""
+    """Write the folder `out`. config.json comes last: a folder without it counts as no model. Errors: UserError."""
     from llmc.files import huggingface
     from llmc.files.io import atomic_write
 

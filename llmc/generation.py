@@ -1,4 +1,4 @@
-"""Text from a model: what it starts from, and the loop that draws its tokens."""
+"""Text from a model: the tokens that it starts from, and the loop that draws the others."""
 
 from collections.abc import Iterable, Iterator
 
@@ -9,7 +9,7 @@ from llmc.model import Model
 from llmc.rand import random_f32
 from llmc.sampler import sample_softmax
 
-WINDOW = 64  # forward passes run at lengths that are multiples of it, so that there are few shapes
+WINDOW = 64  # a forward pass has a multiple of this many tokens, so that there are few shapes
 
 
 def generate(
@@ -25,7 +25,7 @@ def generate(
 
     Each token is one forward pass over the last T tokens at most (llm.c's sampling: no cache of keys and values).
     rng_state: xorshift64* state; the same state gives the same tokens.
-    n_vocab: tokens of the tokenizer, where the model may have more: those beyond are never drawn.
+    n_vocab: the number of tokens of the tokenizer. The model may have more; the ids beyond are never drawn.
     """
     ids = [int(i) for i in prompt]
     for _ in range(count):
@@ -41,12 +41,12 @@ def generate(
 
 
 def start_tokens(tokenizer: Tokenizer) -> list[int]:
-    """What a text starts from: end-of-text for GPT-2 as in llm.c; a newline for bytes, whose data has few of those."""
+    """The tokens that start a text: end-of-text as in llm.c, but a newline for bytes, whose data has few of those."""
     return [tokenizer.eot] if tokenizer.name == "gpt2" else [ord("\n")]
 
 
 def sample_text(model: Model, tokenizer: Tokenizer | None, length: int, temperature: float) -> str:
-    """A sample of `length` positions as text, without a tokenizer as token ids; always from the same random state."""
+    """A sample of `length` positions as text, or as ids without a tokenizer; always from the same random state."""
     start = start_tokens(tokenizer) if tokenizer else [model.config.vocab_size - 1]
     n_vocab = tokenizer.n_vocab if tokenizer else None
     ids = generate(model, start, length - 1, 1337, temperature, n_vocab=n_vocab)

@@ -13,7 +13,7 @@ Streams = dict[str, dict[int, float]]
 
 
 def parse_log(path: str | os.PathLike[str]) -> Streams:
-    """{stream: {step: value}} of a main.log; streams are trl, tel and eval. Later lines of a step win (restarts).
+    """{stream: {step: value}} of a main.log; streams are trl, tel and eval. Of several lines of a step the last wins.
 
     What C and Python write for NaN and infinities is NaN here, which makes a gap in a curve.
     Errors: UserError for a file that cannot be read, has no such line, or has one whose value is no number.
@@ -40,7 +40,7 @@ def parse_log(path: str | os.PathLike[str]) -> Streams:
 
 def draw(logs: dict[str, Streams]) -> Any:
     """A matplotlib figure of {run: its streams}, whatever backend the environment asks for."""
-    os.environ.pop("MPLBACKEND", None)  # a notebook's is unknown outside of it, and then matplotlib's import fails
+    os.environ.pop("MPLBACKEND", None)  # one set by a notebook is unknown here, and matplotlib's import would fail
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -50,7 +50,7 @@ def draw(logs: dict[str, Streams]) -> Any:
     axes = figure.subplots()
     for i, (run, streams) in enumerate(logs.items()):
         name = os.path.basename(os.path.normpath(run)) or run
-        name = name.replace("$", r"\$")  # which would begin a formula
+        name = name.replace("$", r"\$")  # a plain $ would begin a formula
         if streams["trl"]:
             axes.plot(*zip(*sorted(streams["trl"].items()), strict=True), color=f"C{i}", alpha=0.35, lw=1)
         if streams["tel"]:

@@ -2,9 +2,9 @@
 
 Both files are in llm.c's starter pack. The debug state holds one batch, and the logits, loss and 16 gradients that
 PyTorch computed on it. They are computed again here and compared. Then ten steps are trained on that batch, once with
-the settings of test_gpt2.cu and once with those of test_gpt2.c, and their losses compared with the published ones. The
-lists are of GPT-2 124M: with files of another model (llm.c's train_gpt2.py writes them) the losses only have to fall.
-The exit code is 0 if all is well, 1 if not, 2 if the files cannot be used.
+the settings of test_gpt2.cu and once with those of test_gpt2.c, and their losses are compared with the published ones.
+Those are known for GPT-2 124M alone. For another model (llm.c's train_gpt2.py writes the files) losses only have to
+fall. The exit code is 0 if all is well, 1 if not, 2 if the files cannot be used.
 
 Source: llm.c test_gpt2.cu, test_gpt2.c, test_gpt2_fp32.cu; the files: llmc/files.
 """
@@ -25,7 +25,7 @@ from llmc.command import Parser, add_device_flags, command
 from llmc.errors import UserError
 
 STARTER_PACK = "https://huggingface.co/datasets/karpathy/llmc-starter-pack"
-PUBLISHED_FOR = dict(num_parameters=124475904, B=4, T=64, loss=5.27)  # the model and batch that the losses are of
+PUBLISHED_FOR = dict(num_parameters=124475904, B=4, T=64, loss=5.27)  # the model and batch of the published losses
 RUNS = (  # name, settings, published losses, how far a loss may be off with fp32 weights
     (
         "test_gpt2.cu",
@@ -35,16 +35,16 @@ RUNS = (  # name, settings, published losses, how far a loss may be off with fp3
     ),
     (
         "test_gpt2.c",
-        # llm.c decays every tensor here, this package matrices and embeddings only: far below the limit
+        # llm.c decays every tensor here, this package only matrices and embeddings; the difference is far below 1e-2
         dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, grad_clip=0.0),
         (5.270007, 4.059707, 3.375123, 2.800783, 2.315382, 1.849029, 1.394656, 0.999147, 0.624080, 0.376511),
         1e-2,
     ),
 )
 LEARNING_RATE = 1e-4
-# fp32 weights and arithmetic: an element may be off by this share of the largest in its tensor; the loss as the logits.
+# In fp32 an element may be off by this share of the largest one in its tensor. The loss has the limit of the logits.
 LOGITS_SHARE, GRADIENT_SHARE = 1e-4, 1e-3
-# bf16 or fp16 weights (in the file, or by --dtype) are rounded ones, the debug state is not: llm.c's limits for bf16.
+# The debug state is of fp32 weights. If the file or --dtype has rounded them to 16 bits, llm.c's limits for bf16 hold.
 BF16_LOGITS, BF16_LOSS, BF16_SLOPE = 25.0, 0.05, 0.079
 BF16_GRADIENTS = (5e-1, 4e-3, 1e-1, 4e-2, 5e-2, 3.5e-2, 2e-2, 3e-2, 5e-2, 3e-2, 3e-2, 3e-2, 2e-2, 1e-2, 1e-1, 2e-2)
 
@@ -78,12 +78,12 @@ def largest(array: "np.ndarray") -> float:
 
 
 def compare(name: str, got: Any, expected: Any, absolute: float, slope: float = 0.0) -> bool:
-    """Print the element of a tensor that is furthest beyond absolute + slope * |expected|; whether it is within."""
+    """Print the element furthest beyond the limit, absolute + slope * |expected|; returns whether all are within."""
     import numpy as np
 
     with np.errstate(invalid="ignore"):
         difference, limit = np.abs(got - expected), absolute + slope * np.abs(expected)
-        worst = np.unravel_index(np.argmax(difference - limit), difference.shape)  # argmax takes a NaN for the largest
+        worst = np.unravel_index(np.argmax(difference - limit), difference.shape)  # to argmax a NaN is the largest
     ok = bool(np.isfinite(difference[worst]) and difference[worst] <= limit[worst])
     where = ", ".join(str(i) for i in worst)
     print(f"{name:<12}{difference[worst]:>13.2e}{limit[worst]:>12.2e}   {where:<26}{verdict(ok)}")
@@ -91,9 +91,9 @@ def compare(name: str, got: Any, expected: Any, absolute: float, slope: float = 
 
 
 def compare_passes(model: "Model", debug: dict[str, Any], exact: bool) -> bool:
-    """Forward and backward against the debug state, as a table; whether all of it is within the limits.
+    """Compare forward and backward with the debug state, print a table, return whether all is within the limits.
 
-    exact: file and model are fp32, else the limits are those of llm.c's bf16 build.
+    exact: whether file and model are fp32. If not, the limits are those of llm.c's bf16 build.
     """
     import numpy as np
 
@@ -135,7 +135,7 @@ def train(model: "Model", debug: dict[str, Any], settings: dict[str, float]) -> 
 
 
 def compare_losses(losses: Iterable[float], published: Iterable[float], limit: float) -> bool:
-    """Print ten losses beside the published ones; whether all are within the limit."""
+    """Print ten losses beside the published ones; returns whether all are within the limit."""
     print(f"{'step':<7}{'loss':<13}{'published':<13}{'abs diff':>8}{'limit':>10}")
     all_ok = True
     for step, (loss, expected) in enumerate(zip(losses, published, strict=True), 1):
@@ -146,7 +146,7 @@ def compare_losses(losses: Iterable[float], published: Iterable[float], limit: f
 
 
 def compare_fall(losses: Iterable[float]) -> bool:
-    """Print ten losses; whether they fall."""
+    """Print ten losses; returns whether they fall."""
     losses = list(losses)
     ok = losses[-1] < losses[0]
     print("\n".join(f"{step:<7}{loss:.6f}" for step, loss in enumerate(losses, 1)))
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{args.debug_state}: B = {B}, T = {T}, loss {debug['loss']:.6f}")
     loading.read_weights(model, args.model)
     all_ok = compare_passes(model, debug, exact)
-    debug = {name: debug[name] for name in ("x", "y", "loss")}  # the rest is as large as the model
+    debug = {name: debug[name] for name in ("x", "y", "loss")}  # frees the rest, as large as the model
 
     of = PUBLISHED_FOR
     published = (N, B, T) == (of["num_parameters"], of["B"], of["T"]) and abs(debug["loss"] - of["loss"]) < 0.01

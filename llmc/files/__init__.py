@@ -1,1 +1,1 @@
-"""Files: what llm.c reads and writes, the sets of them that are a checkpoint, and Hugging Face's folders."""
+"""File formats: those that llm.c reads and writes, the sets of files that make a checkpoint, Hugging Face's folders."""

@@ -1,7 +1,7 @@
 """Checkpoints of a run: model_<step>.bin, state_<step>_<rank>.bin of each rank, and DONE_<step> once all are complete.
 
-Which there are, whether one is whole and has the bits that were written, what -nk lets go, and the states of any number
-of ranks read by any other number.
+This module lists them, writes them, removes what -nk does not keep, and checks that one is whole and has the bits that
+were written. It reads the states of any number of ranks for any other number.
 
 Source: llm.c train_gpt2.cu write_checkpoint, delete_checkpoint; llmc/utils.h find_max_step.
 """
@@ -70,7 +70,7 @@ def checkpoint_steps(folder: io.Path) -> list[int]:
 
 
 def alone(number: int) -> list[int]:
-    """`share` of save_checkpoint for a run of one process."""
+    """The `share` that save_checkpoint takes, for a run of one process."""
     return [number]
 
 
@@ -82,8 +82,8 @@ def save_checkpoint(
 
     params, version: as write_model takes them; only rank 0's are written. state, arrays: of this rank, as write_state
     takes them. share: gives a number of each rank to all of them, so it also waits for all.
-    A kill at any instant leaves either no marker for the step or a complete checkpoint. So does an error: weights that
-    are not finite are not written, and have no marker.
+    A kill at any instant leaves either no marker for the step or a complete checkpoint. So does an error. Weights that
+    are not finite are an error: they are not written.
     """
     step, rank = state.step, state.rank
     if any(share(os.path.exists(done_path(folder, step)))):  # an old set is about to be replaced file by file
@@ -109,7 +109,7 @@ def save_checkpoint(
 
 
 def delete_checkpoint(folder: io.Path, step: int) -> None:
-    """Remove the checkpoint of `step`: marker, model, states. A kill in between leaves no marker without its files."""
+    """Remove the checkpoint of `step`. The marker goes first, so a kill leaves no marker whose files are missing."""
     remove(done_path(folder, step))
     fsync_folder(folder)
     remove(model_path(folder, step))
@@ -119,11 +119,12 @@ def delete_checkpoint(folder: io.Path, step: int) -> None:
 
 
 def apply_retention(folder: io.Path, step: int, keep: int, major: int) -> None:
-    """After the checkpoint of `step`: of those up to it only the newest `keep` stay, and multiples of `major`.
+    """Remove old checkpoints: of those up to `step` the newest `keep` stay, and those at multiples of `major`.
 
     keep, major: -nk (0 keeps all), -nm (0: none is special). llm.c deletes step - nk * n alone, which leaves strays at
     the last step and after an interruption. Call it once more after resuming at `step`: the run may have been killed
-    after the save and before the deletion. The newest set with checksums always stays: no other is known good.
+    after the save and before the deletion. The newest checkpoint with checksums always stays, as no other is known to
+    be good.
     """
     past = [s for s in checkpoint_steps(folder) if s <= step]
     good = next((s for s in reversed(past) if has_sums(folder, s)), None)
@@ -141,7 +142,7 @@ def has_sums(folder: io.Path, step: int) -> bool:
 
 
 def prune_stray(folder: io.Path) -> list[str]:
-    """Remove what a killed run left: our temporary files, and sets without a marker older than the newest marker.
+    """Remove what a killed run left: temporary files, and sets without a marker that are older than the newest marker.
 
     A model file without a marker and without a state may have been kept on purpose: it stays. Call this at the start
     of a run that resumes, on rank 0, before any rank writes. Returns the removed names.
@@ -165,9 +166,9 @@ def prune_stray(folder: io.Path) -> list[str]:
 
 
 def check_bits(folder: io.Path, step: int, states: bool = True) -> bool:
-    """Read the files of `step`, which must have the bits that its marker says -> whether it says any.
+    """Check the bits of the files of `step` against its marker -> whether the marker has checksums.
 
-    states: also those of the ranks, or the model alone. Errors: UserError that names the first file that differs.
+    states: whether to read the states of the ranks, too. Errors: UserError that names the first file that differs.
     """
     sums = read_done(done_path(folder, step))
     for name, (crc, size) in (sums or {}).items():
@@ -185,7 +186,7 @@ def check_model(path: io.Path) -> None:
 
 
 def unchecked(folder: io.Path, step: int) -> str:
-    """A remark on a checkpoint whose marker has no checksums, "" for one that has."""
+    """A remark on a checkpoint whose marker has no checksums, or "" if it has them."""
     done = done_path(folder, step)
     return f"its bits are unchecked, as {os.path.basename(done)} is empty" if read_done(done) is None else ""
 
@@ -220,7 +221,7 @@ def check_checkpoint(folder: io.Path, step: int, states: bool = True) -> None:
     if stated is not None:
         what = f"{state_path(folder, step, 0)}: extra.model"
         stated = [parse.integer(number, what) for number in parse.array(stated, what, 2)]
-    if stated and stated[0] == found[0] and stated != found:  # it may have been converted since
+    if stated and stated[0] == found[0] and stated != found:  # another version: the file was converted since
         raise UserError(
             f"{path} and {state_path(folder, step, 0)} are of different runs. HINT: copy both from the same checkpoint"
         )
@@ -286,15 +287,15 @@ def read_state_elastic(
     folder: io.Path, step: int, specs: Sequence[Any], arrays: Sequence[np.ndarray], *, num_processes: int = 1,
     rank: int = 0, zero_stage: int = 0,
 ) -> list[TrainState]:  # fmt: skip
-    """arrays, (m, v) or (m, v, master), written (=) from the states of all ranks that wrote `step` -> those states.
+    """Write (=) arrays, (m, v) or (m, v, master), from the states of all ranks that wrote `step` -> those states.
 
     The states may be of any number of ranks P0, in llm.c's ZeRO-0 layout (each file holds all N elements) or its ZeRO-1
     layout (rank q holds the q-th of P0 equal parts of every layer of every tensor, one after the other in checkpoint
     order). The arrays, (S,) float32, get the layout of this run: S = N, or with zero_stage 1 the parts of `rank` of
     `num_processes`, S = N / num_processes. Only what is needed is read, layer by layer.
 
-    The loader_state of each is for DataLoader.load_states. Of the random states the first's holds for all: ranks share
-    the noise of stochastic rounding.
+    The loader_state of each is for DataLoader.load_states. The random state is that of the first: all ranks have the
+    same, as they share the noise of stochastic rounding.
     Errors: UserError as read_state, for a missing file, for files that do not belong together, and for layers that are
     no multiple of the number of ranks.
     """
@@ -315,10 +316,10 @@ def read_state_elastic(
     for q in range(P0):
         with io.open_checked(state_path(folder, step, q), STATE_MAGIC, (1,)) as (file, _, _):
             for i, array in enumerate(arrays):
-                at = 0  # of the layer, in the flat parameters
+                at = 0  # where the layer starts in the flat parameters
                 for n in sizes:
                     start, end = max(rank * n // P, q * n // P0), min((rank + 1) * n // P, (q + 1) * n // P0)
-                    if start < end:  # of the layer's elements, those that this rank wants and that one has
+                    if start < end:  # rank q has elements of the layer that this rank wants: start to end
                         file.seek(HEADER_BYTES + 4 * (i * N // P0 + at // P0 + start - q * n // P0))
                         place = at // P + start - rank * n // P
                         io.read_into(file, array[place : place + end - start])

@@ -1,4 +1,4 @@
-"""llm.c's debug state (magic 20240327): one batch with its logits, loss and gradients, to compare a build with.
+"""llm.c's debug state (magic 20240327): one batch with its logits, loss and gradients, against which builds are tested.
 
     h[1]  version 2                       x, y    int32 (B, T)
     h[2]  B                               logits  fp32 (B, T, V)

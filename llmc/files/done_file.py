@@ -4,9 +4,9 @@
     0d1e77aa 995809280 state_00000020_00000.bin
     9b3c0f12 DONE                                      CRC-32 of the lines above
 
-llm.c looks only at whether the file is there, and writes an empty one, as llmc did before 0.2: such a set is complete,
-but nothing tells whether its bits are still those that were written. A CRC-32 finds every flipped bit and every run of
-up to 32 damaged ones; it is no protection against somebody who means to deceive.
+llm.c looks only at whether the file exists, and writes an empty one. A checkpoint with an empty marker is complete, but
+nothing tells whether its bits are still those that were written. A CRC-32 finds every flipped bit and every run of up
+to 32 damaged ones. It does not protect against somebody who means to deceive.
 """
 
 import os
@@ -19,7 +19,7 @@ from llmc.files import io
 
 LINE = re.compile(rb"([0-9a-f]{8}) (0|[1-9]\d{0,18}) (model_\d{8,}\.bin|state_\d{8,}_\d{5,}\.bin)")
 LAST = re.compile(rb"([0-9a-f]{8}) DONE")
-LONGEST = 1 << 20  # bytes of a marker that are read: some 20,000 ranks
+LONGEST = 1 << 20  # bytes of a marker that are read, enough for some 20,000 ranks
 HINT = "HINT: copy the checkpoint again, or resume from an older one"
 
 

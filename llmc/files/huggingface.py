@@ -1,13 +1,14 @@
 """Hugging Face's GPT-2 in both directions: config.json and model.safetensors of a folder, without torch.
 
-Where the folder is, `find` says: the name is one, or the hub's cache has it, or huggingface_hub downloads it. Weights
-differ from llm.c's in three ways: Conv1D matrices are (in_features, out_features), the vocabulary is not padded, and
-tensors have other names, with or without "transformer." before them. The classifier is wte in both.
+`find` turns a name into a folder: the name is one, or the hub's cache has it, or huggingface_hub downloads it. The
+weights differ from llm.c's in three ways: Conv1D matrices are (in_features, out_features), the vocabulary is not
+padded, and tensors have other names, with or without "transformer." before them. The classifier is wte in both.
 
 A .safetensors file is u64 length, JSON {name: {dtype, shape, data_offsets}}, then the tensors, row-major. The package
-safetensors decides whether a file is one, and refuses tensors that overlap, leave holes or are there twice; bf16, which
-NumPy does not have, is then read as its 16 bits from where the header says. What is written here is a tensor at a time,
-as the package would want the whole model once more in memory, and the package reads it back before it gets its name.
+safetensors checks a file, and refuses tensors that overlap, leave holes or are there twice. The values are then read
+here, as NumPy has no bf16: such a tensor is read as uint16 from where the header says. Files are written here, a tensor
+at a time, as the package would need the whole model in memory once more. The package opens a new file as a check before
+the file gets its name.
 
 Source: Hugging Face transformers' GPT2LMHeadModel; llm.c train_gpt2.py GPT.from_pretrained; dev/eval/export_hf.py.
 """
@@ -46,7 +47,7 @@ DTYPES: dict[str, Any] = {
     "BF16": np.dtype("<u2"),
 }  # bf16 as its 16 bits
 NAMES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}  # as --dtype has them
-LEGACY = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # their organisation, openai-community, may be left out
+LEGACY = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # these may be named without openai-community/
 SAVE = "HINT: save the model with transformers: model.save_pretrained(DIR)"
 WHOLE = "HINT: it is not a whole GPT-2; save the model with transformers: model.save_pretrained(DIR)"
 COPY = "HINT: copy or download it again"
@@ -110,7 +111,7 @@ def why_not(error: BaseException) -> tuple[str, str]:
     while at is not None and status is None:
         status = getattr(at, "code", None) or getattr(getattr(at, "response", None), "status_code", None)
         at = at.__cause__ or at.__context__
-    if status in (401, 403):  # the hub answers so for what does not exist, too, as it does not tell who may know
+    if status in (401, 403):  # also the answer for a name that does not exist: the hub hides what is private
         hint = "check the name; what is gated or private wants HF_TOKEN to be set, of an account that was given access"
         return f"access denied (HTTP {status})", hint
     if status == 404:
@@ -126,8 +127,8 @@ def why_not(error: BaseException) -> tuple[str, str]:
 def read_hf_header(folder: io.Path) -> dict[str, int]:
     """The MODEL_WORDS of a folder's config.json, as model_file.read_model_header has them.
 
-    Errors: UserError for another architecture, GPT-2 with an activation, scale or size that llm.c's has not, and for
-    weights that are not of these sizes: whoever makes room for the model can rely on them.
+    Errors: UserError for another architecture, for a GPT-2 with an activation, scale or size that llm.c's lacks, and
+    for weights of other sizes. So the caller can trust the sizes when it allocates the model.
     """
     path = os.path.join(folder, "config.json")
     config = parse.read_json(path, SAVE)
@@ -168,9 +169,9 @@ def read_hf_header(folder: io.Path) -> dict[str, int]:
 
 
 def read_hf(folder: io.Path, params: np.ndarray) -> dict[str, int]:
-    """params (N,) float32, or bf16 as uint16, written (=) from a folder -> its header. Padded rows of wte are zero.
+    """Write (=) params (N,) float32, or bf16 as uint16, from a folder -> its header. Padded rows of wte are zero.
 
-    fp32, fp16 and bf16 tensors are read, one at a time; to bf16 they are rounded to nearest even. Errors: UserError.
+    Tensors are fp32, fp16 or bf16, and are read one at a time. Rounding to bf16 is to nearest even. Errors: UserError.
     """
     from llmc.gpt2 import config_from_header, num_parameters, parameter_specs
 
@@ -221,7 +222,7 @@ def read_safetensors(path: io.Path) -> Tensors:
             with safe_open(path, framework="numpy") as checked:
                 names = list(checked.keys())
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))  # it is what the package has found good
+            header = json.loads(file.read(length))  # the package has checked it
             if not names:
                 return {}
             data = np.memmap(file, np.uint8, "r", offset=8 + length) if file.seek(0, 2) > 8 + length else np.empty(0)
@@ -233,7 +234,7 @@ def read_safetensors(path: io.Path) -> Tensors:
     tensors: Tensors = {}
     for name in names:
         kind, shape, (start, end) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
-        if len(shape) > 8:  # NumPy ends at 64, and no tensor of a model has so many
+        if len(shape) > 8:  # no tensor of a model has so many, and NumPy fails above 64
             kind += f" of {len(shape)} dimensions"
         tensors[name] = kind, data[start:end].view(DTYPES[kind]).reshape(shape) if kind in DTYPES else None
     return tensors
@@ -302,12 +303,12 @@ def write_safetensors(path: io.Path, tensors: Iterable[tuple[str, np.ndarray]], 
         for name, array in tensors:
             file.write(_finite(name, np.ascontiguousarray(array), kind).data)
         file.flush()
-        with safe_open(file.name, framework="numpy"):  # as others will open it
+        with safe_open(file.name, framework="numpy"):  # a check: other programs will open it like this
             pass
 
 
 def _finite(name: str, array: np.ndarray, kind: str) -> np.ndarray:
-    """The array as `kind`. Errors: UserError for what would be written as Inf or NaN."""
+    """The array as `kind`. Errors: UserError for a value that would be written as Inf or NaN."""
     if kind == "F16":
         values = io.bf16_to_fp32(array) if array.dtype == np.uint16 else array
         with np.errstate(over="ignore"):

@@ -1,4 +1,4 @@
-"""Files as every format here needs them: written whole or not at all, checked before they are read, moved in pieces.
+"""What every file format needs: files are written whole or not at all, checked before use, and moved in pieces.
 
 llm.c's files are little-endian and start with 256 int32 words h[0..255], of which h[0] says what the file is and h[1]
 its version; words without a meaning are 0. model_file.py, state_file.py and debug_state.py have the three that a run
@@ -56,7 +56,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def create(path: Path) -> BinaryIO:
-    """A new file to write: an error where the name is taken, also by a link that somebody else has put there."""
+    """Open a new file to write. It is an error if the name is taken, also by a link that somebody else made."""
     return open(path, "xb")
 
 
@@ -66,7 +66,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
     The bytes go to a new temporary file in the same folder, are fsynced and renamed over `path`; then the folder is
     fsynced. After an exception the temporary file is gone and an old `path` is untouched. OSError (disk full, not
-    writable, no such folder) becomes UserError. A kill can leave the temporary file behind: checkpoints.prune_stray.
+    writable, no such folder) becomes UserError. A kill leaves the temporary file to checkpoints.prune_stray.
     """
     path = os.fspath(path)
     folder, name = os.path.split(path)
@@ -92,12 +92,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """An ordinary file, to be read. Errors: OSError, also for what is none.
+    """Open an ordinary file to read. Errors: OSError, also for a file of another type.
 
     Opening a named pipe would wait for somebody who writes, a device may never end, and both have no size to check.
     """
     mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of a folder, open() says it itself
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # open() itself refuses a folder
         what = "a named pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
         raise OSError(errno.EINVAL, f"it is {what}, not a file", os.fspath(path))
     return open(path, "rb")
@@ -148,7 +148,7 @@ def check_size(path: Path, size: int, expected: int, what: str) -> None:
 
 
 class Checksum:
-    """write() of a binary file that keeps the CRC-32 of all that has gone through it, in `crc`."""
+    """The write() of a binary file, which also keeps in `crc` the CRC-32 of everything written so far."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.crc = file, 0
@@ -195,7 +195,7 @@ def fp32_to_bf16(values: np.ndarray) -> np.ndarray:
 
 
 def convert(values: np.ndarray, dtype: Any) -> np.ndarray:
-    """float32, or bf16 as uint16, as the other one, or as they are where `dtype` is theirs."""
+    """Convert float32 to bf16 (as uint16) or back; values that already have `dtype` are returned as they are."""
     if values.dtype == dtype:
         return values
     return bf16_to_fp32(values) if dtype == np.float32 else fp32_to_bf16(values)

@@ -1,7 +1,7 @@
-"""An OS lock on a file: the system lets go of it when its process ends, however that ends.
+"""An OS lock on a file: the system releases it when its process ends, however that ends.
 
-It holds between the processes of a machine, and of several on a network file system whose server has locks. The file
-names its process and machine, and is gone when the lock is given back.
+It excludes the processes of one machine from each other, and those of several machines on a network file system whose
+server has locks. The text of the file names the process and machine. The file is removed when the lock is released.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ def held(path: str) -> Iterator[bool]:
         if sys.platform == "win32":  # an open file cannot be removed there
             os.close(fd)
         with contextlib.suppress(OSError):
-            os.remove(path)  # while it is locked: who has opened it meanwhile sees that it is gone, see take()
+            os.remove(path)  # while it is locked; take() of another process, which has opened it, sees that it is gone
         if sys.platform != "win32":
             os.close(fd)
 
@@ -79,7 +79,7 @@ def lock_descriptor(fd: int) -> bool:
         else:
             import fcntl
 
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the open file: threads of one process exclude another
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # belongs to the open file, so it also excludes threads
     except OSError as error:
         if error.errno in NO_LOCKS:
             return False
@@ -90,8 +90,8 @@ def lock_descriptor(fd: int) -> bool:
 
 
 def holder(path: str) -> str:
-    """The process that has a lock file, as its text tells."""
-    for _ in range(20):  # it may be about to write it
+    """The process that holds a lock, as the text of the lock file names it."""
+    for _ in range(20):  # the process may not have written the text yet
         with contextlib.suppress(OSError):
             with open(path, encoding="utf-8", errors="replace") as file:
                 pid, _, host = file.read(300).strip().partition(" ")

@@ -62,7 +62,7 @@ def read_model_header(path: io.Path) -> dict[str, int]:
 
 
 def read_model(path: io.Path, params: np.ndarray) -> dict[str, int]:
-    """params (N,) float32, or bf16 as uint16 or ml_dtypes, written (=) from a model file -> its header.
+    """Write (=) params (N,) float32, or bf16 as uint16 or ml_dtypes, from a model file -> its header.
 
     A bf16 file becomes fp32 exactly; an fp32 file becomes bf16 by rounding to nearest even. Errors: UserError as
     read_model_header, and when the file holds another number of parameters.
@@ -92,8 +92,8 @@ def write_model(path: io.Path, header: Mapping[str, int], params: np.ndarray, ve
 
     header: dict of MODEL_WORDS. fp32 -> bf16 rounds to nearest even. llm.c has no version for fp16: such a model is
     written as fp32, which holds the same numbers and reads back exactly.
-    Returns the CRC-32 of the file. Errors: UserError when the disk is full, and for a value that is not finite or, in
-    bf16, would not be: a file that is of no use is not written.
+    Returns the CRC-32 of the file. Errors: UserError when the disk is full, and for a value that is not finite, or
+    would not be once it is rounded to bf16: such a file would be of no use and is not written.
     """
     params, dtype = as_file_dtype(params), FILE_DTYPES[version]
     assert params.size == num_parameters(header), (params.size, header)
@@ -134,7 +134,7 @@ def place_of(header: Mapping[str, int], index: int) -> str:
 
 
 def fingerprint(path: io.Path) -> list[int]:
-    """[version, CRC-32 of 64 of its pages]: what tells the model files of two runs or steps apart."""
+    """[version, CRC-32 of 64 pages of the file]: the model files of two runs or steps differ in it."""
     crc, size = 0, os.path.getsize(path)
     with open(path, "rb") as file:
         version = int(np.frombuffer(file.read(8), np.int32)[1])

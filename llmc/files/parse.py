@@ -1,8 +1,8 @@
-"""JSON and numbers that come from files: whatever the file holds, a value of the kind that is wanted, or a UserError.
+"""JSON and numbers from files: whatever a file holds, the result is a value of the wanted kind or a UserError.
 
-Files are damaged, cut, edited by hand, and written by strangers. What is checked is that a text is JSON at all (no NaN
-or Infinity, no number that a double does not hold, no integer of more than 64 bits, not nested without end), and then,
-for each value that is used, its type and range.
+Files are damaged, cut, edited by hand, and written by strangers. First the text is checked: it must be JSON without
+NaN and Infinity, without a number that a double cannot hold or an integer of more than 64 bits, and not nested too
+deep. Then each value that is used is checked for its type and range.
 """
 
 import json
@@ -24,7 +24,7 @@ def shown(value: Any) -> str:
 
 
 def read_json(path: io.Path, hint: str = COPY) -> dict[str, Any]:
-    """The object that a JSON file holds. hint: of a file that cannot be read. Errors: UserError naming the file."""
+    """The object that a JSON file holds. hint: ends the message if it cannot be read. Errors: UserError."""
     try:
         with io.open_regular(path) as file:
             text = file.read(LONGEST + 1)
@@ -82,7 +82,7 @@ def _check_depth(value: Any) -> None:
 
 
 def dictionary(value: Any, what: str, hint: str = COPY) -> dict[str, Any]:
-    """The value, if it is a JSON object. Errors: UserError that starts with `what`, as of all that follow."""
+    """The value, if it is a JSON object. Errors: UserError that starts with `what`; so too in the functions below."""
     if not isinstance(value, dict):
         raise UserError(f"{what} is {shown(value)}, not a JSON object. {hint}")
     return value

@@ -152,7 +152,7 @@ def read_state_header(
 ) -> TrainState:
     """Check a state file (magic, version, processes, rank, exact size, loader block) without reading m and v.
 
-    sizes: the acceptable lengths of m: (S,), or (N, N // num_processes) where ZeRO is not known.
+    sizes: the acceptable lengths of m: (S,), or (N, N // num_processes) if it is not known whether ZeRO was on.
     Errors: UserError for a damaged file, one of other processes or another rank (None: any), or of another model.
     """
     with io.open_checked(path, STATE_MAGIC, (1,)) as (file, words, size):
@@ -171,7 +171,7 @@ def read_state_header(
             raise UserError(
                 f"{path} is for {stored} parameters, the model has {sizes[0]}. HINT: give the state of this model"
             )
-        # llm.c does not store the count: then the size of the file must tell
+        # llm.c does not store the count; in its files it follows from the size of the file
         counts, end = (stored,) if stored else sizes, size - extra_bytes
         fitting = find_block(file, end, counts, 3 if words[4] else 2, bool(words[5]))
         if fitting is None:
@@ -205,7 +205,7 @@ def read_state_header(
 
 
 def read_state(path: io.Path, arrays: Sequence[np.ndarray], *, num_processes: int = 1, rank: int = 0) -> TrainState:
-    """arrays, (m, v) or (m, v, master) of (S,) float32, written (=) from a state file -> the rest of it.
+    """Write (=) arrays, (m, v) or (m, v, master) of (S,) float32, from a state file -> the rest of the file.
 
     Master weights that are not asked for are skipped. Errors: UserError as read_state_header, and when master is wanted
     but the state has none.

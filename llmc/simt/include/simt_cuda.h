@@ -74,7 +74,7 @@ struct dim3 {
 
 namespace simt {
 
-// Where a call stands in the kernel's source. As a default argument it is evaluated at the call.
+// The place of a call in the kernel's source. It is a default argument, because those are evaluated at the call.
 struct At {
     const char* file;
     int line;
@@ -88,7 +88,7 @@ enum Op { SHFL_IDX, SHFL_UP, SHFL_DOWN, SHFL_XOR, BALLOT, ANY, ALL, MATCH_ANY, M
 enum Vote { VOTE_NONE, VOTE_OR, VOTE_AND, VOTE_COUNT };
 
 extern "C" {
-// Constant within a thread: g++ may read them once.
+// These are constant within a thread, so g++ may call them once and keep the result.
 uint3 simt_thread_idx() __attribute__((const));
 uint3 simt_block_idx() __attribute__((const));
 uint3 simt_block_dim() __attribute__((const));
@@ -105,7 +105,7 @@ unsigned long long simt_atomic(void* p, int size, unsigned long long a, unsigned
                                int is_float, At at);
 void simt_fence();
 
-// The block's storage of one __shared__ variable; `key` is a static of the declaration (one per template instance).
+// The block's storage of one __shared__ variable. `key` is a static at its declaration, one per template instance.
 void* simt_shared(unsigned long long* key, size_t size, size_t align, int item_size, const char* name, const char* file,
                   int line);
 void* simt_dynamic_shared(size_t align, const char* name, int item_size);
@@ -115,7 +115,7 @@ void simt_assert(const char* condition, At at);
 void simt_trap(At at);
 }
 
-// One argument-by-argument description of a kernel's signature for the Python layer, and the call itself.
+// Describes a kernel's signature to the Python layer, argument by argument, and makes the call itself.
 template <class T> struct Kind { static constexpr char value = __is_enum(T) ? 'i' : 'S'; };
 #define SIMT_KIND(T, c) template <> struct Kind<T> { static constexpr char value = c; };
 SIMT_KIND(void, 'v') SIMT_KIND(bool, 'b') SIMT_KIND(float, 'f') SIMT_KIND(double, 'f')
@@ -151,8 +151,9 @@ template <class T> struct Describe<T*> {
     static constexpr Param value = {'P', sizeof(T*), Kind<Base>::value, size_of<Base>, is_const<T>};
 };
 
-// An array of class type: g++'s own check of an index lets a reference to one past the end through, which is what a
-// call of a member function takes. translate.py writes Checked<T[N]>::type where a kernel declares T name[N].
+// An array of class type checks its indices here. A call of a member function takes a reference, and g++'s own check
+// lets a reference to one past the end through. translate.py writes
+// Checked<T[N]>::type where a kernel declares T name[N].
 inline void check_index(unsigned long long i, unsigned long long size) {
     if (i >= size) { simt_bad_index((long long)i, size); }
 }
@@ -286,7 +287,7 @@ SIMT_REDUCE(__reduce_xor_sync, unsigned, REDUCE_XOR)
 #undef SIMT_REDUCE
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Atomics. All scopes are the same here. Floating-point ones run, and are reported to the caller.
+// Atomics. All scopes are the same here. Floating-point atomics work, and the caller is told that there were some.
 // ---------------------------------------------------------------------------------------------------------------------
 
 namespace simt {

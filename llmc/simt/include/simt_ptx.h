@@ -1,7 +1,7 @@
 // The executor's definitions of the instructions that kernels/ptx.cuh wraps: tensor cores, ldmatrix, cp.async.
-// Same names and arguments as the inline-assembly versions. Fragments are per-lane registers in the layouts of the PTX
-// ISA (sections "Matrix Fragments for mma.m16n8k16", ".m16n8k8" and "ldmatrix"); runtime.cpp, which computes them when
-// the last lane of the warp has arrived, writes the layouts out.
+// They have the names and arguments of those functions. Fragments are per-lane registers in the layouts of the PTX ISA
+// (sections "Matrix Fragments for mma.m16n8k16", ".m16n8k8" and "ldmatrix"). runtime.cpp spells these layouts out: it
+// computes the result when the last lane of the warp has arrived.
 #pragma once
 #include "simt_cuda.h"
 

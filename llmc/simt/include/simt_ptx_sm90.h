@@ -1,7 +1,7 @@
 // The executor's definitions of what kernels/ptx_sm90.cuh wraps: mbarriers, TMA, wgmma, named barriers. Kernels that
-// use them run under two timings: everything happens at once, or as late as the waits allow (runtime/hopper.h). What is
-// used before it was waited for, or overwritten before it was read, then differs. Their ordinary accesses are followed
-// (runtime/ordered.h); those made here, for TMA and wgmma, are not.
+// use them run under two timings: everything happens at once, or as late as the waits allow (runtime/hopper.h). A
+// kernel that uses data before a wait, or overwrites it before it was read, gives different results under the two. The
+// order of ordinary accesses is checked (runtime/ordered.h); that of the accesses made here, for TMA and wgmma, is not.
 #pragma once
 #include "simt_ptx.h"
 
@@ -29,7 +29,7 @@ void simt_product_commit();
 void simt_product_wait(int pending);
 }
 
-// f() now, or when this thread waits for its group of products.
+// Calls f() now, or when this thread waits for its group of products, depending on the timing.
 template <class F> SIMT_UNCHECKED inline void product(F f, At at) {
     simt_product([](const void* closure) SIMT_UNCHECKED { (*(const F*)closure)(); }, &f, sizeof f, at);
 }
@@ -76,7 +76,7 @@ inline void bulk_load(void* smem, const void* gmem, u32 bytes, u64* barrier, SIM
 template <int N> inline void fewer_registers() {}
 template <int N> inline void more_registers() {}
 
-// Lane 8 i + r has the address of row r of matrix i; lane l holds columns 2 (l % 4), + 1 of row l / 4 of each.
+// Lane 8 i + r has the address of row r of matrix i. Lane l holds columns 2 (l % 4) and the next, of row l / 4 of each.
 SIMT_UNCHECKED inline void stmatrix_x4(void* smem, const u32 (&r)[4]) {
     int lane = threadIdx.x % 32;
     u32 row = shared_address(smem);
@@ -87,7 +87,7 @@ SIMT_UNCHECKED inline void stmatrix_x4(void* smem, const u32 (&r)[4]) {
     }
 }
 
-// .sync.aligned: no lane goes on before all have come, which orders no memory.
+// .sync.aligned means that no lane goes on before all have come. It does not order memory accesses.
 inline void wgmma_together(SIMT_AT) { simt::simt_warp(simt::WGMMA, ~0u, 0, 0, 32, SIMT_HERE); }
 inline void wgmma_begin(SIMT_AT) {
     wgmma_together(file_, line_);
@@ -107,7 +107,7 @@ inline u64 wgmma_operand(const void* smem, u32 panel_bytes) {
     return (shared_address(smem) & 0x3ffffu) >> 4 | (u64)(panel_bytes >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
 }
 
-// Shared address of element (i, k) of an operand, i its m or n.
+// The shared address of element (i, k) of an operand; i is its m or n.
 template <bool BY_K> SIMT_UNCHECKED inline u32 wgmma_address(u64 operand, int i, int k) {
     u32 begin = (operand & 0x3fff) << 4, panel = (operand >> 16 & 0x3fff) << 4;
     u32 eight_rows = (operand >> 32 & 0x3fff) << 4;
@@ -116,7 +116,7 @@ template <bool BY_K> SIMT_UNCHECKED inline u32 wgmma_address(u64 operand, int i,
     return at ^ (at >> 7 & 7) << 4;
 }
 
-// Tells which pieces of 16 bytes a product reads: rows (or columns) first to first + count of its operand.
+// Tells the runtime which 16-byte pieces a product reads: rows (or columns) first to first + count of its operand.
 template <bool BY_K> SIMT_UNCHECKED inline void wgmma_reads(u64 operand, int first, int count) {
     if (threadIdx.x % 32) { return; }
     for (int i = first; i < first + count; i += BY_K ? 8 : 1) {
@@ -130,11 +130,11 @@ template <bool BY_K> SIMT_UNCHECKED inline float wgmma_element(u64 operand, int 
     return simt::value_at(simt::simt_shared_memory() + at);
 }
 
-// This thread's sums, of two rows of a with b.
+// Computes this thread's elements of d, which lie in two rows: the products of these rows of a with b.
 template <bool B_BY_K, int SIZE>
 SIMT_UNCHECKED inline void wgmma_rows(float (&d)[SIZE], const float (&rows)[2][16], u64 b, bool add) {
     for (int j = 0; j < SIZE; j++) {
-        if (j % 4 > 1) { continue; }  // with j - 2
+        if (j % 4 > 1) { continue; }  // already done with j - 2
         int column = j / 4 * 8 + threadIdx.x % 4 * 2 + j % 2;
         float sums[2] = {add ? d[j] : 0.0f, add ? d[j + 2] : 0.0f};
         for (int k = 0; k < 16; k++) {
@@ -159,8 +159,8 @@ SIMT_UNCHECKED inline void wgmma(float (&d)[SIZE], u64 a, u64 b, bool add, SIMT_
     }, SIMT_HERE);
 }
 
-// a in registers: lane l has k = 2 (l % 4), + 1, + 8, + 9 of two rows, its three neighbours the rest. They are read
-// with the operand in shared memory, so a must be what it was until the wait.
+// The same with a in registers. Lane l has k = 2 (l % 4) + 0, 1, 8, 9 of two rows; three neighbours have the others.
+// They are read when the operand in shared memory is, so a must not change until the wait.
 template <bool B_BY_K, int SIZE>
 SIMT_UNCHECKED inline void wgmma(float (&d)[SIZE], const u32 (&a)[4], u64 b, bool add, SIMT_AT) {
     int lane = threadIdx.x % 32;
