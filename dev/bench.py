@@ -42,15 +42,15 @@ from llmc.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = ("encoder", "layernorm", "matmul", "attention", "gelu", "fused_classifier", "adamw", "global_norm")
-BUDGET = 150.0  # ms of calls that a time is the median of
-MODE = "in a row"  # how calls are timed, in result files; rows without it are of single calls with events around them
+BUDGET = 150.0  # ms that the timed calls of one row may take together
+MODE = "in a row"  # result files name how calls were timed; a row without a name timed single calls between events
 
 
 class Row(NamedTuple):
     """One line of a table: something to call, the bytes it has to move and the FLOPs it has to do."""
 
     name: str
-    call: Callable | None  # None: absent
+    call: Callable | None  # None: the peer is absent
     bytes: int
     flops: int
     kind: str = "ours"  # or "torch", which captures graphs its own way, or "host"
@@ -60,11 +60,11 @@ class Case(NamedTuple):
     """An op on given arrays.
 
     args    {parameter: array or scalar} in the order of the signature; arrays are on the device
-    writes  names of the arrays that are overwritten, "out mean"; they are poisoned before a rung is checked
-    adds    names of those that are read and written
+    writes  names of the arrays that the op overwrites, "out mean"; they are poisoned before a rung is checked
+    adds    names of the arrays that the op reads and adds to
     want    () -> [(name, index, float64)]: what args[name][index] must be afterwards, from the arrays as they are
-    bytes, flops  that any implementation moves and does at least; bound "bytes" or "flops" says which is the limit
-    naive   a NumPy function of no arguments: the peer on a CPU. None: there is none
+    bytes, flops  what any implementation moves and does at least; bound, "bytes" or "flops", says which is the limit
+    naive   a NumPy function without arguments: the peer on a CPU. None: the op has no such peer
     peers   () -> {name: (function, "torch")}, called where PyTorch can be imported; None for what is absent
     ulps    roundings to the output's precision that a right result may be off by
     rungs   None: all, or the numbers of those to run besides the public function
@@ -106,7 +106,7 @@ class Bench:
         model, self.B, self.T = (
             a or b for a, b in zip((model, B, T), small.get(self.device, ("d12", 32, 1024)), strict=True)
         )
-        words = 5003 if self.device == "executor" else 50257  # counts scale with the vocabulary; so does the time
+        words = 5003 if self.device == "executor" else 50257  # counts and time grow with it: a tenth will do
         self.config = model if isinstance(model, gpt2.GPT2Config) else gpt2.config_from_descriptor(model, words, self.T)
         self.model = model if isinstance(model, str) else "custom"
         self.dtype_name = dtype or ("fp32" if self.device == "cpu" else "bf16")
@@ -123,7 +123,7 @@ class Bench:
             self.torch.set_num_threads(self.ops.device.threads())
             self.torch.set_flush_denormal(True)
         self.description = "CPU executor" if executor else self.ops.device.describe()  # now: a device may fail later
-        self.keep_going = False  # after a rung that fails: bench_all
+        self.keep_going = False  # whether the run goes on after a rung that fails; bench_all sets it
         self.print = print_table
         self.block = self.rng.standard_normal(1 << 22, np.float32) if gpu else None
         self.scrubs = itertools.cycle(self.ops.device.alloc(8 * l2_bytes()).reshape(2, -1) if gpu else [])
@@ -140,13 +140,13 @@ class Bench:
         return array
 
     def empty(self, shape, dtype=None):
-        """Uninitialised for all an op may assume: the check poisons it."""
+        """An array whose contents no op may rely on: the check poisons it."""
         dtype = self.dtype if dtype is None else np.dtype(dtype)
         nbytes = int(np.prod(shape)) * dtype.itemsize
         return self.ops.device.alloc(nbytes).view(dtype).reshape(shape)
 
     def normal(self, shape, dtype=None, scale=1.0, mean=0.0):
-        """Gaussian numbers. On a GPU a block of 4 M of them again and again: drawing 1.6 G would take the host long."""
+        """Gaussian numbers. A GPU repeats one block of 4 M of them: the host would take long to draw 1.6 G."""
         dtype = self.dtype if dtype is None else np.dtype(dtype)
         if self.block is None:
             return self.array((self.rng.standard_normal(shape, np.float32) * scale + mean).astype(dtype))
@@ -181,7 +181,7 @@ class Bench:
     # time
 
     def clock(self):
-        """Starts a clock on the stream: clock() stops it, clock()() is ms, and waits for nothing that has not ended."""
+        """Starts a clock on the stream -> stop. stop() -> ms, a function to call once the stream has come that far."""
         if self.device != "cuda":
             timer = self.ops.device.timer()
 
@@ -225,13 +225,13 @@ class Bench:
         return quantiles([x / 20 for x in self.gpu_ms(self.graph(row), 10)]) | {"graph": True}
 
     def gpu_ms(self, call, samples, calls=1):
-        """ms of a call as means of `calls` of them, `samples` times: with the L2 overwritten after each, less that."""
+        """`samples` means of `calls` calls, in ms. L2 is overwritten after each call; that time is subtracted."""
         alone = np.median(self.overwritten_ms(lambda: None, 10, calls))
         return [ms - alone for ms in self.overwritten_ms(call, samples, calls)]
 
     def overwrite(self):
         """Writes four times what the L2 cache holds: little of what was there is left, whatever it replaces first.
-        In two places in turn, so that the zeros themselves are not there from before."""
+        Two places take turns, so that the cache does not hold the zeros from the time before."""
         self.ops.device.zero(next(self.scrubs))
 
     def overwritten_ms(self, call, samples, calls):
@@ -247,7 +247,7 @@ class Bench:
         return [ms() / calls for ms in clocks]
 
     def graph(self, row):
-        """Replays 20 calls."""
+        """A function that replays 20 calls from a CUDA graph."""
 
         def calls():
             for _ in range(20):
@@ -283,7 +283,7 @@ class Bench:
                 a[slice(*pieces[i])] = b[slice(*pieces[i])]
 
             ms = [host_ms(lambda: self.ops.device.parallel(copy, len(pieces))) for _ in range(10)]
-            if torch is not None:  # whoever copies faster
+            if torch is not None:  # the limit is that of whichever copies faster
                 to, source = torch.from_numpy(a), torch.from_numpy(b)
                 ms = min(ms, [host_ms(lambda: to.copy_(source)) for _ in range(10)], key=np.median)
         ceilings["copy_GBs"] = 2 * nbytes / np.percentile(ms, 20) / 1e6
@@ -310,7 +310,7 @@ def on_host(array, index=...):
 
 
 def pick(device):
-    """auto: cuda where it works."""
+    """The device to run on; auto means cuda where it works."""
     if device == "cpu":
         return "cpu"
     from llmc.cuda import device as cuda
@@ -331,7 +331,7 @@ def op_set(device):
     cuda = importlib.import_module("llmc.cuda")
     if device == "executor":
         return importlib.import_module("llmc.simt").install()
-    cuda.module.import_cupy().cuda.Stream.null.use()  # PyTorch's too, so that the same events time both
+    cuda.module.import_cupy().cuda.Stream.null.use()  # PyTorch's stream too, so that the same events time both
     return cuda
 
 
@@ -365,9 +365,9 @@ def quantiles(ms):
 
 
 def rungs_of(ops, op, dtype_name):
-    """[(label, function)]: the rungs of the ladder that the dtype and the GPU have, and the public function. "4" is the
-    label of rung 4, "4 production" that of the one which is the public function; "production" is a public function that
-    chooses among rungs."""
+    """[(label, function)]: the rungs of the ladder that the dtype and the GPU have, and the public function. Rung 4
+    has the label "4", or "4 production" if it is the public function. The label "production" is that of a public
+    function which chooses among rungs."""
     file = next(name for name in OPS if hasattr(importlib.import_module(f"{ops.__name__}.{name}"), op))
     public = getattr(importlib.import_module(f"{ops.__name__}.{file}"), op)
     if ops.__name__ == "llmc.cpu":
@@ -600,8 +600,8 @@ BRIEF_HEAD = f"{'op':<24}{'shape':<29}{'rung':<13}{'us p50':>9}{'% limit':>9}{'%
 
 
 def print_brief(case, results, floor):
-    """The production rung and those that take up to 1.3 times as long as the fastest; what failed; what to change.
-    % copy: of the speed of a copy of as many bytes."""
+    """Prints production and the rungs within 1.3 times the fastest time, what failed, and what to change.
+    % copy is the speed as a share of that of a copy of as many bytes."""
     ours = [r for r in results if re.fullmatch(r"\d+|(\d+ )?production|llmc.cpu", r["name"]) and "p50" in r]
     fastest, copy = min(ours, key=lambda r: r["p50"], default=None), find(results, "copy of as many bytes")
     production = next((r for r in ours if not r["name"].isdigit()), None)
@@ -611,7 +611,7 @@ def print_brief(case, results, floor):
             continue
         same = f"{100 * copy['p50'] / r['p50']:>8.1f}" if copy else f"{'-':>8}"
         note = ""
-        if r is fastest and production and r["p80"] < production["p20"]:  # by more than the spread of both
+        if r is fastest and production and r["p80"] < production["p20"]:  # faster by more than the spread of both
             gain = 100 * (production["p50"] / r["p50"] - 1)
             note = f"  <- production to {r['name']}: +{gain:.0f} %"
         print(f"{name}{r['name']:<13}{r['p50']:>9.1f}{r['limit']:>9.1f}{same}{note}", flush=True)
@@ -634,7 +634,7 @@ def software(b):
 
 
 def csv_rows(b, results):
-    """A row for each time: of a rung or of a peer."""
+    """A row for each time, be it of a rung or of a peer."""
     common = {"bench": "op", "date": datetime.date.today().isoformat(), "commit": commit(), "mode": MODE}
     common |= {"device": b.description.split(",")[0], "software": software(b)} | b.ceilings
     names = {q: f"us_{q}" for q in ("p50", "p20", "p80")} | {"calls": None, "graph": None}
@@ -643,7 +643,7 @@ def csv_rows(b, results):
 
 
 def append_rows(path, rows):
-    """Appends dictionaries to a CSV file. New columns go to the right; rows from before have nothing in them."""
+    """Appends dictionaries to a CSV file. New columns go to the right, and earlier rows are empty there."""
     path, old, fields = Path(path), [], []
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
@@ -724,7 +724,7 @@ def main(*modules, argv=None, description=None, keep_going=False):
                 if args.only in case.op:
                     case = case._replace(peers=None) if args.no_peers or args.brief else case
                     results += count_case(b, case) if b.executor else run_case(b, case)
-        except Exception as error:  # while a case was made: memory, or a device that has failed
+        except Exception as error:  # making a case failed: for lack of memory, or with the device
             if not keep_going:
                 raise
             text = " ".join(f"{module.__name__}: {type(error).__name__}: {error}".split())
@@ -747,7 +747,7 @@ def set_constant(ops, text):
 
 
 def spread(n, count):
-    """A slice of about `count` of n elements, the last one among them: what is compared of an array."""
+    """The part of an array that is compared: a slice of about `count` of n elements, the last among them."""
     step = max(1, n // count)
     return slice((n - 1) % step, None, step)
 

@@ -31,7 +31,7 @@ def summary(results):
 
 
 def measure(argv=None):
-    """(Bench, results) of every op."""
+    """Runs every op -> (Bench, results)."""
     modules = [importlib.import_module(f"dev.bench_{op}") for op in bench.OPS]
     return bench.main(*modules, argv=argv, description=__doc__, keep_going=True)
 

@@ -40,7 +40,7 @@ def heads(array, parts, NH):
 
 
 def backends():
-    """{label: what makes the context in which SDPA has no other backend}"""
+    """{label: function that makes a context in which SDPA has this backend alone}"""
     import functools
 
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -54,7 +54,7 @@ def cases(b):
     HS, torch = C // NH, b.torch
     shape = f"B={B} T={T} NH={NH} HS={HS}"
     qkvr, out, att = b.normal((B, T, 3 * C)), b.empty((B, T, C)), b.empty((B, NH, T), np.float32)
-    row, head = slice(B - 1, B), slice((NH - 1) * HS, NH * HS)  # compared: the last head of the last row
+    row, head = slice(B - 1, B), slice((NH - 1) * HS, NH * HS)  # only the last head of the last row is compared
     places = [(row, slice(None), slice(i * C + head.start, i * C + head.stop)) for i in range(3)]
     flops = 2 * B * NH * T * T * HS
 

@@ -12,7 +12,7 @@ from dev.bench import Case
 
 
 def norm_squared(values):
-    """In float64, a piece at a time."""
+    """The sum in float64, a piece at a time: a float64 copy of all would take much memory."""
     return np.array([sum(float(np.square(part.astype(np.float64)).sum()) for part in np.array_split(values, 64))])
 
 

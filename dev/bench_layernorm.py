@@ -100,7 +100,7 @@ def cases(b):
         stats = [b.host(a, rows) for a in (mean, rstd)]
         dx = layernorm_backward(*own, b.host(weight), *stats)[0]
         columns = spread(C, 16)
-        own = [b.host(a, (..., columns)) for a in (dout, inp)]  # whole columns; dinp of them is not asked for
+        own = [b.host(a, (..., columns)) for a in (dout, inp)]  # whole columns, for dweight and dbias alone
         _, dw, db = layernorm_backward(*own, b.host(weight, columns), b.host(mean), b.host(rstd))
         sums = [("dweight", columns, b.host(dweight, columns) + dw), ("dbias", columns, b.host(dbias, columns) + db)]
         return [("dinp", rows, b.host(dinp, rows) + dx), *sums]

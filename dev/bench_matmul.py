@@ -46,7 +46,7 @@ def linear_backward(dout, inp, weight):
 
 def cases(b):
     for layer, (width, outputs) in LAYERS.items():
-        if b.executor and layer not in ("fc", "fcproj"):  # counts scale: two layers show them all
+        if b.executor and layer not in ("fc", "fcproj"):  # counts scale with the sizes, so two layers stand for all
             continue
         yield from layer_cases(b, layer, b.C * width, b.Vp if outputs is None else b.C * outputs)
 
@@ -127,7 +127,7 @@ def layer_cases(b, layer, C, OC):
 
 
 class Products(NamedTuple):
-    """The three products of one of Hopper's rungs. The last two say what it makes beside them."""
+    """The three products of one of Hopper's rungs. The last two fields say what it computes beside them."""
 
     forward: Callable  # (out, inp, weight, bias, pre_gelu)
     dgrad: Callable  # (dinp, dout, weight, pre_gelu); with regelu also gelu_out
@@ -137,7 +137,7 @@ class Products(NamedTuple):
 
 
 def products_of(number):
-    """Those of a rung."""
+    """The Products of a rung."""
     if number == 11:
 
         def own_wgrad(dweight, dbias, scratch, dout, inp):
@@ -209,7 +209,7 @@ def layer_products(b, layer, K, N):
         yield "dgrad+dgelu", flops, blas_dgrad, lambda rung: rung.dgrad(dinp, dout, weight, pre_gelu), None
         yield "dgrad+dgelu+regelu", flops, blas_dgrad, lambda rung: rung.dgrad(dinp, dout, weight, pre_gelu, inp), has
     yield "wgrad", flops, blas_wgrad, lambda rung: rung.wgrad(dweight, None, scratch, dout, inp), None
-    if has_bias:  # bias is overwritten: it is used no more
+    if has_bias:  # dbias goes over bias, which nothing uses after this
         has = lambda rung: rung.dbias  # noqa: E731
         yield "wgrad+dbias", flops, blas_wgrad, lambda rung: rung.wgrad(dweight, bias, scratch, dout, inp), has
 

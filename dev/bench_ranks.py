@@ -41,9 +41,9 @@ ROOT = str(Path(__file__).resolve().parents[1])
 
 MODELS = {"cpu": [("tiny:d4", (12,), 96)], "cuda": [("d12", (32, 64), 1024), ("d48", (8, 16), 1024)]}
 BATCH_TOKENS, RUN_STEPS = 1 << 20, 32000  # llm.c's run of 1558M: scripts/run_gpt2_1558M.sh
-LOSSES = 1e-6  # relative difference in fp32 of sums in another order
-LATER = {"fp32": 1e-5, "bf16": 5e-3, "fp16": 5e-3}  # the same after steps on other numbers of ranks
-NOTICED = 30  # seconds from a death to the end of the others
+LOSSES = 1e-6  # relative difference that fp32 sums in another order may make
+LATER = {"fp32": 1e-5, "bf16": 5e-3, "fp16": 5e-3}  # the same for losses after steps on other numbers of ranks
+NOTICED = 30  # seconds that the other ranks have to end after a death
 TCP = ["-pi", "tcp", "-ps", "127.0.0.1", "-pg", "8"]
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def measure(case, ops, ranks, communicator, folder, weights):
     if ranks and case["hidden"]:
         model.ranks, model.graphs = Silent(communicator), None if model.graphs is None else {}
         if model.share:
-            ops.device.zero(model.share.grads)  # what nothing is scattered into is at least finite
+            ops.device.zero(model.share.grads)  # no sum is scattered into these: as zeros they are at least finite
         silent, _ = steps_of(model, batches, count, count)
         found["silent_ms"] = max(statistics.median(times) for times in ranks.exchange(silent[case["warm_up"] :]))
     del model
@@ -181,7 +181,7 @@ def rank_main(path, argv):
 
 
 def train_main(step, rank, argv):
-    """llmc.train, of which this rank is killed before the step; it writes down when."""
+    """llmc.train, in which this rank is killed before the given step, after it has written down the time."""
     from llmc import train
     from llmc.training.loop import Loop
 
@@ -202,7 +202,7 @@ def train_main(step, rank, argv):
 
 
 def commands(command, P, device):
-    """What starts the processes of a run: mpirun all of them, or each by itself with its rank."""
+    """The commands that start a run: one mpirun for all ranks, or a process for each rank, which is told its number."""
     if device == "cpu":
         mpirun = os.path.join(os.path.dirname(sys.executable), "mpirun")
         bind = ["-bind-to", "core"] if P <= (os.cpu_count() or 1) else []
@@ -227,7 +227,7 @@ def start(command, P, device):
 
 
 def measured(cases, P, device, folder):
-    """(the device in words, what P ranks find of each case)."""
+    """Runs the cases on P ranks -> (the device in words, what they found of each case)."""
     path = Path(folder, "cases.json")
     path.write_text(json.dumps(cases))
     codes, output = start([sys.executable, __file__, "--rank", path, "--device", device], P, device)
@@ -292,7 +292,7 @@ def speed_row(case, f, P, alone):
 
 
 def same_losses(case, f, P, alone):
-    """Whether the losses are those that one rank has of the same tokens."""
+    """Whether the losses equal those of one rank on the same tokens."""
     worst = max(abs(a - b) / a for a, b in zip(alone, f["losses"], strict=True))
     equal = worst <= LOSSES and f["same_weights"]
     verdict = "equal to fp32 rounding" if equal else "NOT EQUAL"
@@ -380,7 +380,7 @@ def losses_in(folder):
 
 
 def shards_of(model, folder):
-    """Tiny Shakespeare in bytes for tiny models, else in GPT-2's tokens; tokens drawn where it cannot be had."""
+    """Tiny Shakespeare: in bytes for tiny models, else in GPT-2's tokens. Random tokens where it cannot be had."""
     from dev.gpu_check import shards
     from llmc.data.prepare import prepare_default
 
@@ -390,7 +390,7 @@ def shards_of(model, folder):
 
 
 def compare(args, rows):
-    """All of it -> whether everything is as it should be."""
+    """Runs every part -> whether everything is as it should be."""
     ok = True
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(args.rounds):
@@ -418,7 +418,7 @@ def add_flags(parser):
 
 
 def fill_flags(parser, args, device):
-    """What the flags leave open, of a device."""
+    """Fills in what the flags leave open; it depends on the device."""
     args.device = args.device or device
     names = [("ranks", args.ranks), ("zero_stages", args.zero_stage), ("sizes", args.batch_size or "0")]
     try:

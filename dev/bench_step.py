@@ -95,7 +95,7 @@ class Timed:
         return timed
 
     def sums(self):
-        """{label: (calls, ms)} since the last time; waits for the device."""
+        """{label: (calls, ms)} since the last call of this; waits for the device."""
         self.b.ops.device.synchronize()
         found = {}
         for label, ms in self.rows:
@@ -296,7 +296,7 @@ def run(args):
     llmc.model.HEAD_ROWS = args.head_rows
     b = bench.Bench(device, False, args.model, B, T, args.dtype)
     if device == "cuda":
-        b.ops.device.stream().use()  # ours, where graphs can be captured; each step ends with a wait
+        b.ops.device.stream().use()  # our stream can capture graphs; each step ends with a wait
     for text in args.kernel:
         ladder.use(b.ops, text, b.dtype_name, b.C // b.NH)
     batches = []
@@ -322,8 +322,8 @@ def run(args):
                 start = time.perf_counter()
                 losses[name] = trainer.step(*batches[t % 8])
                 ms[name].append((time.perf_counter() - start) * 1e3)
-        # In 16 bits only the first forward pass is the same computation: our weights are rounded with noise, as llm.c's
-        # are, autocast's to nearest, and large models without warm-up make much of it.
+        # In 16 bits only the first forward pass is the same computation. Our weights are then rounded with noise, as
+        # llm.c's are, and autocast's to nearest. Large models without warm-up amplify the difference.
         tolerance = 2e-4 if exact else 0.005 if t == 0 else 0.03
         for name, loss in losses.items():
             if not abs(loss / losses["llmc"] - 1) <= tolerance:
