@@ -36,8 +36,8 @@ INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/ +(.*?);? +/\* (0x[0-9a-f]{16}) \*/
 
 
 def calls(ops, dtype, grads):
-    """(file, function) that calls the file's ops of llmc.cuda on arrays of zeros which nobody touches. dtype is the
-    model's, grads that of the gradients of weights. The shapes are those at which the launchers choose differently."""
+    """Yields (file, function), where the function calls the file's ops of llmc.cuda on zeros that nothing ever reads.
+    dtype is the model's, grads that of the weights' gradients. At these shapes the launchers choose differently."""
     import numpy as np
 
     f32, B, T = np.dtype(np.float32), 4, 1024
@@ -103,7 +103,7 @@ def calls(ops, dtype, grads):
     shapes = {
         layernorm: [(768,), (1024,), (8448,)],  # three packs a thread, four, and rows too wide for either
         matmul: [(768, 2304), (1024, 1024), (1024, 4096), (3072, 768)],
-        attention: [(64,), (80,), (128,), (136,)],  # the last has no tiles
+        attention: [(64,), (80,), (128,), (136,)],  # heads of 136 run the kernel without tiles
         fused_classifier: [(50257,), (150000,)],  # the second row does not fit shared memory
     }
     for op in (encoder, layernorm, matmul, attention, gelu, fused_classifier, adamw, global_norm):
@@ -112,8 +112,8 @@ def calls(ops, dtype, grads):
 
 
 def launched(arch, dtype, rung=None):
-    """{(file, kernel, dtype, defines)} of the calls at the compute capability of `arch`: by the public functions, or by
-    one rung of llmc.cuda.ladder alone."""
+    """{(file, kernel, dtype, defines)} of what the calls launch at the compute capability of `arch`. The calls are
+    those of the public functions, or of one rung of llmc.cuda.ladder alone."""
     import ml_dtypes
     import numpy as np
 
@@ -152,7 +152,7 @@ def compile_cubin(file, dtype, defines, arch):
     _, program = nvrtc.nvrtcCreateProgram(source.encode(), file.encode(), 0, [], [])
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
-    log = bytes(bytearray(size + 1))  # an object of its own: a bytes of one character is shared by the whole process
+    log = bytes(bytearray(size + 1))  # a new object, as NVRTC writes into it: Python shares each bytes of length 1
     nvrtc.nvrtcGetProgramLog(program, log)
     log = log.rstrip(b"\0").decode()
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
@@ -216,7 +216,7 @@ def dump(archs, dtypes, only):
 
 
 def dump_of(checkout, args):
-    """dump() in a process of its own whose llmc is that of the checkout."""
+    """Calls dump() in a process of its own, whose llmc is that of the checkout."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [sys.executable, __file__, str(checkout), "--dump", file.name, "--arch", *args.arch]
         command += ["--dtype", *args.dtype, *(["--only", *args.only] if args.only else [])]
@@ -237,8 +237,8 @@ def code(row):
 
 
 def partner(row, others):
-    """The row of the other checkout that this one is to be compared with, or None: one of the same name and code, else
-    one of the same code, of the same name, of a name that differs in numbers alone."""
+    """The row of the other checkout that this one is to be compared with, or None. The first that exists is taken:
+    one of the same name and code, of the same code, of the same name, of a name that differs in numbers alone."""
     same_job = [o for o in others if (o["dtype"], o["arch"], variant(o)) == (row["dtype"], row["arch"], variant(row))]
     same_code = [o for o in same_job if code(o) == code(row)]
     name, plain = (row["file"], row["kernel"]), without_numbers(row["kernel"])
@@ -258,7 +258,7 @@ def without_numbers(name):
 
 
 def difference(old, new):
-    """ "" or what differs first."""
+    """The first difference in words, or "" where there is none."""
     for i, (before, after) in enumerate(zip(old["code"], new["code"], strict=False)):
         if before[1] != after[1]:
             return f"at instruction {i}: {before[0]}  ->  {after[0]}" + (

@@ -52,12 +52,12 @@ from llmc.errors import UserError
 from llmc.model import Model, memory_plan
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS, ALLOWED = 10, {"bf16": 0.005, "fp16": 0.005, "fp32": 0.0005}  # relative difference of a loss
-LOGITS = 0.001  # difference of a logit in fp32, as a share of the largest
+STEPS, ALLOWED = 10, {"bf16": 0.005, "fp16": 0.005, "fp32": 0.0005}  # how far a loss may be off, relative
+LOGITS = 0.001  # how far a logit may be off in fp32, as a share of the largest
 
 
 def tests(args, rows):
-    """Tests marked gpu -> whether all passed. Failures are listed by name and message."""
+    """Runs the tests marked gpu -> whether all passed. Failures are listed by name and message."""
     files = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if re.search(r"mark\.(op|gpu)\b", p.read_text())]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
@@ -83,7 +83,7 @@ def tests(args, rows):
 
 
 def losses_of(model, batches, host):
-    """The losses of a step for each batch, from the parameters host on."""
+    """The losses of one step for each batch; training starts from the parameters `host`."""
     model.load_parameters(host)
     losses = []
     for t, (x, y) in enumerate(batches):
@@ -126,7 +126,7 @@ def parity(args, rows):
 
 
 def speed(args, rows):
-    """Milliseconds, tokens/s, MFU and memory at three batch sizes."""
+    """Measures milliseconds, tokens/s, MFU and memory at three batch sizes."""
     from llmc import cuda
 
     cuda.device.start()
@@ -165,7 +165,7 @@ def speed(args, rows):
 
 
 def ops(args, rows):
-    """The time of each op of the step."""
+    """Measures the time of each op of the step."""
     b = bench.Bench("cuda", False, "d12", 32, 1024, "bf16")
     b.ops.device.stream().use()
     print(f"measured now: copy {b.ceilings['copy_GBs']:.0f} GB/s, matmul {b.ceilings['matmul_TFLOPs']:.0f} TFLOP/s")
@@ -177,7 +177,7 @@ def ops(args, rows):
 
 
 def start(args, rows):
-    """Seconds to the first and the tenth step of the default job, each in a process of its own."""
+    """Measures the seconds to the first and tenth step of the default job, which runs in a process of its own."""
     print(f"{'':<12}{'first step':>12}{'tenth':>12}")
     with tempfile.TemporaryDirectory() as folder:
         for state in ("cold", "warm"):
@@ -189,14 +189,14 @@ def start(args, rows):
 
 
 def rungs(args, rows):
-    """A line for each rung that is near the fastest -> whether all are right."""
+    """Prints a line for each rung that is near the fastest -> whether all are right."""
     b, results = bench_all.measure(["--device", "cuda", "-e", "d12", "-b", "32", "-t", "1024", "--brief"])
     rows += bench.csv_rows(b, results)
     return not any("failed" in r for r in results)
 
 
 def shards(folder, count, vocab_size):
-    """(train path, val path, tokenizer, what it is): Tiny Shakespeare in GPT-2's tokens, else tokens drawn."""
+    """(train path, val path, tokenizer, what it is): Tiny Shakespeare in GPT-2's tokens, else random tokens."""
     try:
         train, val, _ = prepare_default("gpt2", allow_fallback=False)
         return train, val, "gpt2", "Tiny Shakespeare"
@@ -209,7 +209,7 @@ def shards(folder, count, vocab_size):
 
 
 def command(name, *flags):
-    """What runs a command of the package, its output unbuffered."""
+    """The start of a command line that runs a command of the package, its output unbuffered."""
     return [sys.executable, "-u", "-m", f"llmc.{name}", *map(str, flags)]
 
 
@@ -223,7 +223,7 @@ def call(name, *flags):
 
 
 def killed(step, *flags):
-    """Run the trainer and kill it once it has said that it has done this step -> its exit code."""
+    """Run the trainer, and kill it once it has printed the line of this step -> its exit code."""
     with subprocess.Popen(command("train", *flags), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if re.match(rf"step +{step}/", line):
@@ -249,7 +249,7 @@ def logit_difference(checkpoint, folder, B, T, device):
 
 
 def run(args, rows, model="d12", B=16, T=1024, steps=20, every=5, device="cuda", vocab_size=50257):
-    """Train, kill, resume, evaluate, export -> whether bits, loss and logits are as they should be."""
+    """Train, kill, resume, evaluate, export -> whether bits, loss and logits are as expected."""
     with tempfile.TemporaryDirectory() as folder:
         train, val, tokenizer, what = shards(folder, 2 * B * T + 1, vocab_size)
         whole, parts, hf = (os.path.join(folder, name) for name in ("whole", "parts", "hf"))

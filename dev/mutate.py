@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = "encoder", "layernorm", "fused_classifier", "adamw", "gelu"  # ops whose tests judge common.cuh
+SHARED = "encoder", "layernorm", "fused_classifier", "adamw", "gelu"  # the ops whose tests judge common.cuh
 TOKEN = re.compile(
     r"//[^\n]*|/\*.*?\*/|static_assert\([^;]*;"
     r"|\"(?:\\.|[^\"\\])*\"|^[ \t]*#[^\n]*|0x[0-9a-fA-F]+u?|\d+\.\d*(?:e[-+]?\d+)?f?|\d+u?"
@@ -51,7 +51,7 @@ SWAPS = {
     "y": "x", "++": "--", "threadIdx": "blockIdx", "blockIdx": "threadIdx", "lane": "warp", "warp": "lane",
     "continue": "break", "T": "C", "C": "T", "B": "T", "K": "N", "N": "K",
 }  # fmt: skip
-DROPPED = re.compile(  # whole statements
+DROPPED = re.compile(  # statements that a mutation drops whole
     r"\b(?:__syncthreads|__syncwarp|__threadfence|fence_async|mbarrier_init_done|named_barrier|mbarrier_wait"
     r"|cp_async_commit|cp_async_wait(?:<[^;>]*>)?|wgmma_begin|wgmma_commit|wgmma_wait(?:<[^;]*?>)?|tma_store_commit"
     r"|tma_store_wait(?:<[^;>]*>)?|release|mbarrier_arrive)\([^;{}]*\);"
@@ -83,7 +83,7 @@ def candidates(file: str, text: str) -> list[Mutation]:
             found += [Mutation(file, start, end, f" {sign} 1]") for sign in "+-"]
     for match in DROPPED.finditer(text):
         if not any(start <= match.start() < end for start, end in skip):
-            found += [Mutation(file, match.start(), match.end(), ";")] * 4  # few, and what tests find hardest to see
+            found += [Mutation(file, match.start(), match.end(), ";")] * 4  # few, and the hardest for tests to see
     return found
 
 
@@ -101,7 +101,7 @@ def ops_of(file: str) -> tuple[str, ...]:
 
 
 class Judge:
-    """What pytest is given: it keeps the tests that judge a file, the quickest first, and notes what they say."""
+    """The plugin that pytest gets: it keeps the tests that judge a file, the quickest first, and notes results."""
 
     def __init__(self, hopper: bool, seconds: dict[str, float]):
         self.hopper, self.seconds = hopper, seconds
@@ -126,8 +126,8 @@ class Judge:
 
 
 def run_tests(folder: Path, file: str, seconds: dict[str, float], limit: float) -> dict[str, Any]:
-    """The tests that judge a file, in a process of their own -> what failed, {test: its seconds}, and what was compiled
-    for them: (file, dtype, defines)."""
+    """Runs the tests that judge a file in a process of their own -> what failed, {test: its seconds}, and what was
+    compiled for them: (file, dtype, defines)."""
     result = folder / "result.json"
     result.unlink(missing_ok=True)
     child = os.fork()
@@ -193,7 +193,7 @@ def prepare(folder: Path) -> None:
     tempfile.tempdir = None
     sys.path[:0] = [str(folder), str(folder / "tests")]
     with contextlib.redirect_stdout(io.StringIO()):
-        import hypothesis  # noqa: F401  what every test file imports, once for all
+        import hypothesis  # noqa: F401  every test file imports these: here it is done once for all
         import ml_dtypes  # noqa: F401
         import numpy  # noqa: F401
         import pytest  # noqa: F401
@@ -203,14 +203,14 @@ def prepare(folder: Path) -> None:
 
 
 def judge(folder: Path, mutation: Mutation, tested: dict[str, Any]) -> dict[str, Any] | None:
-    """What becomes of a mutation: a row of the results; None if it does not compile. tested: the file's own result."""
+    """Judges a mutation -> a row of results; None if it does not compile. tested: the result of the file itself."""
     file, path = mutation.file, folder / "kernels" / mutation.file
     text = (ROOT / "kernels" / file).read_text()
     mutated, before, begun = apply(text, mutation), set((folder / "tmp").rglob("*")), time.monotonic()
     libraries, seconds = sorted({(f, d, tuple(o)) for f, d, o in tested["libraries"]}), tested["took"]
     try:
         same, failure = True, ""
-        for library in libraries:  # up to the first that is another
+        for library in libraries:  # one library whose code differs is enough
             path.write_text(text)
             plain = compiled(folder, *library)
             path.write_text(mutated)

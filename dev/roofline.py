@@ -24,7 +24,7 @@ from llmc.errors import UserError
 
 
 class Work(NamedTuple):
-    """One op of the step: its label, how often it is called, FLOPs and bytes of all calls together."""
+    """One op of the step: its label, its number of calls, and FLOPs and bytes of all calls together."""
 
     label: str
     calls: int
@@ -61,7 +61,7 @@ def step_work(config, B, T, X=2, recompute=1, G=None, master=True):
         flops = 2 * N * c * OC
         forward_bytes = inp + weight * X + out * (2 if name == "fc" else 1)
         work.append(Work(f"matmul_forward {name}", n, n * flops, n * forward_bytes))
-        # fcproj reads pre_gelu, and inp, or writes it where it is recomputed
+        # fcproj reads pre_gelu. It reads inp too, or writes it where the GELU is recomputed
         backward_bytes = out + 2 * inp + weight * (X + G) + (inp if name == "fcproj" else 0)
         backward.append(Work(f"matmul_backward {name}", n, n * 2 * flops, n * backward_bytes))
     att, flops = 4 * B * NH * T, 2 * B * T * T * C
@@ -77,7 +77,7 @@ def step_work(config, B, T, X=2, recompute=1, G=None, master=True):
 
 
 def floor_ms(work, matmul, copy):
-    """(ms, "flops" or "bytes") for rates in TFLOP/s and GB/s."""
+    """(least ms, "flops" or "bytes": what sets it) for rates in TFLOP/s and GB/s."""
     flops, bytes_ = work.flops / matmul / 1e9, work.bytes / copy / 1e6
     return (flops, "flops") if flops > bytes_ else (bytes_, "bytes")
 
@@ -117,7 +117,7 @@ def table(work, matmul, copy, times=None):
 
 
 def plot(path, title, work, matmul, copy, runs):
-    """A PNG: matmuls and attention under the roof, and every op's share of its own roof. Hollow: the oldest commit."""
+    """Draws a PNG: matmuls and attention under the roof, every op's share of its own roof; hollow: oldest commit."""
     try:
         import matplotlib
     except ImportError as error:
@@ -125,7 +125,7 @@ def plot(path, title, work, matmul, copy, runs):
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
-    colors = {"flops": "#c2510a", "bytes": "#1f5fa8"}  # by what bounds an op
+    colors = {"flops": "#c2510a", "bytes": "#1f5fa8"}  # the color says what bounds an op
     (first, before, *_), (last, after, *_) = runs[0], runs[-1]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(15, 7), width_ratios=(1, 1.15))
     figure.suptitle(title, fontsize=12)

@@ -35,7 +35,7 @@ TOOLS = {
     "racecheck": ("--racecheck-report", "analysis"),
 }
 INDIRECT = ("--racecheck-indirect-barrier-dependency",)  # not in --help: follows what threads know through others
-PATTERN = {  # kernels of tests/simt/faults/ring.cu: whether they are right by CUDA's rules
+PATTERN = {  # {kernel of tests/simt/faults/ring.cu: whether it is right by CUDA's rules}
     "nothing_bad": False,
     "syncwarp_good": True,
     "fence_good": True,
@@ -49,7 +49,7 @@ class Explained(NamedTuple):
 
     tool: str
     pattern: str  # a regex over the finding
-    twin: str | None  # a kernel of PATTERN that is right: the explanation holds where the tool reports it as well
+    twin: str | None  # a right kernel of PATTERN: the explanation holds if the tool reports this one, too
     reason: str
 
 
@@ -63,7 +63,7 @@ EXPLAINED = (
 
 
 def find() -> str:
-    """compute-sanitizer's path: on PATH, in the CUDA toolkit, in NVIDIA's pip package. UserError: there is none."""
+    """compute-sanitizer's path: on PATH, in the CUDA toolkit, in NVIDIA's pip package. UserError without one."""
     places = [Path(folder) for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
     places += [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     places.append(Path("/usr/local/cuda/bin"))
@@ -79,8 +79,8 @@ def find() -> str:
 
 
 def findings(output: str) -> Counter[str]:
-    """{a finding and where: how often} from what compute-sanitizer prints. Addresses and numbers of hazards go, so that
-    the same place counts as one."""
+    """{a finding and where: how often} from what compute-sanitizer prints. Addresses and numbers of hazards are left
+    out, so that findings at one place count as one."""
     found: Counter[str] = Counter()
     lines = [line[9:] for line in output.splitlines() if line.startswith("=========")]
     for i, line in enumerate(lines):
@@ -103,7 +103,7 @@ def findings(output: str) -> Counter[str]:
 
 
 def explanation(tool: str, finding: str, reported: set[str]) -> str | None:
-    """Why a finding is no fault; `reported`: the kernels of PATTERN that the tool reports."""
+    """Why a finding is no fault, or None. `reported` are the kernels of PATTERN that the tool reports."""
     for e in EXPLAINED:
         if e.tool == tool and re.search(e.pattern, finding) and (e.twin is None or e.twin in reported):
             return e.reason
@@ -129,7 +129,7 @@ def pattern_reports(options: tuple[str, ...] = ()) -> dict[str, Counter[str]]:
 
 
 def pattern() -> bool:
-    """What racecheck says of the ring's pattern, by default and following indirect dependencies -> whether it ran."""
+    """Prints what racecheck says of the ring's pattern, with and without INDIRECT -> whether it ran."""
     print(f"{'kernel of ring.cu':<20}{'by the rules':<16}{'racecheck':>12}{'indirect':>12}")
     default, indirect = pattern_reports(), pattern_reports(INDIRECT)
     for name, right in PATTERN.items():
@@ -197,7 +197,7 @@ def run_pattern(name: str) -> None:
 
 
 def steps(ops: Any, dtype: Any, config: Any, B: int, T: int, **options: Any) -> None:
-    """Two steps of a small model; T is smaller in the second."""
+    """Runs two steps of a small model; T is smaller in the second."""
     import numpy as np
 
     from llmc import gpt2
@@ -217,7 +217,7 @@ def steps(ops: Any, dtype: Any, config: Any, B: int, T: int, **options: Any) -> 
 
 
 def other_ops(ops: Any, dtype: Any) -> None:
-    """Shapes at which the launchers choose kernels that the steps do not reach."""
+    """Calls ops at shapes for which the launchers choose kernels that the steps do not reach."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -273,12 +273,12 @@ def launch_all(ops: Any, config: Any) -> set[str]:
 
 
 def work(path: str) -> None:
-    """What the tools watch. Writes the names of the kernels to a file."""
+    """The process that the tools watch. Writes the names of the kernels to a file."""
     from llmc import cuda
     from llmc.gpt2 import config_from_descriptor
 
     cupy = cuda.module.import_cupy()
-    cupy.cuda.set_allocator(None)  # an allocation each: no pool hides what is out of bounds or not written
+    cupy.cuda.set_allocator(None)  # a pool would hide accesses out of bounds and memory not written
     cuda.device.start()
     launched = launch_all(cuda, config_from_descriptor("d6"))
     cupy.cuda.Device().synchronize()

@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """Loss of a batch; config is llmc.gpt2.GPT2Config."""
+    """GPT-2 whose forward pass gives the loss of a batch; config is an llmc.gpt2.GPT2Config."""
 
     def __init__(self, config):
         super().__init__()
@@ -51,7 +51,7 @@ class GPT2(nn.Module):
         self.lnf = nn.LayerNorm(C)
         self.head = nn.Linear(C, config.padded_vocab_size, bias=False)
         self.head.weight = self.wte.weight
-        self.classes = config.padded_vocab_size  # as nanoGPT; with vocab_size the loss is that of llmc
+        self.classes = config.padded_vocab_size  # as in nanoGPT; with vocab_size the loss is llmc's
 
     def forward(self, x, y):
         h = self.wte(x) + self.wpe.weight[: x.shape[1]]
@@ -71,7 +71,7 @@ TENSORS = dict(
 
 
 def load(net, params, config):
-    """Weights of an llmc model: params has llm.c's names, as NumPy arrays (with a leading layer dimension)."""
+    """Copies an llmc model's weights: params {llm.c's name: NumPy array}; the blocks' have a leading dimension L."""
     with torch.no_grad():
         for spec in gpt2.parameter_specs(config):
             array, name = np.asarray(params[spec.name], np.float32), TENSORS[spec.name]

@@ -5,7 +5,7 @@
 
 runs once for every op set, dtype, rung (the table RUNGS of llmc/cuda/ladder) and shape: `shapes` on every op set, `big`
 not on the executor, `cpu` on the cpu set alone. dtypes=("bf16",), sets=("cpu",) and rungs=(4,) restrict it, public=True
-leaves the rungs out. A public function that chooses among rungs gets the last shape only: they get them all.
+leaves the rungs out. A public function that chooses among rungs gets the last shape only, as the rungs get every shape.
 `op` is then called with NumPy arrays, wherever it runs. Each call is a test of its own, see Op.__call__.
 The fixture `ops` is the op set as a module, for tests of more than one op.
 """
@@ -42,7 +42,7 @@ def pytest_addoption(parser):
 
 @functools.cache
 def gpu_is_there():
-    """Whether a CUDA device and CuPy can be had. The driver is asked itself, as importing CuPy takes a second."""
+    """Whether a CUDA device and CuPy can be had. The question goes to the driver, as importing CuPy takes a second."""
     if importlib.util.find_spec("cupy") is None:
         return False
     try:
@@ -52,7 +52,7 @@ def gpu_is_there():
     return cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
-LEFT_OUT = {  # why -> the tests with which marker, and when
+LEFT_OUT = {  # reason -> the marker of the tests that are left out, and when
     "GPU tests are not collected, as there is no GPU here": ("gpu", lambda config: not gpu_is_there()),
     "further tests run with pytest --full": ("full", lambda config: not config.getoption("--full")),
 }
@@ -78,7 +78,7 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_configure(config):
-    torch.set_num_threads(1)  # the shapes are small, and the cores busy with other workers
+    torch.set_num_threads(1)  # the shapes are small, and other workers use the other cores
     config.addinivalue_line("markers", "op(name, shapes, big, cpu, dtypes, sets, public, rungs): see conftest.py")
 
 
@@ -94,7 +94,7 @@ def pytest_testnodedown(node, error):
 
 def rungs_to_test(kind, dtype, name):
     """The rungs of an op that a dtype has, and None for the public function where that is not one of them. The executor
-    takes long for those of Hopper: it runs them in bf16, since fp16 changes nothing but conversions that they share
+    takes long for Hopper's rungs and runs them in bf16 alone: fp16 changes nothing but conversions, which they share
     with the other rungs."""
     if kind == "cpu":
         return [None]
@@ -106,8 +106,8 @@ def rungs_to_test(kind, dtype, name):
 
 
 def is_further(kind, dtype, rung):
-    """Whether a test of a rung runs with --full only: on the executor fp16, whose kernels differ from those of bf16 by
-    conversions alone, the rungs below production, and one that is production for fp32 alone in another dtype."""
+    """Whether a test of a rung runs with --full only. On the executor that is fp16, whose kernels differ from bf16's by
+    conversions alone, the rungs below production, and in other dtypes a rung that is production for fp32 alone."""
     if kind != "executor" or rung is None:
         return kind == "executor" and dtype == "fp16"
     of_16_bits = any(r.production and "fp32" not in r.dtypes for r in ladder.of(rung.op))
@@ -209,7 +209,7 @@ class Op:
     def __call__(self, *args, **kwargs):
         """Call the op twice from the same state: the bits must agree (repeatable), inputs must come back unchanged, and
         outputs that are overwritten hold different garbage before each call, so that an element not written shows.
-        The executor runs a single call under several thread orders, and knows itself what nothing has written."""
+        The executor makes one call under several thread orders, and itself reports reads of what nothing wrote."""
         arguments = self.signature.bind(*args, **kwargs).arguments
         arrays = {k: a for k, a in arguments.items() if isinstance(a, np.ndarray)}
         written = dict(OPS[file_of(self.name)][self.name])
@@ -219,7 +219,7 @@ class Op:
         results = []
         for garbage in (np.nan,) if self.kind == "executor" else (np.nan, 3.0):
             for k, a in arrays.items():
-                if k != "scratch":  # what the first call left in it stays for the second
+                if k != "scratch":  # what the first call left in scratch stays for the second
                     a[...] = garbage if written.get(k) == "=" else before[k]
                 if self.kind == "executor" and (k == "scratch" or written.get(k) == "="):
                     importlib.import_module("llmc.simt").poison(a)

@@ -6,8 +6,9 @@ test, which is PyTorch's own result. A result passes when
     max|got - truth| <= 2 * max|torch - truth| + ulps * eps(dtype) * max|truth| + 4 * eps(float32) * scale
 
 The second term is the rounding of the stored result (`ulps`, 1 unless a test states another number), the third the
-float32 accumulation: `scale` is the size of the summed terms, max|truth| unless a test gives the sum of their absolute
-values. Nothing is tuned per tensor. Where no arithmetic happens, or one IEEE addition, tests compare bits instead.
+error of float32 accumulation: `scale` is the size of the summed terms, max|truth| unless a test gives the sum of their
+absolute values. Nothing is tuned per tensor. Tests compare bits instead where there is no
+arithmetic, or one IEEE addition.
 """
 
 import math
@@ -76,7 +77,7 @@ def normal(rng, shape, dtype=FP32, scale=1.0, mean=0.0):
 
 
 def to_torch(array, dtype=None):
-    """A torch tensor with the same values; bf16 goes over as 16 bits: NumPy and torch have no bridge for it."""
+    """A torch tensor with the same values; bf16 is passed as 16 bits, as NumPy and torch share no bf16."""
     array = np.ascontiguousarray(array)
     if array.dtype == BF16:
         tensor = torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
@@ -111,7 +112,7 @@ class Expected(NamedTuple):
 
 
 def forward(function, *inputs, dtype=None):
-    """Expected results of function(*inputs). dtype: where PyTorch computes (default: the dtype of the first input)."""
+    """Expected results of function(*inputs). PyTorch computes in dtype (default: that of the first input)."""
     low = TORCH_DTYPES[dtype or inputs[0].dtype]
     with torch.no_grad():
         truth = function(*(to_torch(x, torch.float64) for x in inputs))
@@ -133,7 +134,7 @@ def backward(function, dout, *inputs, dtype=None):
 
 
 def added(before, expected, times=1):
-    """What `times` calls of `before += gradient` give: PyTorch rounds the gradient and each sum to before's dtype."""
+    """The result of `before += gradient`, `times` over: PyTorch rounds the gradient and each sum to before's dtype."""
     own, gradient = to_torch(before), torch.from_numpy(expected.torch).to(TORCH_DTYPES[before.dtype])
     for _ in range(times):
         own = own + gradient
@@ -177,7 +178,7 @@ def assert_bits(op, tensor, got, expected):
 
 def neighbours(value):
     """The two bf16 numbers around each float64 value, as float64: what stochastic rounding may choose from."""
-    magnitude = np.abs(value).astype(np.float32)  # float64 -> float32 may round up to a bf16 number: step back below
+    magnitude = np.abs(value).astype(np.float32)  # this may round up to a bf16 number: step back below
     low = (magnitude.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
     above = low.astype(np.float64) > np.abs(value)
     low = np.where(above, (low.view(np.uint32) - np.uint32(0x10000)).view(np.float32), low)
