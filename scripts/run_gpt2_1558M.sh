@@ -9,8 +9,8 @@
 #           FineWeb-Edu's. An estimate of where this ends: HellaSwag 0.5
 # data      llm.c's dev/data/edu_fineweb.sh downloads the shards, already tokenised; this is run beside its dev folder
 #
-# Fewer GPUs: lower gpus. -d stays, so more micro-steps make the same update. Less memory: lower -b.
-# llm.c's script also has -ge 1 (GELU fused into the matmul), which is always so here.
+# For fewer GPUs lower gpus: -d stays, so more micro-steps make the same update. For less memory lower -b.
+# llm.c's script also has -ge 1, which fuses GELU into the matmul; llmc always does that.
 
 gpus=8
 out_dir=log_gpt2_1558M

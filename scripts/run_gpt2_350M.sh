@@ -9,7 +9,7 @@
 #           of where this ends: 3.0 and 0.37
 # data      llm.c's dev/data/fineweb.py -v 100B makes the shards; this is run beside its dev folder
 #
-# Fewer GPUs: lower gpus. -d stays, so more micro-steps make the same update. Less memory: lower -b.
+# For fewer GPUs lower gpus: -d stays, so more micro-steps make the same update. For less memory lower -b.
 
 gpus=8
 out_dir=log_gpt2_350M

@@ -10,7 +10,7 @@
 # data      llm.c's dev/data/fineweb.py -v 100B makes the shards (this is one and a half epochs of them); this is run
 #           beside its dev folder
 #
-# Fewer GPUs: lower gpus. -d stays, so more micro-steps make the same update. Less memory: lower -b.
+# For fewer GPUs lower gpus: -d stays, so more micro-steps make the same update. For less memory lower -b.
 
 gpus=8
 out_dir=log_gpt2_774M

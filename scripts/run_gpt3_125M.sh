@@ -12,9 +12,9 @@
 # data      llm.c's dev/data/fineweb.py -v 100B makes the shards (this is three epochs of them); this is run beside its
 #           dev folder
 #
-# Checkpoints: the newest 5 and each 50,000th stay. An update whose loss or gradient norm is 7 standard deviations above
-# the mean of the last 128 is left out.
-# Fewer GPUs: lower gpus. -d stays, so more micro-steps make the same update. Less memory: lower -b.
+# The newest 5 checkpoints and each 50,000th are kept. The run skips an update whose loss or gradient norm is 7 standard
+# deviations above the mean of the last 128.
+# For fewer GPUs lower gpus: -d stays, so more micro-steps make the same update. For less memory lower -b.
 
 gpus=8
 out_dir=log_gpt3_125M

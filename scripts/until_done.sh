@@ -3,10 +3,11 @@
 #
 # Run COMMAND, a training run with -o DIR -y 1, again after each crash, until it has ended by itself.
 #
-# Exit code 0 is the end of the run. 2 is something that trying again does not mend: a wrong flag or file, a loss that
-# is not finite. 129, 130, 138 and 143 are a signal that the run has obeyed, after a checkpoint: SIGHUP, Ctrl-C,
-# SIGUSR1, SIGTERM. Any other is a crash (a GPU or a node went away), after which -y 1 resumes from the newest
-# checkpoint. Two crashes with no checkpoint in between end it, or a fault that always strikes would repeat for ever.
+# Exit code 0 means that the run is complete. 2 means an error that trying again does not mend: a wrong flag or file,
+# or a loss that is not finite. 129, 130, 138 and 143 mean that the run wrote a checkpoint and stopped on a signal:
+# SIGHUP, Ctrl-C, SIGUSR1, SIGTERM. Any other code is a crash (a GPU or a node went away), after which -y 1 resumes
+# from the newest checkpoint. This script gives up after two crashes with no checkpoint in between, as the same fault
+# would strike for ever.
 # COMMAND sees which attempt it is as $ATTEMPT, from 1.
 
 dir=$1

@@ -1,4 +1,4 @@
-"""The public API: the README's example, each name of it, and what a user gets for a mistake."""
+"""The public API: the README's example, every public name, and what a user's mistake leads to."""
 
 import os
 import re

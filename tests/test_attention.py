@@ -1,4 +1,4 @@
-"""Causal attention on packed QKV, its log-sum-exp, and the backward pass that recomputes from it."""
+"""Causal attention on packed QKV, its log-sum-exp, and the backward pass, which recomputes probabilities from it."""
 
 import math
 import tracemalloc

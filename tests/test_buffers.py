@@ -1,4 +1,4 @@
-"""The tables, the flat buffer and its views: offsets are worked out here by hand."""
+"""llmc/buffers.py: tables, the flat buffer and its views, against offsets that are worked out here by hand."""
 
 import re
 

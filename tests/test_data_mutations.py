@@ -1,4 +1,4 @@
-"""Damaged shards, eval sets, JSON lines, packed texts, tokenizers: the public commands say so in one line."""
+"""Damaged shards, eval sets, JSON lines, packed texts, tokenizers: the public commands report each in one line."""
 
 import bz2
 import gzip

@@ -1,4 +1,4 @@
-"""Multiple-choice scoring against PyTorch in float64, and HellaSwag's way from its jsonl into the training loop."""
+"""Multiple-choice scoring against PyTorch in float64, and HellaSwag from its jsonl into the training loop."""
 
 import itertools
 import json

@@ -1,7 +1,7 @@
-"""Damaged models, states, markers, Hugging Face's folders, replays and logs: the public commands say so in one line.
+"""Damaged models, states, markers, Hugging Face's folders, replays and logs: the commands report each in one line.
 
-A checkpoint that llmc writes has checksums, which find every change (test_files.py). Here its marker is empty, as
-llm.c's is: then what reads the files has to cope with them.
+A checkpoint that llmc writes has checksums, which find every change (test_files.py). Here the checkpoint's
+marker is empty, as llm.c's is, so that damage reaches the code that reads the files.
 """
 
 import json

@@ -1,5 +1,7 @@
-"""llmc/files: formats, built here by hand with struct from the documented layout, so that reader and writer are checked
-apart; and checkpoints, sets of such files, at every instant at which a run can die.
+"""llmc/files: formats and checkpoints.
+
+Files are built here by hand with struct from the documented layout, so that reader and writer are checked apart.
+Checkpoints, which are sets of such files, are checked at every instant at which a run can die.
 """
 
 import dataclasses

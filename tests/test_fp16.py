@@ -1,6 +1,6 @@
 """fp16 training with dynamic loss scaling: the trainer on the CPU executor against the fp32 CPU op set.
 
-Where a run with the wrong loss scale must go on as one with the right scale, files are compared byte by byte.
+A run that starts with a wrong loss scale must go on like one with the right scale: their files are compared by bytes.
 """
 
 import json

@@ -1,7 +1,7 @@
 """The model: its sizes, its fresh weights, and its three passes against PyTorch.
 
 The truth is reference.py's GPT-2 in float64; the tolerance follows from what the same code gives in float32 (see the
-top of that file). Nothing here knows the ops: a wrong order, a wrong buffer or a missing += shows as a wrong gradient.
+top of that file). No test here knows the ops: a wrong order, a wrong buffer or a missing += shows as a wrong gradient.
 """
 
 import math

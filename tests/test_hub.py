@@ -1,4 +1,4 @@
-"""The hub, with real processes: how ranks meet, who has died, and what it takes from strangers."""
+"""The hub, with real processes: how ranks meet, how they learn who has died, and what it takes from strangers."""
 
 import contextlib
 import functools

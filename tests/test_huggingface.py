@@ -1,4 +1,4 @@
-"""Hugging Face's GPT-2 read without torch: against transformers' own logits and losses, and what is no such model."""
+"""Hugging Face's GPT-2 read without torch: against transformers' logits and losses; other models are refused."""
 
 import http.server
 import json

@@ -1,7 +1,7 @@
-"""The layers of the package hold: imports go down only, there is no circle, nothing is longer than one reads at once.
+"""The package keeps its layers: imports go down only and in no circle, and modules and functions stay short.
 
-Every import statement counts, also one inside a function. A module may import what stands below its own layer, and what
-stands in its own layer as long as no circle comes of it.
+Every import statement counts, also one inside a function. A module may import what stands below its own layer, and
+what stands in its own layer as long as the imports form no circle.
 """
 
 import ast

@@ -2,7 +2,7 @@
 
 Its loop is written here once more, from its description, in PyTorch float32 and a few lines of NumPy: constant learning
 rate 1e-4, AdamW with betas 0.9 and 0.999, no weight decay, no clipping, shuffled training shards, validation on the
-first 5 batches every 10 steps. `llmc.train` gets the same by flags.
+first 5 batches every 10 steps. `llmc.train` gets the same settings by flags.
 """
 
 import json

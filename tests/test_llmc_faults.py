@@ -1,6 +1,6 @@
 """What llm.c's kernels get wrong (train_gpt2.cu and llmc/*.cuh at f1e2ace), each with a test that ours get it right.
 
-On every op set, with every rung that production can choose. The checks are those of the op's own test file.
+The tests run on every op set, with every rung that production can choose. The checks are those of the op's test file.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""The lock on a file: one holder, whoever dies lets go, and the file can be removed under waiting processes."""
+"""The lock on a file: one holder, a process that dies lets go of it, and the file can be removed while others wait."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""The memory plan: what is allocated to the byte, the largest batch, --plan anywhere, and running out of memory."""
+"""The memory plan: allocations to the byte, the largest batch, --plan on any machine, and running out of memory."""
 
 import importlib
 import re

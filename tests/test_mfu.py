@@ -1,4 +1,4 @@
-"""Peak rates against the data sheets, and NVML's readings with a stand-in for NVIDIA's package."""
+"""Peak rates against the data sheets, and NVML's readings from a stand-in for NVIDIA's package."""
 
 import sys
 from types import SimpleNamespace

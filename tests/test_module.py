@@ -1,6 +1,6 @@
 """llmc/cuda/module.py and device.py: options, folders, error lines, caching; and the random bits in common.cuh.
 
-Most of it runs against a stand-in for CuPy, since CI has no GPU. Tests marked gpu repeat the essential on a device.
+Most tests use a stand-in for CuPy, since CI has no GPU. Those marked gpu repeat what is essential on a device.
 """
 
 import shutil

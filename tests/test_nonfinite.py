@@ -1,7 +1,7 @@
 """The non-finite guard: every op in each direction is made to write one NaN or Inf, which has to be found and named.
 
-What is expected is written down by hand, from the order of calls in llmc/gpt2.py: the nth call of an op within a step
-of a model of two layers.
+The expected names are written down by hand, from the order of calls in llmc/gpt2.py: the nth call of an op in a step of
+a model of two layers.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""scripts/notebook.ipynb runs from top to bottom, and shows what its text says that it shows."""
+"""scripts/notebook.ipynb runs from top to bottom, and its outputs show what its text says."""
 
 import re
 

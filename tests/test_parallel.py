@@ -1,4 +1,4 @@
-"""Many processes without any: who is who, ZeRO's shares, and the calls that reach NCCL."""
+"""llmc/parallel without starting processes: the numbering of ranks, ZeRO's shares, and the calls that reach NCCL."""
 
 from argparse import Namespace
 from types import SimpleNamespace

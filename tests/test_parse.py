@@ -1,4 +1,4 @@
-"""files/parse.py: what is no JSON, or not the value that is wanted, is one line; nothing else reads JSON of files."""
+"""files/parse.py: what is no JSON, or not the wanted value, gets one line; no other module parses JSON files."""
 
 import json
 import re

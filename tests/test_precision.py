@@ -1,6 +1,7 @@
 """-w, --dtype and --grad-dtype: what a resume at another precision starts from, what an update does without masters.
 
-On the executor and on a GPU, as the CPU op set has fp32 alone. No pass over a batch is needed: states are drawn.
+The tests run on the executor and on a GPU, as the CPU op set has fp32 alone. They need no pass over a batch, as their
+states are random numbers.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""What ends a run early: signals, on one process and on all ranks, and a stdout that can take no more."""
+"""What ends a run early: signals, on one process and on all ranks, and a stdout that accepts no more output."""
 
 import os
 import signal

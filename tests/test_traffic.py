@@ -1,8 +1,8 @@
-"""What kernels read and write, counted on the CPU executor: it may shrink, it may not grow.
+"""What kernels read and write, counted on the CPU executor: it may shrink but not grow.
 
 The counts are exact and the same on every machine. TABLE holds those of each rung of each op at a small shape: bytes
-read, bytes written, 32-byte sectors of global memory, wavefronts of shared memory (dev/bench.py, traffic, says what
-counts how often). A failure prints what they are now. Hopper's own rungs cannot be counted.
+read, bytes written, 32-byte sectors of global memory, wavefronts of shared memory (traffic() in dev/bench.py says how
+often an access counts). A failure prints the present counts. Hopper's own rungs cannot be counted.
 """
 
 import importlib

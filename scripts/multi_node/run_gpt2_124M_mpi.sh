@@ -1,8 +1,8 @@
 #!/bin/bash
 # GPT-2 124M on 2 nodes of 8 GPUs, started by mpirun: llm.c's scripts/multi_node/run_gpt2_124M_mpi.sh.
 #
-# As ../run_gpt2_124M.sh, with four times its tokens in an update: 4,716 steps x 2,097,152 = 9.9 billion tokens, 7.9e18
-# FLOPs. Time and loss of this batch size are not known, neither of llm.c nor here.
+# This is ../run_gpt2_124M.sh with four times the tokens in an update: 4,716 steps x 2,097,152 = 9.9 billion tokens,
+# 7.9e18 FLOPs. Time and loss at this batch size are not known, be it of llm.c or of llmc.
 # mpirun tells each process its rank; NCCL moves the gradients. Both nodes see this folder under the same path.
 # mpirun passes SIGTERM, SIGINT and SIGUSR1 on, and the run stops with a checkpoint. SIGHUP ends MPICH's mpirun and with
 # it the ranks at once: where the terminal may go away, start this with nohup.
