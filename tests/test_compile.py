@@ -64,7 +64,8 @@ def jobs_of(rungs, arch):
 SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 PRODUCTION = [(*job, arch) for arch in ARCHS for job in jobs_of((None,), arch)]
 LADDER = tuple(rung for rung in ladder.RUNGS if not rung.production)
-BELOW = [(*job, arch) for arch in ("sm_75", "sm_80", "sm_90a") for job in jobs_of(LADDER, arch)]
+LADDER_ARCHS = ("sm_75", "sm_80", "sm_90a")
+BELOW = [(*job, arch) for arch in LADDER_ARCHS for job in jobs_of(LADDER, arch)]
 JOBS = [*PRODUCTION, *(job for job in BELOW if job not in PRODUCTION)]
 
 
@@ -99,9 +100,13 @@ def include_option():
 
 
 def compile_module(file, defines, arch):
-    """{dtype: (log, compiled)}, for the dtypes in which anything of the file is launched."""
+    """{dtype: (log, compiled)}, for the dtypes in which anything of the file is launched.
+
+    Threads call it: launches_of only looks up here what JOBS has found out, for finding out replaces functions of a
+    module, which threads may not do side by side.
+    """
     path = KERNELS / file
-    launches = launches_of((None,), arch) | launches_of(LADDER, arch)
+    launches = launches_of((None,), arch) | (launches_of(LADDER, arch) if arch in LADDER_ARCHS else set())
     return {
         dtype: compile_source(
             path.read_text(), str(path), [*module.options(dtype, defines), f"-arch={arch}", include_option()]
