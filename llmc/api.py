@@ -44,6 +44,16 @@ def device(name: str = "auto", threads: int | None = None) -> ModuleType:
     return pick_device(name, threads)[0]
 
 
+def is_cuda(ops: ModuleType) -> bool:
+    """Whether the op set is the one of CUDA kernels."""
+    return ops.__name__ == "llmc.cuda"
+
+
+def precision_on(ops: ModuleType, dtype: str | None) -> Any:
+    """NumPy's dtype for "fp32", "bf16" or "fp16" on an op set; None takes what is usual there. Errors: UserError."""
+    return model_dtype(check_dtype(dtype, "cuda" if is_cuda(ops) else "cpu"))
+
+
 class GPT2(Model):
     """A GPT-2 with fresh weights: `forward`, `backward`, `update`, or all of them as `step`; `save`, `generate`.
 
@@ -68,10 +78,9 @@ class GPT2(Model):
         seed: int | None = 42,
         **options: Any,
     ):
-        on_gpu = ops.__name__ == "llmc.cuda"
         config = gpt2.config_from_descriptor(size, vocab_size, T) if isinstance(size, str) else size
-        precision = model_dtype(check_dtype(dtype, "cuda" if on_gpu else "cpu"))
-        if on_gpu:
+        precision = precision_on(ops, dtype)
+        if is_cuda(ops):
             prepare_kernels(config, precision, grad_dtype=options.get("grad_dtype"))
         super().__init__(gpt2, ops, config, B, T, dtype=precision, **options)
         if seed is not None:
@@ -135,8 +144,7 @@ def load(
     config = gpt2.config_from_header(loading.model_header(found))
     ops, T = ops or device("auto"), T or min(config.max_seq_len, 1024)
     options = {"recompute": 1 if training else 2, "training": training, **options}
-    kind = model_dtype(check_dtype(dtype, "cuda" if ops.__name__ == "llmc.cuda" else "cpu"))
-    sizes = memory_plan(gpt2, ops, config, B, T, dtype=kind, **options)
+    sizes = memory_plan(gpt2, ops, config, B, T, dtype=precision_on(ops, dtype), **options)
     needed, budget = sum(nbytes for *_, nbytes in sizes) + ops.device.scratch_bytes(), ops.device.budget()
     try:
         if budget is not None and needed > budget:

@@ -108,11 +108,12 @@ def rungs_to_test(kind, dtype, name):
 def is_further(kind, dtype, rung):
     """Whether a test of a rung runs with --full only. On the executor that is fp16, whose kernels differ from bf16's by
     conversions alone, the rungs below production, and in other dtypes a rung that is production for fp32 alone."""
-    if kind != "executor" or rung is None:
-        return kind == "executor" and dtype == "fp16"
-    of_16_bits = any(r.production and "fp32" not in r.dtypes for r in ladder.of(rung.op))
-    for_fp32 = of_16_bits and "fp32" in rung.dtypes
-    return dtype == "fp16" or not rung.production or (for_fp32 and dtype != "fp32")
+    if kind != "executor":
+        return False
+    if dtype == "fp16" or rung is None:
+        return dtype == "fp16"
+    others_for_16_bits = any(r.production and "fp32" not in r.dtypes for r in ladder.of(rung.op))
+    return not rung.production or (dtype != "fp32" and "fp32" in rung.dtypes and others_for_16_bits)
 
 
 def pytest_generate_tests(metafunc):

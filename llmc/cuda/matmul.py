@@ -34,9 +34,8 @@ SM90_STAGES, SM90_SLOTS = 4, 4  # of the ring; boxes of 64 x 64 results that a c
 SM90_BAND, LOW_BAND, LOW_COLUMNS = 16, 4, 64  # rows of tiles in a band; the low one up to so many columns of tiles
 SM90_THREADS, REDUCE_THREADS = 384, 256
 MULTIPROCESSORS = 132  # that ranges of tokens are to keep busy: a constant, as WGRAD_BLOCKS is
-RANGE_TOKENS = (
-    1350  # what takes as long as writing and adding one range's sums of 132 tiles: measured with GPT-2's shapes
-)
+# So many tokens take as long as writing and adding one range's sums of 132 tiles: measured with GPT-2's shapes.
+RANGE_TOKENS = 1350
 
 
 def ceil_div(a: int, b: int) -> int:
